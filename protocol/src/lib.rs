@@ -1,0 +1,23 @@
+//! What Confrere's peers say to each other: types, canonical bytes, signatures.
+//!
+//! Goals: one canonical encoding of everything that is hashed or signed; decoders of outside bytes that never panic
+//! and never allocate by a length they were told; frozen signing domains.
+//! Non-goals: no input or output, no clock, no threads. Sockets are `node`'s, files are `store`'s.
+
+pub mod codec;
+pub mod envelope;
+pub mod expert_blob;
+pub mod hash;
+pub mod identity;
+pub mod manifest;
+pub mod message;
+pub mod model_config;
+pub mod precision;
+pub mod ticket;
+
+pub use envelope::{Domain, SignedEnvelope};
+pub use hash::{BlobRef, ContentHash, ModelId};
+pub use identity::{NodeId, NodeKey};
+pub use manifest::{ExpertSlot, ModelManifest};
+pub use model_config::ModelConfig;
+pub use precision::Precision;

@@ -1,0 +1,423 @@
+//! The blob directory: one file a blob, named by its hash.
+//!
+//! A blob is written beside, made durable, then renamed into place; so a name is there only with all of its bytes.
+//! Bytes are compared with their hash when they enter and again when they are read: disks rot.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use protocol::{BlobRef, ContentHash};
+use tracing::warn;
+
+use crate::disk::{Disk, DiskFile};
+use crate::index::{Index, IndexEntry};
+use crate::quota::{Quota, Reservation};
+
+/// A store of blobs in one directory. Shared by threads; one process at a time (see [`crate::lock`]).
+pub struct BlobStore {
+    disk: Box<dyn Disk>,
+    root: PathBuf,
+    index: Mutex<Index>,
+    quota: Quota,
+    next_temporary: AtomicU64,
+}
+
+/// What the store could not do.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// The quota is used up.
+    #[error("{wanted} more bytes do not fit: {left} bytes are left of the disk quota of {bytes_max}")]
+    QuotaExceeded {
+        /// Bytes that were to be written.
+        wanted: u64,
+        /// Bytes that are left.
+        left: u64,
+        /// The quota.
+        bytes_max: u64,
+    },
+    /// The filesystem is full.
+    #[error("no space left on the disk that holds {path}")]
+    DiskFull {
+        /// The store.
+        path: String,
+        /// The filesystem's answer.
+        source: io::Error,
+    },
+    /// Bytes came that are not those of the hash.
+    #[error("{found} bytes do not match {expected} of {length} bytes")]
+    WrongBytes {
+        /// The hash that was promised.
+        expected: ContentHash,
+        /// The length that was promised.
+        length: u64,
+        /// Bytes that came.
+        found: u64,
+    },
+    /// A blob on disk is no longer what it was; it has been moved to the quarantine.
+    #[error("blob {hash} is damaged on disk and was put into quarantine")]
+    Damaged {
+        /// Which.
+        hash: ContentHash,
+    },
+    /// The filesystem refused.
+    #[error("cannot {action} {path}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// On what.
+        path: String,
+        /// Why not.
+        source: io::Error,
+    },
+}
+
+/// Whether a blob is new to the store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PutOutcome {
+    /// It was written.
+    Written,
+    /// It was there.
+    Present,
+}
+
+/// Counts of a store.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StoreStat {
+    /// Blobs.
+    pub blobs: u64,
+    /// Their bytes, and those set aside for blobs on their way.
+    pub bytes: u64,
+    /// The quota in bytes.
+    pub bytes_max: u64,
+    /// Blobs that were found damaged and moved aside.
+    pub quarantined: u64,
+    /// Blobs that have not been verified since they were found here.
+    pub unverified: u64,
+    /// When the longest unverified of the others was verified, in milliseconds since 1970.
+    pub oldest_verified_at_ms: u64,
+    /// Bytes that the filesystem has left.
+    pub disk_free_bytes: u64,
+}
+
+impl BlobStore {
+    /// Opens the store under `root`, creating it where needed, and brings its index in line with the files.
+    pub fn open(disk: Box<dyn Disk>, root: &Path, bytes_max: u64) -> Result<Self, StoreError> {
+        let root = root.to_owned();
+        for name in ["blobs", "incoming", "quarantine"] {
+            let path = root.join(name);
+            disk.create_dir_all(&path).map_err(|source| io_error("create", &path, source))?;
+        }
+        for (path, _) in list(&*disk, &root.join("incoming"))? {
+            disk.remove(&path).map_err(|source| io_error("remove", &path, source))?;
+        }
+        let mut on_disk = BTreeMap::new();
+        for prefix in 0..=u8::MAX {
+            let dir = root.join("blobs").join(protocol::hash::to_hex(&[prefix]));
+            let files = match disk.list(&dir) {
+                Ok(files) => files,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(source) => return Err(io_error("list", &dir, source)),
+            };
+            for (path, length) in files {
+                match blob_name(&path) {
+                    Some(hash) if *hash.as_bytes().first().expect("a hash has bytes") == prefix => drop(on_disk.insert(hash, length)),
+                    _ => warn!(path = %path.display(), "a file that is not a blob lies among the blobs; left alone"),
+                }
+            }
+        }
+        let index = Index::open(&root.join("index"), &on_disk);
+        let used = on_disk.values().sum();
+        Ok(Self { disk, root, index: Mutex::new(index), quota: Quota::new(used, bytes_max), next_temporary: AtomicU64::new(0) })
+    }
+
+    /// Says whether the store has `hash`, as far as it knows: a read may still find it damaged.
+    pub fn contains(&self, hash: &ContentHash) -> bool {
+        self.index().get(hash).is_some()
+    }
+
+    /// The length of a blob.
+    pub fn length(&self, hash: &ContentHash) -> Option<u64> {
+        self.index().get(hash).map(|entry| entry.length)
+    }
+
+    /// Every blob, by hash.
+    pub fn list(&self) -> Vec<BlobRef> {
+        self.index().iter().map(|(hash, entry)| BlobRef { hash, length: entry.length }).collect()
+    }
+
+    /// Hashes and writes bytes that we made ourselves.
+    pub fn put(&self, bytes: &[u8], now_ms: u64) -> Result<(BlobRef, PutOutcome), StoreError> {
+        let blob = BlobRef::of(bytes);
+        if self.length(&blob.hash) == Some(blob.length) {
+            return Ok((blob, PutOutcome::Present));
+        }
+        let mut writer = self.writer(blob)?;
+        writer.write(bytes)?;
+        let outcome = writer.finish(now_ms)?;
+        Ok((blob, outcome))
+    }
+
+    /// Starts writing a blob whose hash and length are known: room is set aside before the first byte.
+    pub fn writer(&self, blob: BlobRef) -> Result<BlobWriter<'_>, StoreError> {
+        let bytes_max = self.quota.bytes_max();
+        let reservation =
+            self.quota.reserve(blob.length).map_err(|left| StoreError::QuotaExceeded { wanted: blob.length, left, bytes_max })?;
+        let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
+        let path = self.root.join("incoming").join(format!("{}.{number}", blob.hash.to_hex()));
+        let file = self.disk.create_new(&path).map_err(|source| io_error("create", &path, source))?;
+        Ok(BlobWriter {
+            store: self,
+            blob,
+            path: Some(path),
+            file,
+            hasher: blake3::Hasher::new(),
+            written: 0,
+            reservation: Some(reservation),
+        })
+    }
+
+    /// Reads a whole blob and verifies it. A damaged one goes into quarantine.
+    pub fn read(&self, hash: &ContentHash, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
+        let Some((file, length)) = self.open_file(hash)? else { return Ok(None) };
+        let mut bytes = vec![0; usize::try_from(length).expect("blobs fit into memory")];
+        let read = file.read_exact_at(&mut bytes, 0);
+        let matches = read.is_ok() && ContentHash::of(&bytes) == *hash;
+        self.judge(hash, length, read, matches, now_ms)?;
+        Ok(Some(bytes))
+    }
+
+    /// Opens a blob for reading in ranges. It is verified once, now, without being held in memory.
+    pub fn reader(&self, hash: &ContentHash, now_ms: u64) -> Result<Option<BlobReader>, StoreError> {
+        let Some((file, length)) = self.open_file(hash)? else { return Ok(None) };
+        let mut hasher = blake3::Hasher::new();
+        let mut buffer = vec![0; (1 << 20).min(length as usize)];
+        let mut at = 0;
+        let mut read = Ok(());
+        while at < length && read.is_ok() {
+            let part = &mut buffer[..(length - at).min(1 << 20) as usize];
+            read = file.read_exact_at(part, at);
+            hasher.update(part);
+            at += part.len() as u64;
+        }
+        let matches = read.is_ok() && hasher.finalize().as_bytes() == hash.as_bytes();
+        self.judge(hash, length, read, matches, now_ms)?;
+        Ok(Some(BlobReader { file, length }))
+    }
+
+    /// Removes a blob; says whether it was there.
+    pub fn remove(&self, hash: &ContentHash) -> Result<bool, StoreError> {
+        let mut index = self.index();
+        let Some(entry) = index.get(hash) else { return Ok(false) };
+        let path = self.path(hash);
+        match self.disk.remove(&path) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(io_error("remove", &path, source)),
+        }
+        index.remove(hash);
+        self.quota.release(entry.length);
+        Ok(true)
+    }
+
+    /// Makes the index durable; the blobs are already.
+    pub fn flush(&self) {
+        self.index().flush();
+    }
+
+    /// Counts what is here.
+    pub fn stat(&self) -> Result<StoreStat, StoreError> {
+        let quarantined = list(&*self.disk, &self.root.join("quarantine"))?.len() as u64;
+        let disk_free_bytes = self.disk.free_bytes(&self.root).map_err(|source| io_error("measure", &self.root, source))?;
+        let index = self.index();
+        let (verified, unverified): (Vec<_>, Vec<_>) = index.iter().map(|(_, entry)| entry.verified_at_ms).partition(|&at| at > 0);
+        Ok(StoreStat {
+            blobs: (verified.len() + unverified.len()) as u64,
+            bytes: self.quota.used(),
+            bytes_max: self.quota.bytes_max(),
+            quarantined,
+            unverified: unverified.len() as u64,
+            oldest_verified_at_ms: verified.into_iter().min().unwrap_or(0),
+            disk_free_bytes,
+        })
+    }
+
+    /// Blobs with the time of their last verification, the longest unverified first.
+    pub(crate) fn by_age(&self) -> Vec<(ContentHash, IndexEntry)> {
+        let mut blobs: Vec<_> = self.index().iter().collect();
+        blobs.sort_by_key(|(_, entry)| entry.verified_at_ms);
+        blobs
+    }
+
+    fn path(&self, hash: &ContentHash) -> PathBuf {
+        let hex = hash.to_hex();
+        self.root.join("blobs").join(&hex[..2]).join(hex)
+    }
+
+    fn open_file(&self, hash: &ContentHash) -> Result<Option<(Box<dyn DiskFile>, u64)>, StoreError> {
+        let Some(entry) = self.index().get(hash) else { return Ok(None) };
+        let path = self.path(hash);
+        match self.disk.open(&path).and_then(|file| file.length().map(|length| (file, length))) {
+            Ok((file, length)) if length == entry.length => Ok(Some((file, length))),
+            Ok(_) => {
+                self.quarantine(hash)?;
+                Err(StoreError::Damaged { hash: *hash })
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                warn!(%hash, "a blob has gone from the disk; struck out of the index");
+                self.strike_out(hash);
+                Ok(None)
+            }
+            Err(source) => Err(io_error("open", &path, source)),
+        }
+    }
+
+    /// Records a successful verification; puts what failed it into quarantine, unless it could not even be read.
+    fn judge(&self, hash: &ContentHash, length: u64, read: io::Result<()>, matches: bool, now_ms: u64) -> Result<(), StoreError> {
+        if matches {
+            let mut index = self.index();
+            if index.get(hash).is_some() {
+                index.insert(*hash, IndexEntry { length, verified_at_ms: now_ms });
+            }
+            return Ok(());
+        }
+        match read {
+            Err(source) if source.kind() != io::ErrorKind::UnexpectedEof => Err(io_error("read", &self.path(hash), source)),
+            _ => {
+                self.quarantine(hash)?;
+                Err(StoreError::Damaged { hash: *hash })
+            }
+        }
+    }
+
+    fn quarantine(&self, hash: &ContentHash) -> Result<(), StoreError> {
+        let path = self.path(hash);
+        match self.disk.rename(&path, &self.root.join("quarantine").join(hash.to_hex())) {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(source) => return Err(io_error("quarantine", &path, source)),
+        }
+        self.strike_out(hash);
+        Ok(())
+    }
+
+    fn strike_out(&self, hash: &ContentHash) {
+        if let Some(entry) = self.index().remove(hash) {
+            self.quota.release(entry.length);
+        }
+    }
+
+    fn index(&self) -> MutexGuard<'_, Index> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A blob on its way into the store. Dropped before [`finish`](Self::finish), it leaves nothing behind.
+pub struct BlobWriter<'a> {
+    store: &'a BlobStore,
+    blob: BlobRef,
+    path: Option<PathBuf>, // nothing once renamed
+    file: Box<dyn DiskFile>,
+    hasher: blake3::Hasher,
+    written: u64,
+    reservation: Option<Reservation>,
+}
+
+impl BlobWriter<'_> {
+    /// Appends bytes; refuses to go beyond the promised length.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<(), StoreError> {
+        self.written += bytes.len() as u64;
+        if self.written > self.blob.length {
+            return Err(self.wrong_bytes());
+        }
+        self.hasher.update(bytes);
+        self.file.write_all(bytes).map_err(|source| io_error("write", &self.store.root, source))
+    }
+
+    /// Verifies, makes durable and puts into place: when this returns, the blob stays.
+    pub fn finish(mut self, now_ms: u64) -> Result<PutOutcome, StoreError> {
+        if self.written != self.blob.length || self.hasher.finalize().as_bytes() != self.blob.hash.as_bytes() {
+            return Err(self.wrong_bytes());
+        }
+        let BlobRef { hash, length } = self.blob;
+        let store = self.store;
+        self.file.sync().map_err(|source| io_error("sync", &store.root, source))?;
+        let target = store.path(&hash);
+        let dir = target.parent().expect("blobs lie in a directory");
+        store.disk.create_dir_all(dir).map_err(|source| io_error("create", dir, source))?;
+        // Under the lock, so that of two writers of one blob the second sees the first.
+        let mut index = store.index();
+        if index.get(&hash).is_some_and(|entry| entry.length == length) {
+            return Ok(PutOutcome::Present);
+        }
+        let path = self.path.as_ref().expect("set until renamed");
+        store.disk.rename(path, &target).map_err(|source| io_error("rename", path, source))?;
+        self.path = None;
+        let blobs = store.root.join("blobs");
+        if let Err(source) = store.disk.sync_dir(dir).and_then(|()| store.disk.sync_dir(&blobs)) {
+            // Not durable, so not acknowledged: a name that might vanish must not be relied on.
+            let _ = store.disk.remove(&target);
+            return Err(io_error("sync", dir, source));
+        }
+        if let Some(damaged) = index.remove(&hash) {
+            store.quota.release(damaged.length);
+        }
+        index.insert(hash, IndexEntry { length, verified_at_ms: now_ms });
+        if let Some(reservation) = self.reservation.take() {
+            reservation.keep();
+        }
+        Ok(PutOutcome::Written)
+    }
+
+    fn wrong_bytes(&self) -> StoreError {
+        StoreError::WrongBytes { expected: self.blob.hash, length: self.blob.length, found: self.written }
+    }
+}
+
+impl Drop for BlobWriter<'_> {
+    fn drop(&mut self) {
+        if let Some(path) = &self.path {
+            let _ = self.store.disk.remove(path);
+        }
+    }
+}
+
+/// A verified blob, open for reading in ranges.
+pub struct BlobReader {
+    file: Box<dyn DiskFile>,
+    length: u64,
+}
+
+impl BlobReader {
+    /// Its length in bytes.
+    pub fn length(&self) -> u64 {
+        self.length
+    }
+
+    /// Fills `buffer` from `offset` on.
+    pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        self.file.read_exact_at(buffer, offset)
+    }
+}
+
+fn blob_name(path: &Path) -> Option<ContentHash> {
+    path.file_name()?.to_str()?.parse().ok().filter(|hash: &ContentHash| path.ends_with(hash.to_hex()))
+}
+
+fn list(disk: &dyn Disk, path: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+    disk.list(path).map_err(|source| io_error("list", path, source))
+}
+
+fn io_error(action: &'static str, path: &Path, source: io::Error) -> StoreError {
+    let path = path.display().to_string();
+    match source.kind() {
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::DiskFull { path, source },
+        _ => StoreError::Io { action, path, source },
+    }
+}
+
+#[cfg(test)]
+#[path = "blob_store_tests.rs"]
+mod tests;
