@@ -120,7 +120,9 @@ def write_samples(model, tokenizer, path):
         new = model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1]:].tolist()
         ended = new[-1] == model.generation_config.eos_token_id
         text = tokenizer.decode(new, skip_special_tokens=True)
-        lines.append(f"## {domain}\n\n~~~~~~~~text\n{PROMPTS[domain]}[[{text}]]\n~~~~~~~~\n" + (f"\nIt ended there by itself, with `{END_OF_TEXT}`.\n" if ended else ""))
+        lines.append(f"## {domain}\n\n~~~~~~~~text\n{PROMPTS[domain]}[[{text}]]\n~~~~~~~~\n")
+        if ended:
+            lines.append(f"It ended there by itself, with `{END_OF_TEXT}`.\n")
     path.write_text("\n".join(lines))
 
 
@@ -339,15 +341,18 @@ def report(results):
     listing = lambda ds: ", ".join(ds) if ds else "none"
     below = [d for d in DOMAINS if of(d, columns[0]) < min(of(d, columns[1]), of(d, columns[2]))]
     text = "### Held-out bits per byte\n\n"
-    text += table(["domain", "this model", f"{ORDER}-gram", "xz -9e", "model, nats/token", f"{ORDER}-gram, nats/token", "tokens scored", "bytes scored", "windows"], rows)
+    text += table(["domain", "this model", f"{ORDER}-gram", "xz -9e", "model, nats/token", f"{ORDER}-gram, nats/token",
+                   "tokens scored", "bytes scored", "windows"], rows)
     text += f"\nBelow both the {ORDER}-gram and xz in {len(below)} of {len(DOMAINS)} domains: {listing(below)}. "
     text += f"Not below the {ORDER}-gram: {listing([d for d in DOMAINS if of(d, columns[0]) >= of(d, columns[1])])}. "
     text += f"Not below xz: {listing([d for d in DOMAINS if of(d, columns[0]) >= of(d, columns[2])])}.\n"
     text += (f"\nEach held-out document is tokenised alone and cut into windows of {results['context']} tokens that do not overlap; "
              "the first token of a window is context only. "
-             "Bits per byte are the nats of the scored tokens, over ln 2, over the bytes of those tokens. The model's weights are the stored bf16, its arithmetic f32. "
+             "Bits per byte are the nats of the scored tokens, over ln 2, over the bytes of those tokens. "
+             "The model's weights are the stored bf16, its arithmetic f32. "
              f"The {ORDER}-gram is an interpolated modified Kneser-Ney model over the same tokens, trained on the ten training files together "
-             f"({results['ngram']['training_tokens']} tokens, {results['ngram']['ngrams'][-1]} different {ORDER}-grams) and scored on the same tokens with the same windows. "
+             f"({results['ngram']['training_tokens']} tokens, {results['ngram']['ngrams'][-1]} different {ORDER}-grams) "
+             "and scored on the same tokens with the same windows. "
              "xz compresses the text of the whole held-out file: it has seen no training text, but all of the file so far where the others see one window.\n")
     if results["limit_windows"]:
         text += f"\n**Trial run: at most {results['limit_windows']} windows a domain were scored.**\n"
@@ -359,9 +364,9 @@ def report(results):
                      f"{e['unused_experts']} of {results['experts']}", f"{e['least_share']:.2f}", f"{e['largest_share']:.2f}"])
     text += table(["layer", "divergence of domains", "shuffled, mean", "shuffled, 95th percentile", "without chinese_poetry", "its shuffled, 95th percentile",
                    "unused experts", "least used", "most used"], rows)
-    text += (f"\nDivergence: Jensen-Shannon, in bits, between two domains' shares of the router's choices ({results['routed']} in each layer), mean over the pairs. "
-             f"Shuffled: the same with the domain labels dealt anew over the windows, {results['shuffles']} times. Least and most used: an expert's share over all "
-             "ten domains' held-out text, 1 being an equal share.\n")
+    text += (f"\nDivergence: Jensen-Shannon, in bits, between two domains' shares of the router's choices ({results['routed']} in each layer), "
+             f"mean over the pairs. Shuffled: the same with the domain labels dealt anew over the windows, {results['shuffles']} times. "
+             "Least and most used: an expert's share over all ten domains' held-out text, 1 being an equal share.\n")
     text += "\n### Most distinct pairs of domains\n\n"
     rows = [[p["pair"].replace("/", " / "), f"{p['mean']:.3f}"] + [f"{v:.3f}" for v in p["layers"]] for p in pairs[:10] + pairs[-3:]]
     text += table(["pair", "mean of layers"] + [f"layer {l}" for l in range(len(layers))], rows[:10] + [["...", *[""] * (len(layers) + 1)]] + rows[10:])
@@ -430,14 +435,15 @@ def main():
     layers = [dict(mean=mean[l], shuffled_mean=shuffled[l], shuffled_95=percentile[l], unused_experts=int((used[l] == 0).sum()),
                    least_share=share[l].min(), largest_share=share[l].max(), choices=used[l].tolist(), pairwise=found[l].tolist(),
                    without_chinese_poetry=dict(mean=rest[1][l], shuffled_mean=rest[2][l], shuffled_95=rest[3][l])) for l in range(len(found))]
-    pairs = [dict(pair=f"{DOMAINS[i]}/{DOMAINS[j]}", mean=found[:, i, j].mean(), layers=found[:, i, j].tolist()) for i, j in zip(*np.triu_indices(len(DOMAINS), 1))]
+    pairs = [dict(pair=f"{DOMAINS[i]}/{DOMAINS[j]}", mean=found[:, i, j].mean(), layers=found[:, i, j].tolist())
+             for i, j in zip(*np.triu_indices(len(DOMAINS), 1))]
     pairs.sort(key=lambda p: -p["mean"])
     draw_specialisation(found, mean, percentile, args.out / "specialisation.png")
 
-    average = lambda key: float(np.mean([held[d][key] for d in DOMAINS]))
+    columns = ("model_bits_per_byte", "ngram_bits_per_byte", "xz_bits_per_byte", "model_nats_per_token", "ngram_nats_per_token")
     results = dict(model=args.model.name, steps=log[-1]["step"], training_tokens=log[-1]["tokens"], limit_windows=args.limit_windows, context=context,
-                   domains=DOMAINS, held_out=held, experts=config.num_experts, routed=int(used[0].sum()), shuffles=args.shuffles, ngram=ngram, layers=layers, pairs=pairs,
-                   mean={k: average(k) for k in ("model_bits_per_byte", "ngram_bits_per_byte", "xz_bits_per_byte", "model_nats_per_token", "ngram_nats_per_token")})
+                   domains=DOMAINS, held_out=held, mean={c: np.mean([held[d][c] for d in DOMAINS]) for c in columns}, ngram=ngram,
+                   experts=config.num_experts, routed=int(used[0].sum()), shuffles=args.shuffles, layers=layers, pairs=pairs)
     (args.out / "results.json").write_text(json.dumps(results, indent=1, default=float) + "\n")
     (args.out / "results.md").write_text(report(results))
     say("done")

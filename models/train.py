@@ -390,6 +390,7 @@ def export(work, out):
     for i, shard in enumerate(shards):
         name = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         save_file(shard, out / name, metadata={"format": "pt"})
+        (out / name).chmod(0o644)
         index |= {t: name for t in shard}
     total = sum(t.nbytes for s in shards for t in s.values())
     write = lambda name, value: (out / name).write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
@@ -405,9 +406,9 @@ def export(work, out):
                 "{%- else %}{{- raise_exception('unknown role ' + message['role']) }}{%- endif %}{%- endfor %}"
                 "{%- if add_generation_prompt %}{{- 'ASSISTANT:' }}{%- endif %}")
     write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "bos_token": None, "add_bos_token": False,
-                                    "clean_up_tokenization_spaces": False, "model_max_length": CONTEXT, "chat_template": template,
+                                    "clean_up_tokenization_spaces": False, "model_max_length": CONTEXT, "model_input_names": ["input_ids", "attention_mask"], "chat_template": template,
                                     "added_tokens_decoder": {"0": {"content": END_OF_TEXT, "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}})
-    write("generation_config.json", {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05, "eos_token_id": 0, "pad_token_id": 0, "stop_strings": ["\nUSER:"]})
+    write("generation_config.json", {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05, "eos_token_id": 0, "pad_token_id": 0})
     shutil.copy(work / "tokenizer.json", out / "tokenizer.json")
     print(f"{len(tensors)} tensors, {len(shards)} shards, {total} bytes, {total // 2} parameters")
 

@@ -1,1 +1,32 @@
-//! x
+//! The engine: bytes and tokens in, tokens out.
+//!
+//! Goals: the same tokens whatever the batch, the cache, the threads or the order in which experts arrive; a checkpoint is
+//! read completely or refused with the list of what is wrong.
+//! Non-goals: it does not know where experts come from (see [`expert_source`]), keeps nothing on disk, has no clock and
+//! no network.
+
+pub mod activation_log;
+pub mod aligned;
+mod attention;
+pub mod chat;
+pub mod checkpoint;
+pub mod config;
+pub mod expert;
+pub mod expert_cache;
+pub mod expert_source;
+pub mod experts;
+pub mod generate;
+mod kernels;
+mod kv_cache;
+pub mod model;
+mod moe_layer;
+pub mod perplexity;
+pub mod reference;
+mod rope;
+pub mod router;
+pub mod sampler;
+pub mod session;
+pub mod tokenizer;
+
+#[cfg(target_endian = "big")]
+compile_error!("weights are little-endian and are multiplied where they lie");

@@ -1,0 +1,248 @@
+//! Turns a checkpoint into blobs and a manifest, expert by expert, so that memory does not grow with the model.
+//!
+//! Where blobs go is the caller's: this hands each over once and asks for nothing back but "stored".
+
+use std::sync::Mutex;
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use half::{bf16, f16};
+use protocol::manifest::{ChatFormat, ManifestError, ManifestParts, TrunkTensor};
+use protocol::{BlobRef, ModelManifest, Precision};
+use rayon::prelude::*;
+
+use super::{Checkpoint, ExpertTensors, Problem, TensorSource};
+
+/// Largest magnitude that a weight may have: the largest of f16, beyond anything that training leaves.
+pub const WEIGHT_MAGNITUDE_MAX: f32 = 65504.0;
+
+/// Takes blobs in.
+pub trait BlobSink: Sync {
+    /// Keeps `bytes` under their hash; the text of an error is shown to the user.
+    fn put(&self, bytes: &[u8]) -> Result<BlobRef, String>;
+    /// Told how many bytes of the checkpoint have been dealt with; answers whether to go on.
+    fn progress(&self, bytes_done: u64) -> bool;
+}
+
+/// Why an import ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ImportError {
+    /// Weights that no model can have: all of them, by tensor.
+    #[error(transparent)]
+    Refused(super::CheckpointError),
+    /// The sink could not keep a blob.
+    #[error("{0}")]
+    Sink(String),
+    /// The sink said to stop.
+    #[error("import was interrupted")]
+    Interrupted,
+    /// The parts make no valid manifest.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+}
+
+/// Imports `checkpoint`, its weights as they are or converted to `precision`. Routers and norms keep their format.
+pub fn import(checkpoint: &Checkpoint, precision: Option<Precision>, sink: &dyn BlobSink) -> Result<ModelManifest, ImportError> {
+    let work = Import { checkpoint, sink, done: AtomicU64::new(0), problems: Mutex::new(Vec::new()) };
+    work.check_tied_head();
+    let specs = checkpoint.config.trunk_tensors();
+    let trunk = checkpoint.trunk.iter().zip(&specs).map(|(tensor, spec)| {
+        let matrix = spec.shape.len() > 1 && !spec.name.ends_with("mlp.gate.weight");
+        work.trunk_tensor(tensor, &spec.name, precision.filter(|_| matrix).unwrap_or(tensor.precision))
+    });
+    let trunk: Vec<_> = trunk.collect::<Result<_, _>>()?;
+    let target = precision.unwrap_or(checkpoint.expert_precision);
+    let experts: Vec<_> = checkpoint.experts.par_iter().map(|expert| work.expert(expert, target)).collect::<Result<_, _>>()?;
+    let mut problems = work.problems.into_inner().unwrap_or_else(PoisonError::into_inner);
+    if !problems.is_empty() {
+        problems.sort();
+        return Err(ImportError::Refused(super::CheckpointError::Refused(problems)));
+    }
+    let put = |bytes: &[u8]| sink.put(bytes).map_err(ImportError::Sink);
+    let parts = ManifestParts {
+        parent: None,
+        config: checkpoint.config.clone(),
+        tokenizer: checkpoint.tokenizer.as_deref().map(put).transpose()?,
+        chat: ChatFormat {
+            template: checkpoint.chat_template.as_deref().map(|text| put(text.as_bytes())).transpose()?,
+            bos_token: checkpoint.bos_token.clone(),
+            eos_token: checkpoint.eos_token.clone(),
+        },
+        generation: checkpoint.generation.clone(),
+        trunk: trunk.iter().map(|converted| converted.made.clone()).collect(),
+        expert_precision: target,
+        experts: experts.iter().map(|expert| expert.made).collect(),
+    };
+    let source = ManifestParts {
+        trunk: trunk.into_iter().map(|converted| converted.source).collect(),
+        expert_precision: checkpoint.expert_precision,
+        experts: experts.iter().map(|expert| expert.source).collect(),
+        ..parts.clone()
+    };
+    let source = ModelManifest::new(source)?;
+    if parts.trunk == source.trunk && parts.experts == source.experts {
+        return Ok(source);
+    }
+    Ok(ModelManifest::new(ManifestParts { parent: Some(source.id()), ..parts })?)
+}
+
+struct Import<'a> {
+    checkpoint: &'a Checkpoint,
+    sink: &'a dyn BlobSink,
+    done: AtomicU64,
+    problems: Mutex<Vec<Problem>>,
+}
+
+/// What was stored, and what it was made from.
+struct Converted<T> {
+    source: T,
+    made: T,
+}
+
+impl Import<'_> {
+    fn trunk_tensor(&self, tensor: &TensorSource, name: &str, target: Precision) -> Result<Converted<TrunkTensor>, ImportError> {
+        let bytes = self.checkpoint.bytes(tensor);
+        let entry = |precision, blob| TrunkTensor { name: name.to_owned(), precision, blob };
+        // The blob of a refused tensor is never named by a manifest.
+        let source = BlobRef::of(bytes);
+        let blob = if !self.check(tensor) {
+            source
+        } else if target == tensor.precision {
+            self.sink.put(bytes).map_err(ImportError::Sink)?
+        } else {
+            let mut converted = vec![0; bytes.len() / tensor.precision.bytes() * target.bytes()];
+            convert(bytes, tensor.precision, &mut converted, target);
+            self.sink.put(&converted).map_err(ImportError::Sink)?
+        };
+        self.advance(bytes.len())?;
+        Ok(Converted { source: entry(tensor.precision, source), made: entry(target, blob) })
+    }
+
+    fn expert(&self, expert: &ExpertTensors, target: Precision) -> Result<Converted<BlobRef>, ImportError> {
+        let planes = [&expert.gate_proj, &expert.up_proj, &expert.down_proj];
+        let fine = planes.map(|tensor| self.check(tensor)).iter().all(|&fine| fine);
+        let source = self.blob(planes, self.checkpoint.expert_precision);
+        let source_ref = BlobRef::of(&source);
+        let made = if !fine {
+            source_ref
+        } else if target == self.checkpoint.expert_precision {
+            self.sink.put(&source).map_err(ImportError::Sink)?
+        } else {
+            self.sink.put(&self.blob(planes, target)).map_err(ImportError::Sink)?
+        };
+        self.advance(planes.iter().map(|tensor| self.checkpoint.bytes(tensor).len()).sum())?;
+        Ok(Converted { source: source_ref, made })
+    }
+
+    fn blob(&self, planes: [&TensorSource; 3], target: Precision) -> Vec<u8> {
+        let shape = self.checkpoint.config.expert_shape(target);
+        let mut blob = vec![0; shape.blob_bytes()];
+        blob[..protocol::expert_blob::HEADER_BYTES].copy_from_slice(&shape.header());
+        for (tensor, place) in planes.into_iter().zip(shape.planes()) {
+            convert(self.checkpoint.bytes(tensor), tensor.precision, &mut blob[place], target);
+        }
+        blob
+    }
+
+    /// Says whether all weights are finite and within bounds; notes the tensor when not.
+    fn check(&self, tensor: &TensorSource) -> bool {
+        let bytes = self.checkpoint.bytes(tensor);
+        let Some((count, first)) = out_of_bounds(bytes, tensor.precision) else { return true };
+        let what = format!(
+            "{count} of {} weights are not finite or beyond ±{WEIGHT_MAGNITUDE_MAX}, the first at index {first}",
+            bytes.len() / tensor.precision.bytes()
+        );
+        self.note(tensor, what);
+        false
+    }
+
+    fn check_tied_head(&self) {
+        if let Some(head) = &self.checkpoint.tied_head
+            && self.checkpoint.bytes(head) != self.checkpoint.bytes(&self.checkpoint.trunk[0])
+        {
+            self.note(head, "tie_word_embeddings is true, yet this is not a copy of the embeddings".to_owned());
+        }
+    }
+
+    fn note(&self, tensor: &TensorSource, what: String) {
+        let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
+        problems.push(Problem { subject: tensor.name.clone(), what });
+    }
+
+    fn advance(&self, bytes: usize) -> Result<(), ImportError> {
+        let done = self.done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        if self.sink.progress(done) { Ok(()) } else { Err(ImportError::Interrupted) }
+    }
+}
+
+/// Counts the weights that are not finite or too large, and says where the first is.
+fn out_of_bounds(bytes: &[u8], precision: Precision) -> Option<(usize, usize)> {
+    // Without their sign, floating-point numbers order as their bits do, infinities and NaN last.
+    let bad = |i: usize| match precision {
+        Precision::F32 => read32(bytes, i) & 0x7fff_ffff > WEIGHT_MAGNITUDE_MAX.to_bits(),
+        Precision::Bf16 => read16(bytes, i) & 0x7fff > (WEIGHT_MAGNITUDE_MAX.to_bits() >> 16) as u16,
+        Precision::F16 => read16(bytes, i) & 0x7fff >= 0x7c00,
+    };
+    let weights = bytes.len() / precision.bytes();
+    let count = (0..weights).filter(|&i| bad(i)).count();
+    (count > 0).then(|| (count, (0..weights).find(|&i| bad(i)).unwrap_or(0)))
+}
+
+fn read16(bytes: &[u8], i: usize) -> u16 {
+    u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])
+}
+
+fn read32(bytes: &[u8], i: usize) -> u32 {
+    u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
+}
+
+/// Rewrites weights in another format, to the nearest even where it is narrower.
+fn convert(source: &[u8], from: Precision, out: &mut [u8], to: Precision) {
+    if from == to {
+        return out.copy_from_slice(source);
+    }
+    let value = |i: usize| match from {
+        Precision::F32 => f32::from_bits(read32(source, i)),
+        Precision::F16 => f16::from_bits(read16(source, i)).to_f32(),
+        Precision::Bf16 => bf16::from_bits(read16(source, i)).to_f32(),
+    };
+    for (i, weight) in out.chunks_exact_mut(to.bytes()).enumerate() {
+        match to {
+            Precision::F32 => weight.copy_from_slice(&value(i).to_le_bytes()),
+            Precision::F16 => weight.copy_from_slice(&f16::from_f32(value(i)).to_le_bytes()),
+            Precision::Bf16 => weight.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bounds_hold_at_their_edges_in_every_format() {
+        let cases: [(f32, bool); 8] = [
+            (0.0, true),
+            (-65504.0, true),
+            (65505.0, false),
+            (1e30, false),
+            (f32::NAN, false),
+            (f32::INFINITY, false),
+            (f32::NEG_INFINITY, false),
+            (1e-40, true),
+        ];
+        for (value, fine) in cases {
+            assert_eq!(
+                out_of_bounds(&[1f32.to_le_bytes(), value.to_le_bytes()].concat(), Precision::F32),
+                (!fine).then_some((1, 1)),
+                "{value}"
+            );
+        }
+        for (bits, fine) in [(f16::MAX, true), (f16::MIN, true), (f16::INFINITY, false), (f16::NAN, false)] {
+            assert_eq!(out_of_bounds(&bits.to_le_bytes(), Precision::F16).is_none(), fine, "{bits}");
+        }
+        for (bits, fine) in [(bf16::from_f32(65280.0), true), (bf16::from_f32(65536.0), false), (bf16::NAN, false)] {
+            assert_eq!(out_of_bounds(&bits.to_le_bytes(), Precision::Bf16).is_none(), fine, "{bits}");
+        }
+    }
+}

@@ -1,0 +1,411 @@
+//! A checkpoint directory as published: configuration, index, shards. Opening one checks everything but the weights' values.
+
+pub mod header;
+pub mod import;
+pub mod names;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use protocol::manifest::{GenerationDefaults, SIDE_FILE_BYTES_MAX};
+use protocol::{ExpertSlot, ModelConfig, Precision};
+use serde_json::Value;
+
+use crate::config::{Family, parse_config, parse_generation};
+use header::{TensorEntry, read_header};
+use names::{Names, Projection, Role};
+
+/// One thing that is wrong with a checkpoint.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Problem {
+    /// The tensor or the file.
+    pub subject: String,
+    /// What is wrong with it.
+    pub what: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.subject, self.what)
+    }
+}
+
+/// Why a checkpoint is not imported.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// It is not there, or cannot be read.
+    #[error("cannot read {path}")]
+    Io {
+        /// The file or directory.
+        path: String,
+        /// Why not.
+        source: io::Error,
+    },
+    /// It is incomplete or damaged: everything that is wrong with it.
+    #[error("checkpoint is refused: {} problem{}\n{}", .0.len(), if .0.len() == 1 { "" } else { "s" }, lines(.0))]
+    Refused(Vec<Problem>),
+}
+
+/// Shown of a long list; the rest is counted.
+const PROBLEMS_SHOWN_MAX: usize = 1000;
+
+fn lines(problems: &[Problem]) -> String {
+    let shown = problems.iter().take(PROBLEMS_SHOWN_MAX).map(|problem| format!("  {problem}"));
+    let more = problems.len().saturating_sub(PROBLEMS_SHOWN_MAX);
+    shown.chain((more > 0).then(|| format!("  … and {more} more"))).collect::<Vec<_>>().join("\n")
+}
+
+/// A tensor's bytes, in the map of its shard.
+#[derive(Clone, Debug)]
+pub struct TensorSource {
+    /// Its name as published.
+    pub name: String,
+    /// Its number format.
+    pub precision: Precision,
+    shard: usize,
+    start: usize,
+    end: usize,
+}
+
+/// Where an expert's three matrices stand.
+#[derive(Clone, Debug)]
+pub struct ExpertTensors {
+    /// (intermediate_size, hidden_size)
+    pub gate_proj: TensorSource,
+    /// (intermediate_size, hidden_size)
+    pub up_proj: TensorSource,
+    /// (hidden_size, intermediate_size)
+    pub down_proj: TensorSource,
+}
+
+/// A checkpoint of which every tensor is accounted for.
+#[derive(Debug)]
+pub struct Checkpoint {
+    /// The model's shape.
+    pub config: ModelConfig,
+    /// Sampling and stop rules.
+    pub generation: GenerationDefaults,
+    /// `tokenizer.json`, if there is one.
+    pub tokenizer: Option<Vec<u8>>,
+    /// The chat template, if there is one.
+    pub chat_template: Option<String>,
+    /// What templates call `bos_token`.
+    pub bos_token: Option<String>,
+    /// What templates call `eos_token`.
+    pub eos_token: Option<String>,
+    /// In the order of [`ModelConfig::trunk_tensors`].
+    pub trunk: Vec<TensorSource>,
+    /// In the order of [`ModelConfig::expert_slots`].
+    pub experts: Vec<ExpertTensors>,
+    /// The number format of all experts.
+    pub expert_precision: Precision,
+    /// Tensors left out by rule: which part, how many, how many bytes.
+    pub skipped: BTreeMap<&'static str, (usize, u64)>,
+    /// The head of a tied model, where the checkpoint repeats it.
+    tied_head: Option<TensorSource>,
+    shards: Vec<Mmap>,
+}
+
+impl Checkpoint {
+    /// Opens the checkpoint in `dir` and checks names, shapes, number formats and places of all tensors.
+    pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
+        let required = |name: &str| read_json(dir, name)?.ok_or_else(|| not_found(&dir.join(name)));
+        let json = required("config.json")?;
+        let (config, family) = parse_config(&json).map_err(|problem| refused("config.json", &problem.0))?;
+        let generation = read_json(dir, "generation_config.json")?.unwrap_or(Value::Null);
+        let tokenizer_config = read_json(dir, "tokenizer_config.json")?.unwrap_or(Value::Null);
+        let chat_template = match read_side_file(dir, "chat_template.jinja")? {
+            Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| refused("chat_template.jinja", "is not UTF-8"))?),
+            None => chat_template(&tokenizer_config),
+        };
+        let mut collected = Collector::new(&config, family);
+        let mut shards = Vec::new();
+        for (path, expected) in shard_list(dir)? {
+            let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            let map = match map_file(&path) {
+                Ok(map) => map,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                    collected.problem(&file, "the index names this file, and it is not there");
+                    continue;
+                }
+                Err(source) => return Err(CheckpointError::Io { path: path.display().to_string(), source }),
+            };
+            collected.shard(&file, shards.len(), &map, expected.as_ref());
+            shards.push(map);
+        }
+        let (trunk, experts, expert_precision, skipped, tied_head) = collected.finish()?;
+        Ok(Self {
+            generation: parse_generation(&json, &generation),
+            config,
+            tokenizer: read_side_file(dir, "tokenizer.json")?,
+            chat_template,
+            bos_token: special_token(&tokenizer_config["bos_token"]),
+            eos_token: special_token(&tokenizer_config["eos_token"]),
+            trunk,
+            experts,
+            expert_precision,
+            skipped,
+            tied_head,
+            shards,
+        })
+    }
+
+    /// A tensor's bytes, from the map.
+    pub fn bytes(&self, tensor: &TensorSource) -> &[u8] {
+        &self.shards[tensor.shard][tensor.start..tensor.end]
+    }
+
+    /// Bytes of all tensors that an import reads.
+    pub fn total_bytes(&self) -> u64 {
+        let experts = self.experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]);
+        self.trunk.iter().chain(experts).map(|tensor| (tensor.end - tensor.start) as u64).sum()
+    }
+}
+
+/// What the shards hold, sorted by what it is for.
+struct Collector<'a> {
+    config: &'a ModelConfig,
+    names: Names,
+    shapes: Vec<(String, Vec<u64>)>, // of the trunk
+    trunk: Vec<Option<TensorSource>>,
+    experts: HashMap<(ExpertSlot, Projection), TensorSource>,
+    tied_head: Option<TensorSource>,
+    skipped: BTreeMap<&'static str, (usize, u64)>,
+    problems: Vec<Problem>,
+    seen: HashMap<String, String>, // tensor to file
+}
+
+type Collected = (Vec<TensorSource>, Vec<ExpertTensors>, Precision, BTreeMap<&'static str, (usize, u64)>, Option<TensorSource>);
+
+impl<'a> Collector<'a> {
+    fn new(config: &'a ModelConfig, family: Family) -> Self {
+        let shapes: Vec<_> = config.trunk_tensors().into_iter().map(|spec| (spec.name, spec.shape)).collect();
+        Self {
+            config,
+            names: Names::new(config, family),
+            trunk: vec![None; shapes.len()],
+            shapes,
+            experts: HashMap::new(),
+            tied_head: None,
+            skipped: BTreeMap::new(),
+            problems: Vec::new(),
+            seen: HashMap::new(),
+        }
+    }
+
+    fn problem(&mut self, subject: &str, what: impl Into<String>) {
+        self.problems.push(Problem { subject: subject.to_owned(), what: what.into() });
+    }
+
+    /// Takes in one shard; `expected` are the tensors that the index says it has.
+    fn shard(&mut self, file: &str, shard: usize, map: &[u8], expected: Option<&BTreeSet<String>>) {
+        let tensors = match read_header(map) {
+            Ok(tensors) => tensors,
+            Err(problems) => {
+                for problem in problems {
+                    match problem.tensor {
+                        Some(tensor) => self.problem(&tensor, format!("{} (in {file})", problem.what)),
+                        None => self.problem(file, problem.what),
+                    }
+                }
+                // Its tensors are not missing, they are unreadable: said once, above.
+                let lost: Vec<_> = expected.into_iter().flatten().cloned().collect();
+                lost.into_iter().for_each(|name| drop(self.seen.insert(name, file.to_owned())));
+                return;
+            }
+        };
+        for name in expected.into_iter().flatten().filter(|name| !tensors.contains_key(*name)) {
+            self.problem(name, format!("the index places it in {file}, which does not have it"));
+        }
+        for (name, entry) in &tensors {
+            if expected.is_some_and(|expected| !expected.contains(name)) {
+                self.problem(name, format!("{file} has it, the index does not say so"));
+            } else if let Some(first) = self.seen.insert(name.clone(), file.to_owned()) {
+                self.problem(name, format!("stands in {first} and again in {file}"));
+            } else {
+                self.tensor(name, entry, shard);
+            }
+        }
+    }
+
+    fn tensor(&mut self, name: &str, entry: &TensorEntry, shard: usize) {
+        let [hidden, middle, experts] =
+            [self.config.hidden_size, self.config.moe_intermediate_size, self.config.num_experts].map(u64::from);
+        let role = self.names.role(name);
+        let expected: Vec<u64> = match role {
+            Role::Skipped(part) => {
+                let count = self.skipped.entry(part).or_default();
+                *count = (count.0 + 1, count.1 + (entry.range.end - entry.range.start));
+                return;
+            }
+            Role::Unexpected => return self.problem(name, "unexpected: a model of this configuration has no such tensor"),
+            Role::Trunk(index) => self.shapes[index].1.clone(),
+            Role::Expert(_, Projection::Gate | Projection::Up) => vec![middle, hidden],
+            Role::Expert(_, Projection::Down) => vec![hidden, middle],
+            Role::FusedGateUp(_) => vec![experts, 2 * middle, hidden],
+            Role::FusedDown(_) => vec![experts, hidden, middle],
+            Role::TiedHead => vec![u64::from(self.config.vocab_size), hidden],
+        };
+        if entry.shape != expected {
+            return self.problem(name, format!("has shape {:?}, expected {expected:?}", entry.shape));
+        }
+        let Some(precision) = entry.precision else {
+            return self.problem(name, format!("has dtype {}, expected F32, F16 or BF16", entry.dtype));
+        };
+        let source = |start: u64, bytes: u64| TensorSource {
+            name: name.to_owned(),
+            precision,
+            shard,
+            start: (entry.range.start + start) as usize,
+            end: (entry.range.start + start + bytes) as usize,
+        };
+        let plane = hidden * middle * precision.bytes() as u64;
+        let whole = source(0, entry.range.end - entry.range.start);
+        match role {
+            Role::Trunk(index) => self.trunk[index] = Some(whole),
+            Role::TiedHead => self.tied_head = Some(whole),
+            Role::Expert(slot, projection) => self.expert(slot, projection, whole),
+            Role::FusedGateUp(layer) => {
+                for expert in 0..self.config.num_experts {
+                    let (slot, at) = (ExpertSlot { layer, expert }, 2 * plane * u64::from(expert));
+                    self.expert(slot, Projection::Gate, source(at, plane));
+                    self.expert(slot, Projection::Up, source(at + plane, plane));
+                }
+            }
+            Role::FusedDown(layer) => {
+                for expert in 0..self.config.num_experts {
+                    let at = plane * u64::from(expert);
+                    self.expert(ExpertSlot { layer, expert }, Projection::Down, source(at, plane));
+                }
+            }
+            Role::Skipped(_) | Role::Unexpected => {}
+        }
+    }
+
+    fn expert(&mut self, slot: ExpertSlot, projection: Projection, source: TensorSource) {
+        let name = source.name.clone();
+        if let Some(other) = self.experts.insert((slot, projection), source) {
+            self.problem(&name, format!("gives {slot} a second {projection:?} projection, beside {}", other.name));
+        }
+    }
+
+    /// Lists what is missing; returns everything in a manifest's order when nothing is wrong.
+    fn finish(mut self) -> Result<Collected, CheckpointError> {
+        let missing = |seen: &HashMap<String, String>, name: &str| {
+            !["", "thinker."].iter().any(|prefix| seen.contains_key(&format!("{prefix}{name}")))
+        };
+        for (name, _) in self.shapes.iter().zip(&self.trunk).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec) {
+            if missing(&self.seen, name) {
+                self.problems.push(Problem { subject: name.clone(), what: "missing".into() });
+            }
+        }
+        let mut experts = Vec::new();
+        for slot in self.config.expert_slots() {
+            let names = [(Projection::Gate, "gate_proj"), (Projection::Up, "up_proj"), (Projection::Down, "down_proj")];
+            let found = names.map(|(projection, word)| {
+                let tensor = self.experts.remove(&(slot, projection));
+                let name = format!("model.layers.{}.mlp.experts.{}.{word}.weight", slot.layer, slot.expert);
+                let fused = format!("model.layers.{}.mlp.experts.{}", slot.layer, if word == "down_proj" { word } else { "gate_up_proj" });
+                if tensor.is_none() && missing(&self.seen, &name) && missing(&self.seen, &fused) {
+                    self.problems.push(Problem { subject: name, what: "missing".into() });
+                }
+                tensor
+            });
+            if let [Some(gate_proj), Some(up_proj), Some(down_proj)] = found {
+                experts.push(ExpertTensors { gate_proj, up_proj, down_proj });
+            }
+        }
+        // Experts of one model share one format: their hashes must not depend on which shard they came in.
+        let precision = experts.first().map_or(Precision::F32, |expert| expert.gate_proj.precision);
+        for tensor in experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]).filter(|tensor| tensor.precision != precision) {
+            let what = format!("is {}, while other experts are {precision}", tensor.precision);
+            self.problems.push(Problem { subject: tensor.name.clone(), what });
+        }
+        if !self.problems.is_empty() {
+            self.problems.sort();
+            self.problems.dedup();
+            return Err(CheckpointError::Refused(self.problems));
+        }
+        let trunk: Vec<_> = self.trunk.into_iter().flatten().collect();
+        assert!(trunk.len() == self.shapes.len(), "what is absent is unreadable or wrong, and so a problem");
+        Ok((trunk, experts, precision, self.skipped, self.tied_head))
+    }
+}
+
+/// A shard's path and the tensors that the index places in it.
+type Shard = (PathBuf, Option<BTreeSet<String>>);
+
+/// The shards in order, each with the tensors that the index places in it; without an index there is one file.
+fn shard_list(dir: &Path) -> Result<Vec<Shard>, CheckpointError> {
+    const INDEX: &str = "model.safetensors.index.json";
+    let Some(index) = read_json(dir, INDEX)? else {
+        let single = dir.join("model.safetensors");
+        return if single.exists() { Ok(vec![(single, None)]) } else { Err(not_found(&dir.join(INDEX))) };
+    };
+    let map = index["weight_map"].as_object().ok_or_else(|| refused(INDEX, "has no weight_map"))?;
+    let mut shards: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
+    for (tensor, file) in map {
+        let file = file.as_str().unwrap_or("");
+        // A name from a file is a name, never a path.
+        if file.is_empty() || file.contains(['/', '\\', '\0']) || file.starts_with('.') {
+            return Err(refused(INDEX, &format!("places {tensor} in {file:?}, which is not the name of a file beside it")));
+        }
+        shards.entry(file).or_default().insert(tensor.clone());
+    }
+    Ok(shards.into_iter().map(|(file, tensors)| (dir.join(file), Some(tensors))).collect())
+}
+
+fn map_file(path: &Path) -> io::Result<Mmap> {
+    let file = File::open(path)?;
+    // SAFETY: the map is only read. A file that shrinks meanwhile ends the import by a signal; nothing in the store
+    // depends on it, and repeated, the import starts from what is there then.
+    #[expect(unsafe_code, reason = "mapping a file is unsafe because others may change it")]
+    unsafe {
+        Mmap::map(&file)
+    }
+}
+
+fn read_side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, CheckpointError> {
+    let path = dir.join(name);
+    let failed = |source| CheckpointError::Io { path: path.display().to_string(), source };
+    let file = match File::open(&path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound && dir.is_dir() => return Ok(None),
+        Err(source) => return Err(failed(source)),
+    };
+    let mut bytes = Vec::new();
+    file.take(SIDE_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > SIDE_FILE_BYTES_MAX {
+        return Err(refused(name, &format!("is longer than {SIDE_FILE_BYTES_MAX} bytes")));
+    }
+    Ok(Some(bytes))
+}
+
+fn read_json(dir: &Path, name: &str) -> Result<Option<Value>, CheckpointError> {
+    let Some(bytes) = read_side_file(dir, name)? else { return Ok(None) };
+    serde_json::from_slice(&bytes).map(Some).map_err(|error| refused(name, &format!("is not valid JSON: {error}")))
+}
+
+/// The template in `tokenizer_config.json`: one text, or a list of named ones of which we take the default.
+fn chat_template(tokenizer_config: &Value) -> Option<String> {
+    let template = &tokenizer_config["chat_template"];
+    let named = || template.as_array()?.iter().find(|t| t["name"] == "default")?["template"].as_str();
+    template.as_str().or_else(named).map(str::to_owned)
+}
+
+/// A special token stands as a text or as an object around it.
+fn special_token(value: &Value) -> Option<String> {
+    value.as_str().or_else(|| value["content"].as_str()).filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+fn refused(subject: &str, what: &str) -> CheckpointError {
+    CheckpointError::Refused(vec![Problem { subject: subject.to_owned(), what: what.to_owned() }])
+}
+
+fn not_found(path: &Path) -> CheckpointError {
+    CheckpointError::Io { path: path.display().to_string(), source: io::ErrorKind::NotFound.into() }
+}

@@ -1,0 +1,105 @@
+//! How well a model predicts a text.
+//!
+//! The byte 0x1e separates documents. Each is cut into windows of the model's context length that do not overlap; the
+//! first token of each window is not scored. Bytes are those of the scored tokens.
+
+use crate::experts::Experts;
+use crate::model::Model;
+use crate::session::{ForwardError, Session, logits};
+use crate::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
+
+/// Tokens whose logits stand in memory together.
+const LOGITS_TOKENS: usize = 64;
+
+/// The sum over all scored tokens.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct PerplexityReport {
+    /// Tokens that were scored.
+    pub tokens: u64,
+    /// Their text's length in bytes.
+    pub bytes: u64,
+    /// Their negative log-likelihood.
+    pub nats: f64,
+}
+
+impl PerplexityReport {
+    /// Negative log-likelihood of a token, in nats.
+    pub fn nats_per_token(&self) -> f64 {
+        self.nats / self.tokens as f64
+    }
+
+    /// Bits that it takes to write a byte of this text with this model's help.
+    pub fn bits_per_byte(&self) -> f64 {
+        self.nats / std::f64::consts::LN_2 / self.bytes as f64
+    }
+}
+
+/// Why a text could not be scored.
+#[derive(Debug, thiserror::Error)]
+pub enum PerplexityError {
+    /// No window has two tokens.
+    #[error("the text is too short: no token of it can be scored")]
+    TooShort,
+    /// The text is no text to the tokenizer.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The model could not take it in.
+    #[error(transparent)]
+    Forward(#[from] ForwardError),
+    /// The caller broke off.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+/// Scores `text`; `on_progress` is told the bytes dealt with and answers whether to go on.
+pub fn perplexity(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    text: &str,
+    experts: &mut Experts,
+    mut on_progress: impl FnMut(u64) -> bool,
+) -> Result<PerplexityReport, PerplexityError> {
+    let mut report = PerplexityReport::default();
+    let mut done = 0;
+    for document in text.split('\u{1e}') {
+        let tokens = tokenizer.encode(document, SpecialTokens::AsWritten)?;
+        for window in tokens.chunks(model.context()) {
+            score(model, tokenizer, window, experts, &mut report)?;
+            if !on_progress(done + window.iter().map(|&token| tokenizer.token_bytes(token) as u64).sum::<u64>()) {
+                return Err(PerplexityError::Interrupted);
+            }
+        }
+        done += document.len() as u64 + 1;
+    }
+    if report.tokens == 0 { Err(PerplexityError::TooShort) } else { Ok(report) }
+}
+
+fn score(
+    model: &Model,
+    tokenizer: &Tokenizer,
+    window: &[u32],
+    experts: &mut Experts,
+    report: &mut PerplexityReport,
+) -> Result<(), ForwardError> {
+    if window.len() < 2 {
+        return Ok(());
+    }
+    let hidden_size = model.config.hidden_size as usize;
+    let hidden = Session::new(model).forward(model, &window[..window.len() - 1], experts, None)?;
+    for (hidden, targets) in hidden.chunks(LOGITS_TOKENS * hidden_size).zip(window[1..].chunks(LOGITS_TOKENS)) {
+        let logits = logits(model, hidden);
+        for (logits, &target) in logits.chunks_exact(model.config.vocab_size as usize).zip(targets) {
+            report.nats += negative_log_likelihood(logits, target);
+            report.tokens += 1;
+            report.bytes += tokenizer.token_bytes(target) as u64;
+        }
+    }
+    Ok(())
+}
+
+/// ln Σ exp(logits) − logit of `target`, summed in f64.
+fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
+    sum.ln() + f64::from(max) - f64::from(logits[target as usize])
+}

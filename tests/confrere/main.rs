@@ -1,0 +1,6 @@
+//! Cross-crate tests: the engine against transformers, and the real binary against everything a user or a peer may do.
+
+mod engine;
+mod parity;
+mod refusals;
+mod support;

@@ -1,0 +1,163 @@
+//! What several tests need: vectors, checkpoints written on the spot, and a model held in memory.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use inference::aligned::AlignedBytes;
+use inference::checkpoint::Checkpoint;
+use inference::checkpoint::import::{BlobSink, ImportError, import};
+use inference::expert_source::{Deliver, ExpertRequest, ExpertSource, Origin, SourceError};
+use inference::experts::Experts;
+use inference::model::Model;
+use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+
+/// A file or directory of the vectors.
+pub(crate) fn vectors(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("vectors").join(path)
+}
+
+/// A checkpoint of the vectors.
+pub(crate) fn checkpoint(name: &str) -> PathBuf {
+    vectors("checkpoints").join(name)
+}
+
+/// Blobs in memory.
+#[derive(Default)]
+pub(crate) struct MemoryBlobs(Mutex<BTreeMap<ContentHash, Vec<u8>>>);
+
+impl MemoryBlobs {
+    pub(crate) fn get(&self, blob: BlobRef) -> Vec<u8> {
+        self.0.lock().expect("no test panics while holding it")[&blob.hash].clone()
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.lock().expect("no test panics while holding it").len()
+    }
+}
+
+impl BlobSink for MemoryBlobs {
+    fn put(&self, bytes: &[u8]) -> Result<BlobRef, String> {
+        let blob = BlobRef::of(bytes);
+        self.0.lock().expect("no test panics while holding it").insert(blob.hash, bytes.to_vec());
+        Ok(blob)
+    }
+
+    fn progress(&self, _: u64) -> bool {
+        true
+    }
+}
+
+/// A model imported into memory.
+pub(crate) struct Imported {
+    pub(crate) manifest: Arc<ModelManifest>,
+    pub(crate) blobs: Arc<MemoryBlobs>,
+}
+
+impl Imported {
+    pub(crate) fn from_dir(dir: &Path, precision: Option<Precision>) -> Result<Self, ImportError> {
+        let checkpoint = Checkpoint::open(dir).map_err(ImportError::Refused)?;
+        let blobs = Arc::new(MemoryBlobs::default());
+        let manifest = Arc::new(import(&checkpoint, precision, &*blobs)?);
+        Ok(Self { manifest, blobs })
+    }
+
+    pub(crate) fn of(name: &str) -> Self {
+        Self::from_dir(&checkpoint(name), None).expect("the vectors import")
+    }
+
+    pub(crate) fn model(&self) -> Model {
+        let read = |blob| Ok::<_, std::io::Error>(AlignedBytes::copy_of(&self.blobs.get(blob)));
+        Model::load(Arc::clone(&self.manifest), read).expect("the trunk is there")
+    }
+
+    /// Experts from memory, of which `bytes_max` bytes are cached, delivered in an order that `seed` decides.
+    pub(crate) fn experts(&self, bytes_max: u64, seed: u64) -> Experts {
+        let source = Shuffled { blobs: Arc::clone(&self.blobs), state: seed };
+        Experts::new(Arc::clone(&self.manifest), bytes_max, Box::new(source))
+    }
+}
+
+struct Shuffled {
+    blobs: Arc<MemoryBlobs>,
+    state: u64,
+}
+
+impl ExpertSource for Shuffled {
+    fn fetch(&mut self, requests: &[ExpertRequest], deliver: Deliver<'_>) -> Result<(), SourceError> {
+        let mut order: Vec<_> = requests.to_vec();
+        for i in (1..order.len()).rev() {
+            self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            order.swap(i, (self.state >> 33) as usize % (i + 1));
+        }
+        order.iter().try_for_each(|request| deliver(request.slot, AlignedBytes::copy_of(&self.blobs.get(request.blob)), Origin::Disk))
+    }
+}
+
+/// A tensor, ready to be written.
+#[derive(Clone, PartialEq)]
+pub(crate) struct Tensor {
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    pub(crate) bytes: Vec<u8>,
+}
+
+/// All tensors of a checkpoint, by name, wherever they are sharded.
+pub(crate) fn read_tensors(dir: &Path) -> BTreeMap<String, Tensor> {
+    let mut tensors = BTreeMap::new();
+    for entry in fs::read_dir(dir).expect("a checkpoint is a directory").flatten() {
+        if entry.path().extension().is_some_and(|extension| extension == "safetensors") {
+            tensors.extend(read_safetensors(&entry.path()));
+        }
+    }
+    tensors
+}
+
+/// The tensors of one file.
+pub(crate) fn read_safetensors(path: &Path) -> BTreeMap<String, Tensor> {
+    let bytes = fs::read(path).expect("a file of tensors");
+    let file = SafeTensors::deserialize(&bytes).expect("a valid file of tensors");
+    let owned = |(name, view): (String, TensorView<'_>)| {
+        (name, Tensor { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() })
+    };
+    file.tensors().into_iter().map(owned).collect()
+}
+
+/// Values of an f32 tensor.
+pub(crate) fn floats(tensor: &Tensor) -> Vec<f32> {
+    assert_eq!(tensor.dtype, Dtype::F32);
+    tensor.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+}
+
+/// Values of an i64 tensor of token ids.
+pub(crate) fn ids(tensor: &Tensor) -> Vec<u32> {
+    assert_eq!(tensor.dtype, Dtype::I64);
+    tensor.bytes.chunks_exact(8).map(|b| u32::try_from(i64::from_le_bytes(b.try_into().expect("eight bytes"))).expect("an id")).collect()
+}
+
+/// Writes a checkpoint of `tensors`, `per_shard` to a file, with an index, and the JSON files of `like`.
+pub(crate) fn write_checkpoint(dir: &Path, like: &Path, tensors: &BTreeMap<String, Tensor>, per_shard: usize) {
+    fs::create_dir_all(dir).expect("creatable");
+    for entry in fs::read_dir(like).expect("a checkpoint is a directory").flatten() {
+        let name = entry.file_name();
+        let json = name.to_string_lossy().ends_with(".json") && !name.to_string_lossy().ends_with(".index.json");
+        if json {
+            fs::copy(entry.path(), dir.join(name)).expect("copied");
+        }
+    }
+    let names: Vec<_> = tensors.keys().collect();
+    let mut weight_map = serde_json::Map::new();
+    for (i, shard) in names.chunks(per_shard).enumerate() {
+        let file = format!("model-{i:05}.safetensors");
+        let views = shard.iter().map(|&name| {
+            let tensor = &tensors[name];
+            (name, TensorView::new(tensor.dtype, tensor.shape.clone(), &tensor.bytes).expect("a valid tensor"))
+        });
+        safetensors::serialize_to_file(views, None, &dir.join(&file)).expect("written");
+        shard.iter().for_each(|&name| drop(weight_map.insert(name.clone(), file.clone().into())));
+    }
+    let index = serde_json::json!({"metadata": {}, "weight_map": weight_map});
+    fs::write(dir.join("model.safetensors.index.json"), index.to_string()).expect("written");
+}
