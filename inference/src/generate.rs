@@ -2,7 +2,7 @@
 
 use std::ops::ControlFlow;
 
-use crate::experts::Experts;
+use crate::experts::{ExpertUse, Experts};
 use crate::model::Model;
 use crate::sampler::{NotFinite, Sampling, sample};
 use crate::session::{ForwardError, Session, logits};
@@ -26,10 +26,10 @@ pub struct GenerateRequest {
 /// Something that happened on the way.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Progress {
-    /// The prompt has been taken in.
-    Prefilled,
-    /// The answer has grown by a token, and its text by this.
-    Token(String),
+    /// The prompt has been taken in; the experts that it took.
+    Prefilled(ExpertUse),
+    /// The answer has grown by a token, and its text by this; the experts that it has taken so far.
+    Token(String, ExpertUse),
 }
 
 /// Why an answer ended.
@@ -103,7 +103,7 @@ pub fn generate(
     let mut seen = request.prompt.clone();
     let mut hidden = session.forward(model, &request.prompt, experts, None)?;
     let mut answer = Answer { tokens: Vec::new(), text: StopText::new(&request.stop_strings), stream: tokenizer.map(Tokenizer::stream) };
-    let mut go_on = on_progress(Progress::Prefilled);
+    let mut go_on = on_progress(Progress::Prefilled(experts.usage()));
     let stop_reason = loop {
         if go_on.is_break() {
             break StopReason::Interrupted;
@@ -118,7 +118,7 @@ pub fn generate(
         }
         seen.push(token);
         let (text, stopped) = answer.push(token)?;
-        go_on = on_progress(Progress::Token(text));
+        go_on = on_progress(Progress::Token(text, experts.usage()));
         if stopped {
             break StopReason::StopString;
         }
@@ -133,7 +133,7 @@ pub fn generate(
     }
     let held = text.release();
     if !held.is_empty() {
-        let _ = on_progress(Progress::Token(held));
+        let _ = on_progress(Progress::Token(held, experts.usage()));
     }
     Ok(Generated { tokens, text: text.shown, stop_reason })
 }

@@ -54,6 +54,12 @@ impl Session {
         self.past
     }
 
+    /// Forgets the tokens from `tokens` on, so that another continuation can follow.
+    pub fn rewind(&mut self, tokens: usize) {
+        self.past = self.past.min(tokens);
+        self.cache.truncate(self.past);
+    }
+
     /// Takes in `tokens` and returns their final hidden states, (tokens, hidden_size), for [`logits`].
     pub fn forward(
         &mut self,
@@ -74,8 +80,7 @@ impl Session {
             match self.layers(model, part, experts, log.as_deref_mut()) {
                 Ok(part) => hidden.extend(part),
                 Err(error) => {
-                    self.cache.truncate(start);
-                    self.past = start;
+                    self.rewind(start);
                     return Err(error.into());
                 }
             }

@@ -1,1 +1,24 @@
-fn main() {}
+//! Confrere: a node that runs Mixture-of-Experts models together with its peers.
+
+mod api;
+mod cli;
+mod clock;
+mod data_dir;
+mod failure;
+mod federation;
+mod net;
+mod output;
+mod peer_experts;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match cli::main() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            // Even with --quiet: whoever asked must know why there is no answer.
+            eprintln!("error: {failure}");
+            ExitCode::from(failure.kind as u8)
+        }
+    }
+}

@@ -16,6 +16,9 @@ use crate::disk::{Disk, DiskFile};
 use crate::index::{Index, IndexEntry};
 use crate::quota::{Quota, Reservation};
 
+/// A file with its length.
+type OpenFile = (Box<dyn DiskFile>, u64);
+
 /// A store of blobs in one directory. Shared by threads; one process at a time (see [`crate::lock`]).
 pub struct BlobStore {
     disk: Box<dyn Disk>,
@@ -179,14 +182,23 @@ impl BlobStore {
         })
     }
 
+    /// Reads a whole blob into a buffer of its length and verifies it. A damaged one goes into quarantine.
+    pub fn read_into(&self, hash: &ContentHash, buffer: &mut [u8], now_ms: u64) -> Result<bool, StoreError> {
+        let Some((file, length)) = self.open_file(hash)? else { return Ok(false) };
+        if buffer.len() as u64 != length {
+            return Err(StoreError::WrongBytes { expected: *hash, length: buffer.len() as u64, found: length });
+        }
+        let read = file.read_exact_at(buffer, 0);
+        let matches = read.is_ok() && ContentHash::of(buffer) == *hash;
+        self.judge(hash, length, read, matches, now_ms)?;
+        Ok(true)
+    }
+
     /// Reads a whole blob and verifies it. A damaged one goes into quarantine.
     pub fn read(&self, hash: &ContentHash, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
-        let Some((file, length)) = self.open_file(hash)? else { return Ok(None) };
+        let Some(length) = self.length(hash) else { return Ok(None) };
         let mut bytes = vec![0; usize::try_from(length).expect("blobs fit into memory")];
-        let read = file.read_exact_at(&mut bytes, 0);
-        let matches = read.is_ok() && ContentHash::of(&bytes) == *hash;
-        self.judge(hash, length, read, matches, now_ms)?;
-        Ok(Some(bytes))
+        Ok(self.read_into(hash, &mut bytes, now_ms)?.then_some(bytes))
     }
 
     /// Opens a blob for reading in ranges. It is verified once, now, without being held in memory.
@@ -256,7 +268,7 @@ impl BlobStore {
         self.root.join("blobs").join(&hex[..2]).join(hex)
     }
 
-    fn open_file(&self, hash: &ContentHash) -> Result<Option<(Box<dyn DiskFile>, u64)>, StoreError> {
+    fn open_file(&self, hash: &ContentHash) -> Result<Option<OpenFile>, StoreError> {
         let Some(entry) = self.index().get(hash) else { return Ok(None) };
         let path = self.path(hash);
         match self.disk.open(&path).and_then(|file| file.length().map(|length| (file, length))) {

@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use protocol::ContentHash;
 use tracing::warn;
@@ -128,12 +128,9 @@ fn read_tree(path: &Path) -> sled::Result<(sled::Db, BTreeMap<ContentHash, Index
 
 fn remove_snapshots(path: &Path) {
     let Ok(files) = std::fs::read_dir(path) else { return };
-    let snapshots = files.flatten().map(|file| file.path()).filter(|file| is_snapshot(file));
-    snapshots.for_each(|file| drop(std::fs::remove_file(file)));
-}
-
-fn is_snapshot(path: &PathBuf) -> bool {
-    Path::new(path).file_name().is_some_and(|name| name.to_string_lossy().starts_with("snap."))
+    for file in files.flatten().filter(|file| file.file_name().to_string_lossy().starts_with("snap.")) {
+        let _ = std::fs::remove_file(file.path());
+    }
 }
 
 /// Runs something of sled's, which panics on some damage: a panic counts as an error.

@@ -1,0 +1,137 @@
+//! `confrere eval`: logits and perplexity, to compare with other programs.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Subcommand};
+use inference::perplexity::perplexity;
+use inference::reference::reference_logits;
+use inference::session::{Session, logits as head};
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::json;
+
+use super::{Context, PeerArgs};
+use crate::clock::{check_interrupted, interrupted, now_ms};
+use crate::data_dir::io_failure;
+use crate::failure::{Failure, Kind};
+use crate::federation::Federation;
+use crate::output::{byte_bar, note, print_json, print_line};
+
+/// Tokens whose logits are computed together.
+const LOGITS_TOKENS: usize = 64;
+
+#[derive(Subcommand)]
+pub(super) enum EvalCommand {
+    /// Write the logits of some tokens to a file
+    Logits(LogitsArgs),
+    /// Say how well a model predicts a text
+    Perplexity(PerplexityArgs),
+}
+
+#[derive(Args)]
+pub(super) struct LogitsArgs {
+    /// A name, an id or the beginning of an id
+    model: String,
+    /// A file with a JSON array of token ids
+    #[arg(long, value_name = "FILE")]
+    tokens: PathBuf,
+    /// Where to write: safetensors with a tensor `logits`, (tokens, vocab), f32
+    #[arg(long, value_name = "FILE")]
+    out: PathBuf,
+    /// Compute with the reference engine instead: slow, on other kernels
+    #[arg(long)]
+    reference: bool,
+    #[command(flatten)]
+    peers: PeerArgs,
+}
+
+#[derive(Args)]
+pub(super) struct PerplexityArgs {
+    /// A name, an id or the beginning of an id
+    model: String,
+    /// A text file; the byte 0x1e separates documents
+    file: PathBuf,
+    #[command(flatten)]
+    peers: PeerArgs,
+}
+
+pub(super) fn eval(context: &Context, command: &EvalCommand) -> Result<(), Failure> {
+    match command {
+        EvalCommand::Logits(args) => logits(context, args),
+        EvalCommand::Perplexity(args) => measure(context, args),
+    }
+}
+
+fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
+    let text = read(&args.tokens)?;
+    let tokens: Vec<u32> = serde_json::from_slice(&text)
+        .map_err(|error| Failure::new(Kind::Usage, format!("{} is not a JSON array of token ids: {error}", args.tokens.display())))?;
+    if tokens.is_empty() {
+        return Err(Failure::new(Kind::Usage, format!("{} has no tokens", args.tokens.display())));
+    }
+    let mut open = context.lock()?;
+    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let found = federation.find(&mut open, &args.model, None)?;
+    let vocab_size = found.manifest.config.vocab_size as usize;
+    let values = if args.reference {
+        let mut read = |blob: protocol::BlobRef| {
+            let bytes = open.store.read(&blob.hash, now_ms()).map_err(|error| error.to_string())?;
+            bytes.ok_or_else(|| format!("{} is not here; confrere pull {} brings everything", blob.hash, found.name))
+        };
+        reference_logits(&found.manifest, &tokens, &mut read).map_err(|error| Failure::new(Kind::Other, error))?
+    } else {
+        let mut loaded = federation.load(&open, &found, context.memory_max, tokens.len())?;
+        let hidden = Session::new(&loaded.model).forward(&loaded.model, &tokens, &mut loaded.experts, None)?;
+        let rows = hidden.chunks(LOGITS_TOKENS * found.manifest.config.hidden_size as usize);
+        let mut values = Vec::with_capacity(tokens.len() * vocab_size);
+        for rows in rows {
+            check_interrupted()?;
+            values.extend(head(&loaded.model, rows));
+        }
+        values
+    };
+    let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
+    let view = TensorView::new(Dtype::F32, vec![tokens.len(), vocab_size], &bytes)
+        .map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let tensors = HashMap::from([("logits", view)]);
+    let written = safetensors::serialize_to_file(tensors, None, &args.out);
+    written.map_err(|error| Failure::new(Kind::Other, format!("cannot write {}: {error}", args.out.display())))?;
+    if context.json {
+        return print_json(&json!({"tokens": tokens.len(), "vocab": vocab_size, "out": args.out}));
+    }
+    note(&format!("wrote logits ({}, {vocab_size}) to {}", tokens.len(), args.out.display()));
+    Ok(())
+}
+
+fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
+    let text =
+        String::from_utf8(read(&args.file)?).map_err(|_| Failure::new(Kind::Usage, format!("{} is not UTF-8", args.file.display())))?;
+    let mut open = context.lock()?;
+    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let found = federation.find(&mut open, &args.model, None)?;
+    let mut loaded = federation.load(&open, &found, context.memory_max, usize::MAX)?;
+    let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
+    let tokenizer = loaded.tokenizer.as_ref().ok_or_else(missing)?;
+    let bar = byte_bar(text.len() as u64, "perplexity");
+    let report = perplexity(&loaded.model, tokenizer, &text, &mut loaded.experts, |done| {
+        bar.set_position(done);
+        !interrupted()
+    })?;
+    bar.finish_and_clear();
+    if context.json {
+        return print_json(
+            &json!({"tokens": report.tokens, "nats_per_token": report.nats_per_token(), "bits_per_byte": report.bits_per_byte()}),
+        );
+    }
+    print_line(&format!(
+        "{} tokens, {:.4} nats a token, {:.4} bits a byte",
+        report.tokens,
+        report.nats_per_token(),
+        report.bits_per_byte()
+    ));
+    Ok(())
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, Failure> {
+    std::fs::read(path).map_err(|error| io_failure("read", path, &error))
+}

@@ -1,0 +1,50 @@
+//! `confrere id` and `confrere publishers`: who this node is, and whose models it runs.
+
+use clap::Subcommand;
+use serde_json::json;
+
+use super::{Context, PublisherKey};
+use crate::failure::{Failure, Kind};
+use crate::output::{print_json, print_line};
+
+#[derive(Subcommand)]
+pub(super) enum PublishersCommand {
+    /// Trust the models of a key
+    Add(PublisherKey),
+    /// List the trusted keys
+    Ls,
+    /// No longer trust a key
+    Rm(PublisherKey),
+}
+
+pub(super) fn id(context: &Context) -> Result<(), Failure> {
+    let id = context.dir.key()?.id();
+    if context.json {
+        return print_json(&json!({"id": id.to_string(), "peer_id": crate::net::peer_id(id).map(|peer| peer.to_string())}));
+    }
+    print_line(&id.to_string());
+    Ok(())
+}
+
+pub(super) fn publishers(context: &Context, command: &PublishersCommand) -> Result<(), Failure> {
+    let mut publishers = context.dir.publishers()?;
+    match command {
+        PublishersCommand::Add(PublisherKey { key }) => {
+            publishers.insert(*key);
+            context.dir.set_publishers(&publishers)?;
+        }
+        PublishersCommand::Rm(PublisherKey { key }) => {
+            if !publishers.remove(key) {
+                return Err(Failure::new(Kind::NotFound, format!("{key} is not among the trusted keys")));
+            }
+            context.dir.set_publishers(&publishers)?;
+        }
+        PublishersCommand::Ls if !context.json => publishers.iter().for_each(|key| print_line(&key.to_string())),
+        PublishersCommand::Ls => {}
+    }
+    if context.json {
+        let keys: Vec<_> = publishers.iter().map(ToString::to_string).collect();
+        return print_json(&keys);
+    }
+    Ok(())
+}

@@ -1,0 +1,264 @@
+//! The command line: what people type, one file a command.
+
+mod demo;
+mod eval;
+mod import;
+mod join;
+mod keys;
+mod models;
+mod pull;
+mod repo;
+mod run;
+mod serve;
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+use libp2p::Multiaddr;
+use protocol::NodeId;
+use tokio::runtime::Runtime;
+
+use crate::clock::watch_for_interrupts;
+use crate::data_dir::{DataDir, OpenDataDir};
+use crate::failure::{Failure, Kind};
+use crate::federation::{PeerOptions, Publishers, default_memory};
+use crate::output;
+
+/// Runs Mixture-of-Experts models together with your other devices: what one lacks, it fetches from its peers.
+#[derive(Parser)]
+#[command(name = "confrere", version, propagate_version = true, arg_required_else_help = true)]
+struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct Global {
+    /// Where this node keeps its key, models and experts
+    #[arg(long, global = true, value_name = "DIR", env = "CONFRERE_DATA_DIR")]
+    data_dir: Option<PathBuf>,
+    /// Print one JSON value instead of text
+    #[arg(long, global = true)]
+    json: bool,
+    /// Say nothing but data and errors
+    #[arg(short, long, global = true)]
+    quiet: bool,
+    /// Log what happens; twice for more
+    #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
+    verbose: u8,
+    /// Ask no peer
+    #[arg(long, global = true, env = "CONFRERE_OFFLINE")]
+    offline: bool,
+    /// Most disk that blobs may take, e.g. 20GB [default: no limit]
+    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size, env = "CONFRERE_DISK")]
+    disk: Option<u64>,
+    /// Most memory that a model may take, e.g. 4GiB [default: three quarters of what is free]
+    #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size, env = "CONFRERE_RAM")]
+    ram: Option<u64>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show two nodes working together on the model that ships with Confrere
+    Demo(demo::DemoArgs),
+    /// Import a checkpoint directory into the store
+    Import(import::ImportArgs),
+    /// Trust a node and learn what it has, from the ticket that its `serve` prints
+    Join(join::JoinArgs),
+    /// Keep the list of those whose models you run
+    #[command(subcommand)]
+    Publishers(keys::PublishersCommand),
+    /// Print this node's key, in the form that `publishers add` takes
+    Id,
+    /// List the models
+    Ls,
+    /// Show what a model is made of
+    Show {
+        /// A name, an id or the beginning of an id
+        model: String,
+    },
+    /// Remove a model, and the blobs that no other model uses
+    Rm {
+        /// A name, an id or the beginning of an id
+        model: String,
+    },
+    /// Serve manifests, trunks and experts to peers
+    Serve(serve::ServeArgs),
+    /// Fetch a model, or part of it, from peers
+    Pull(pull::PullArgs),
+    /// Generate text; experts that are missing are fetched
+    Run(run::RunArgs),
+    /// Measure a model
+    #[command(subcommand)]
+    Eval(eval::EvalCommand),
+    /// Look after the store
+    #[command(subcommand)]
+    Repo(repo::RepoCommand),
+}
+
+/// How a command finds peers.
+#[derive(Args, Clone)]
+struct PeerArgs {
+    /// A peer's address, as its `serve` prints it; may be given again
+    #[arg(long = "peer", value_name = "ADDR", value_parser = crate::net::parse_address)]
+    peers: Vec<Multiaddr>,
+    /// Look for peers on the local network
+    #[arg(long, env = "CONFRERE_MDNS")]
+    mdns: bool,
+    /// Give up after so many seconds without progress
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]
+    timeout: f64,
+    /// Accept models from publishers that you do not trust
+    #[arg(long)]
+    allow_unsigned: bool,
+}
+
+impl PeerArgs {
+    fn options(&self) -> PeerOptions {
+        PeerOptions {
+            peers: self.peers.clone(),
+            mdns: self.mdns,
+            timeout: Duration::from_secs_f64(self.timeout),
+            publishers: if self.allow_unsigned { Publishers::Anybody } else { Publishers::Trusted },
+        }
+    }
+}
+
+/// What every command may use.
+struct Context {
+    dir: DataDir,
+    runtime: Runtime,
+    json: bool,
+    offline: bool,
+    disk_max: u64,
+    memory_max: u64,
+}
+
+impl Context {
+    /// Takes the data directory for this command alone.
+    fn lock(&self) -> Result<OpenDataDir, Failure> {
+        self.dir.lock(self.disk_max)
+    }
+}
+
+/// Reads the command line and does what it says.
+pub(crate) fn main() -> Result<(), Failure> {
+    let cli = Cli::parse();
+    start_logging(cli.global.verbose, cli.global.quiet);
+    let runtime = Runtime::new().map_err(|error| Failure::new(Kind::Other, format!("cannot start the runtime: {error}")))?;
+    watch_for_interrupts(runtime.handle());
+    let data_dir = match cli.global.data_dir {
+        Some(dir) => dir,
+        None => default_data_dir()?,
+    };
+    if let Command::Demo(args) = cli.command {
+        return demo::demo(&runtime, &args, cli.global.json);
+    }
+    let context = Context {
+        dir: DataDir::open(&data_dir)?,
+        runtime,
+        json: cli.global.json,
+        offline: cli.global.offline,
+        disk_max: cli.global.disk.unwrap_or(u64::MAX),
+        memory_max: cli.global.ram.unwrap_or_else(default_memory),
+    };
+    match cli.command {
+        Command::Demo(_) => unreachable!("handled above: it has data directories of its own"),
+        Command::Import(args) => import::import(&context, &args),
+        Command::Join(args) => join::join(&context, &args),
+        Command::Publishers(command) => keys::publishers(&context, &command),
+        Command::Id => keys::id(&context),
+        Command::Ls => models::ls(&context),
+        Command::Show { model } => models::show(&context, &model),
+        Command::Rm { model } => models::rm(&context, &model),
+        Command::Serve(args) => serve::serve(&context, &args),
+        Command::Pull(args) => pull::pull(&context, &args),
+        Command::Run(args) => run::run(&context, &args),
+        Command::Eval(command) => eval::eval(&context, &command),
+        Command::Repo(command) => repo::repo(&context, &command),
+    }
+}
+
+fn start_logging(verbose: u8, quiet: bool) {
+    if quiet {
+        output::be_quiet();
+    }
+    let level = match (quiet, verbose) {
+        (true, _) => "error",
+        (false, 0) => "warn",
+        (false, 1) => "confrere=debug,store=debug,warn",
+        (false, _) => "debug",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_env("CONFRERE_LOG").unwrap_or_else(|_| level.into());
+    let color = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(std::io::stderr).init();
+}
+
+fn default_data_dir() -> Result<PathBuf, Failure> {
+    let dirs = directories::ProjectDirs::from("", "", "confrere");
+    let missing = || Failure::new(Kind::Usage, "no home directory to keep data in; say where with --data-dir");
+    Ok(dirs.ok_or_else(missing)?.data_dir().to_owned())
+}
+
+/// Reads a size: a number of bytes, or one with kB, MB, GB, TB or KiB, MiB, GiB, TiB.
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(digits);
+    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "k" | "kb" => 1000,
+        "m" | "mb" => 1000_u64.pow(2),
+        "g" | "gb" => 1000_u64.pow(3),
+        "t" | "tb" => 1000_u64.pow(4),
+        "ki" | "kib" => 1 << 10,
+        "mi" | "mib" => 1 << 20,
+        "gi" | "gib" => 1 << 30,
+        "ti" | "tib" => 1 << 40,
+        other => return Err(format!("{other:?} is not a unit; write 500MB or 4GiB")),
+    };
+    let number: f64 = number.parse().map_err(|_| format!("{text:?} is not a size; write 500MB or 4GiB"))?;
+    Ok((number * factor as f64) as u64)
+}
+
+fn parse_seconds(text: &str) -> Result<f64, String> {
+    text.parse().ok().filter(|seconds| (0.0..=1e6).contains(seconds)).ok_or_else(|| format!("{text:?} is not a number of seconds"))
+}
+
+#[derive(Args)]
+struct PublisherKey {
+    /// A key as `confrere id` prints it
+    key: NodeId,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn global_flags_stand_before_and_after_the_command() {
+        for line in [["confrere", "--data-dir", "x", "--json", "ls"], ["confrere", "ls", "--json", "--data-dir", "x"]] {
+            let cli = Cli::try_parse_from(line).unwrap_or_else(|error| panic!("{error}"));
+            assert!(cli.global.json && cli.global.data_dir == Some("x".into()));
+        }
+    }
+
+    #[test]
+    fn sizes_have_decimal_and_binary_units() {
+        let sizes = [("0", 0), ("12", 12), ("1.5kB", 1500), ("2GiB", 2 << 30), ("3 MB", 3_000_000), ("1ti", 1 << 40)];
+        for (text, bytes) in sizes {
+            assert_eq!(parse_size(text), Ok(bytes), "{text}");
+        }
+        for text in ["", "GB", "-1", "1XB", "1.2.3", "1e3"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+}

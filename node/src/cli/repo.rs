@@ -1,0 +1,88 @@
+//! `confrere repo`: counting, verifying and cleaning the store.
+
+use clap::Subcommand;
+use serde_json::json;
+use store::scrub::scrub;
+
+use super::Context;
+use crate::clock::{check_interrupted, interrupted, now_ms};
+use crate::failure::{Failure, Kind};
+use crate::output::{byte_bar, human_bytes, note, print_json, print_line};
+
+#[derive(Subcommand)]
+pub(super) enum RepoCommand {
+    /// Count blobs and bytes
+    Stat,
+    /// Read every blob and compare it with its hash; damaged ones are put aside
+    Verify,
+    /// Remove the blobs that no model uses
+    Gc,
+}
+
+pub(super) fn repo(context: &Context, command: &RepoCommand) -> Result<(), Failure> {
+    match command {
+        RepoCommand::Stat => stat(context),
+        RepoCommand::Verify => verify(context),
+        RepoCommand::Gc => gc(context),
+    }
+}
+
+fn stat(context: &Context) -> Result<(), Failure> {
+    let stat = context.lock()?.store.stat()?;
+    let quota = (stat.bytes_max != u64::MAX).then_some(stat.bytes_max);
+    if context.json {
+        return print_json(&json!({
+            "blobs": stat.blobs, "bytes": stat.bytes, "quota_bytes": quota, "quarantined": stat.quarantined, "unverified": stat.unverified,
+            "oldest_verified_at_ms": stat.oldest_verified_at_ms, "disk_free_bytes": stat.disk_free_bytes,
+        }));
+    }
+    print_line(&format!("blobs        {}", stat.blobs));
+    print_line(&format!("bytes        {}", human_bytes(stat.bytes)));
+    print_line(&format!("quota        {}", quota.map_or_else(|| "none".to_owned(), human_bytes)));
+    print_line(&format!("disk free    {}", human_bytes(stat.disk_free_bytes)));
+    print_line(&format!("quarantined  {}", stat.quarantined));
+    let days = now_ms().saturating_sub(stat.oldest_verified_at_ms) / 86_400_000;
+    let age = match (stat.unverified, stat.oldest_verified_at_ms) {
+        (0, 0) => "nothing to verify".to_owned(),
+        (0, _) => format!("all within {} days", days + 1),
+        (count, _) => format!("not yet: {count} blobs (confrere repo verify)"),
+    };
+    print_line(&format!("verified     {age}"));
+    Ok(())
+}
+
+fn verify(context: &Context) -> Result<(), Failure> {
+    let open = context.lock()?;
+    let bar = byte_bar(open.store.stat()?.bytes, "verify");
+    let report = scrub(&open.store, now_ms, |bytes| {
+        bar.set_position(bytes);
+        !interrupted()
+    });
+    bar.finish_and_clear();
+    let damaged: Vec<_> = report.damaged.iter().map(ToString::to_string).collect();
+    let unreadable: Vec<_> = report.unreadable.iter().map(|(hash, why)| format!("{hash}: {why}")).collect();
+    if context.json {
+        print_json(&json!({"verified": report.verified, "bytes": report.bytes, "damaged": damaged, "unreadable": unreadable}))?;
+    } else {
+        print_line(&format!("{} blobs are what they should be ({})", report.verified, human_bytes(report.bytes)));
+        damaged.iter().for_each(|hash| print_line(&format!("damaged, put into quarantine: {hash}")));
+        unreadable.iter().for_each(|line| print_line(&format!("cannot be read: {line}")));
+    }
+    check_interrupted()?;
+    if damaged.is_empty() && unreadable.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Kind::Integrity,
+        format!("{} damaged and {} unreadable blobs; peers or another import can replace them", damaged.len(), unreadable.len()),
+    ))
+}
+
+fn gc(context: &Context) -> Result<(), Failure> {
+    let (blobs, bytes) = context.lock()?.collect_garbage()?;
+    if context.json {
+        return print_json(&json!({"blobs_removed": blobs, "bytes_removed": bytes}));
+    }
+    note(&format!("removed {blobs} blobs, {}", human_bytes(bytes)));
+    Ok(())
+}

@@ -1,0 +1,283 @@
+//! `confrere run`: a prompt, or a conversation.
+
+use std::io::{BufRead, IsTerminal, Read};
+use std::ops::ControlFlow;
+use std::time::Instant;
+
+use clap::Args;
+use inference::chat::Message;
+use inference::experts::ExpertUse;
+use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
+use inference::sampler::Sampling;
+use inference::session::Session;
+use inference::tokenizer::SpecialTokens;
+use protocol::manifest::GenerationDefaults;
+use serde_json::{Value, json};
+
+use super::{Context, PeerArgs};
+use crate::clock::{instant, interrupted};
+use crate::failure::{Failure, Kind};
+use crate::federation::{Federation, Loaded};
+use crate::output::{human_bytes, note, print, print_json};
+
+/// Longest prompt that is read from standard input, in bytes.
+const STDIN_BYTES_MAX: u64 = 16 << 20;
+
+#[derive(Args)]
+pub(super) struct RunArgs {
+    /// A name, an id or the beginning of an id
+    model: String,
+    /// What to answer; without it, a conversation on a terminal, else standard input. Token ids ([1, 2, 3]) where there is no tokenizer
+    prompt: Option<String>,
+    /// Most tokens to generate
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_tokens: usize,
+    /// 0 takes the likeliest token [default: the model's own]
+    #[arg(long, value_name = "T", value_parser = parse_temperature)]
+    temperature: Option<f32>,
+    /// Choose among so many of the likeliest tokens; 0 for all
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Choose among the likeliest tokens up to this probability
+    #[arg(long, value_name = "P", value_parser = parse_probability)]
+    top_p: Option<f32>,
+    /// Push down tokens that are there already; 1 for not at all
+    #[arg(long, value_name = "R", value_parser = parse_penalty)]
+    repetition_penalty: Option<f32>,
+    /// The same seed gives the same text
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// Continue the text as it is, without the chat template
+    #[arg(long)]
+    raw: bool,
+    #[command(flatten)]
+    peers: PeerArgs,
+}
+
+pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
+    let mut open = context.lock()?;
+    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let found = federation.find(&mut open, &args.model, None)?;
+    let context_tokens = found.manifest.config.max_position_embeddings as usize;
+    let defaults = &found.manifest.generation;
+    let mut loaded = federation.load(&open, &found, context.memory_max, context_tokens)?;
+    let sampling = Sampling {
+        temperature: args.temperature.unwrap_or(defaults.temperature),
+        top_k: args.top_k.unwrap_or(defaults.top_k as usize),
+        top_p: args.top_p.unwrap_or(defaults.top_p),
+        repetition_penalty: args.repetition_penalty.unwrap_or(defaults.repetition_penalty),
+        seed: args.seed,
+    };
+    let prompt = match &args.prompt {
+        Some(prompt) => prompt.clone(),
+        None if std::io::stdin().is_terminal() && !context.json => return converse(&mut loaded, args, sampling, defaults),
+        None => read_stdin()?,
+    };
+    let (tokens, stop_strings) = prompt_tokens(&loaded, &prompt, args.raw, defaults)?;
+    let request = GenerateRequest {
+        prompt: tokens,
+        tokens_max: args.max_tokens,
+        sampling,
+        eos_token_ids: defaults.eos_token_ids.clone(),
+        stop_strings,
+    };
+    let mut session = Session::new(&loaded.model);
+    let answer = answer(&mut loaded, &mut session, &request, |progress| {
+        if !context.json {
+            show(progress);
+        }
+    })?;
+    if context.json {
+        print_json(&answer.json(&loaded))?;
+    } else if loaded.tokenizer.is_none() {
+        print(&format!("{}\n", json!(answer.generated.tokens)));
+    } else {
+        print("\n");
+    }
+    note(&answer.summary(&loaded));
+    if answer.generated.stop_reason == StopReason::Interrupted { Err(Failure::interrupted()) } else { Ok(()) }
+}
+
+fn show(progress: &Progress) {
+    if let Progress::Token(text, _) = progress
+        && !text.is_empty()
+    {
+        print(text);
+    }
+}
+
+/// An answer and what it took.
+pub(super) struct Answer {
+    pub(super) generated: Generated,
+    /// The experts that the prompt took.
+    pub(super) prefill: ExpertUse,
+    /// Those that prompt and answer took together.
+    pub(super) experts: ExpertUse,
+    pub(super) tokens_per_second: f64,
+}
+
+/// Generates one answer; `on_progress` sees it grow.
+pub(super) fn answer(
+    loaded: &mut Loaded,
+    session: &mut Session,
+    request: &GenerateRequest,
+    mut on_progress: impl FnMut(&Progress),
+) -> Result<Answer, Failure> {
+    loaded.experts.start_counting();
+    let mut decoding_since: Option<Instant> = None;
+    let mut prefill = ExpertUse::default();
+    let generated = generate(&loaded.model, loaded.tokenizer.as_ref(), session, &mut loaded.experts, request, |progress| {
+        if let Progress::Prefilled(usage) = progress {
+            (decoding_since, prefill) = (Some(instant()), usage);
+        }
+        on_progress(&progress);
+        if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    let seconds = decoding_since.map_or(0.0, |since| (instant() - since).as_secs_f64());
+    let tokens_per_second = if seconds > 0.0 { generated.tokens.len() as f64 / seconds } else { 0.0 };
+    Ok(Answer { generated, prefill, experts: loaded.experts.usage(), tokens_per_second })
+}
+
+impl Answer {
+    fn json(&self, loaded: &Loaded) -> Value {
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched } = self.experts;
+        let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
+        json!({
+            "text": self.generated.text,
+            "tokens": self.generated.tokens,
+            // None are run at peers yet; the field is part of the contract.
+            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": 0, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers},
+            "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,
+            "stop_reason": match self.generated.stop_reason {
+                StopReason::EndOfText | StopReason::StopString => "stop",
+                StopReason::TokensMax | StopReason::ContextFull => "length",
+                StopReason::Interrupted => "interrupted",
+            },
+        })
+    }
+
+    /// The line after an answer.
+    fn summary(&self, loaded: &Loaded) -> String {
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched } = self.experts;
+        let providers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
+        let from = if providers.is_empty() { String::new() } else { format!(" from {}", providers.join(", ")) };
+        let tokens = self.generated.tokens.len();
+        format!(
+            "[experts: {needed} needed, {} had ({ram} in memory, {disk} on disk), {fetched} fetched{from}, {}; {tokens} tokens, {:.1} a second]",
+            ram + disk,
+            human_bytes(bytes_fetched),
+            self.tokens_per_second
+        )
+    }
+}
+
+/// The tokens of a prompt, and the texts at which its answer ends.
+pub(super) fn prompt_tokens(
+    loaded: &Loaded,
+    prompt: &str,
+    raw: bool,
+    defaults: &GenerationDefaults,
+) -> Result<(Vec<u32>, Vec<String>), Failure> {
+    let stop_strings = defaults.stop_strings.clone();
+    let Some(tokenizer) = &loaded.tokenizer else {
+        return Ok((parse_ids(prompt)?, Vec::new()));
+    };
+    let failed = |error: &dyn std::error::Error| Failure::of(Kind::Other, error);
+    match &loaded.chat {
+        Some(chat) if !raw => {
+            let text = chat.prompt(&[Message { role: "user", content: prompt.to_owned() }]).map_err(|error| failed(&error))?;
+            let tokens = tokenizer.encode(&text, SpecialTokens::AsWritten).map_err(|error| failed(&error))?;
+            Ok((tokens, stop_strings.into_iter().chain(chat.next_turn()).collect()))
+        }
+        _ => Ok((tokenizer.encode(prompt, SpecialTokens::Add).map_err(|error| failed(&error))?, stop_strings)),
+    }
+}
+
+/// Reads token ids: a JSON array, or numbers with commas or spaces between.
+fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
+    let inner = text.trim().trim_start_matches('[').trim_end_matches(']');
+    let ids = inner.split([',', ' ', '\n', '\t']).filter(|part| !part.is_empty()).map(|part| part.parse().map_err(|_| part));
+    ids.collect::<Result<_, _>>().map_err(|part| {
+        Failure::new(
+            Kind::Usage,
+            format!("the model has no tokenizer, so the prompt must be token ids, such as [1, 2, 3]; {part:?} is none"),
+        )
+    })
+}
+
+/// A conversation on the terminal. What is in memory stays there from turn to turn.
+fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &GenerationDefaults) -> Result<(), Failure> {
+    note("an empty line or Ctrl-D ends the conversation");
+    let mut session = Session::new(&loaded.model);
+    let mut taken_in: Vec<u32> = Vec::new(); // the tokens that the session has seen
+    let mut messages = Vec::new();
+    let mut text = String::new();
+    loop {
+        print("> ");
+        let mut line = String::new();
+        let read = std::io::stdin().lock().read_line(&mut line).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        if interrupted() {
+            return Err(Failure::interrupted());
+        }
+        if read == 0 || line.trim().is_empty() {
+            return Ok(());
+        }
+        messages.push(Message { role: "user", content: line.trim().to_owned() });
+        text.push_str(line.trim_end_matches('\n'));
+        let (tokens, stop_strings) = match (&loaded.chat, &loaded.tokenizer) {
+            (Some(chat), Some(tokenizer)) if !args.raw => {
+                let prompt = chat.prompt(&messages).map_err(|error| Failure::of(Kind::Other, &error))?;
+                let tokens = tokenizer.encode(&prompt, SpecialTokens::AsWritten).map_err(|error| Failure::of(Kind::Other, &error))?;
+                (tokens, defaults.stop_strings.iter().cloned().chain(chat.next_turn()).collect())
+            }
+            _ => prompt_tokens(loaded, &text, true, defaults)?,
+        };
+        // The beginning that is the same as last time need not be taken in again; the last token always is.
+        let same = tokens.iter().zip(&taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
+        session.rewind(same);
+        let request = GenerateRequest {
+            prompt: tokens[same..].to_vec(),
+            tokens_max: args.max_tokens,
+            sampling,
+            eos_token_ids: defaults.eos_token_ids.clone(),
+            stop_strings,
+        };
+        let answer = answer(loaded, &mut session, &request, show)?;
+        print("\n");
+        note(&answer.summary(loaded));
+        if answer.generated.stop_reason == StopReason::Interrupted {
+            return Err(Failure::interrupted());
+        }
+        taken_in = tokens;
+        taken_in.extend(&answer.generated.tokens);
+        taken_in.truncate(session.tokens());
+        text.push_str(&answer.generated.text);
+        messages.push(Message { role: "assistant", content: answer.generated.text.trim().to_owned() });
+    }
+}
+
+fn read_stdin() -> Result<String, Failure> {
+    let mut text = String::new();
+    let read = std::io::stdin().lock().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text);
+    read.map_err(|error| Failure::new(Kind::Usage, format!("cannot read the prompt from standard input: {error}")))?;
+    if text.len() as u64 > STDIN_BYTES_MAX {
+        return Err(Failure::new(Kind::Usage, format!("the prompt on standard input is longer than {STDIN_BYTES_MAX} bytes")));
+    }
+    Ok(text)
+}
+
+fn parse_number(text: &str, fine: impl Fn(f32) -> bool, rule: &str) -> Result<f32, String> {
+    text.parse().ok().filter(|&number| fine(number)).ok_or_else(|| format!("{text:?} is not {rule}"))
+}
+
+fn parse_temperature(text: &str) -> Result<f32, String> {
+    parse_number(text, |t| (0.0..=100.0).contains(&t), "a number from 0 to 100")
+}
+
+fn parse_probability(text: &str) -> Result<f32, String> {
+    parse_number(text, |p| p > 0.0 && p <= 1.0, "a number above 0, up to 1")
+}
+
+fn parse_penalty(text: &str) -> Result<f32, String> {
+    parse_number(text, |p| p > 0.0 && p <= 100.0, "a number above 0, up to 100")
+}

@@ -1,0 +1,141 @@
+//! `confrere serve`: a node that others fetch from, until it is told to stop.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::Args;
+use libp2p::Multiaddr;
+use libp2p::multiaddr::Protocol;
+use protocol::message::{LISTING_MODELS_MAX, Listing};
+use protocol::ticket::{TICKET_ADDRESSES_MAX, Ticket};
+use serde_json::json;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::Context;
+use crate::failure::{Failure, Kind};
+use crate::net::provider::{self, Provider};
+use crate::net::swarm::{Network, NetworkOptions, Peers};
+use crate::net::{is_tcp, parse_address};
+use crate::output::{note, print_json, print_line};
+
+/// Where a node listens unless told otherwise.
+const DEFAULT_PORT: u16 = 4747;
+const LISTEN_WAIT: Duration = Duration::from_secs(5);
+/// Addresses of further interfaces turn up one by one; after so long a pause all are there.
+const LISTEN_PAUSE: Duration = Duration::from_millis(200);
+
+#[derive(Args)]
+pub(super) struct ServeArgs {
+    /// Where to listen: HOST:PORT for TCP and QUIC, or a multiaddr; may be given again [default: 0.0.0.0:4747]
+    #[arg(long, value_name = "ADDR")]
+    listen: Vec<String>,
+    /// Where to serve the local HTTP API [default: nowhere]
+    #[arg(long, value_name = "HOST:PORT")]
+    api: Option<SocketAddr>,
+    /// Let nodes on the local network find this one
+    #[arg(long, env = "CONFRERE_MDNS")]
+    mdns: bool,
+}
+
+pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> {
+    let open = context.lock()?;
+    let key = open.dir.key()?;
+    let models = open.models()?;
+    let mut manifests = HashMap::new();
+    for model in &models {
+        manifests.insert(model.id, Arc::new(open.envelope(model.id)?));
+    }
+    let listing = Listing { models: models.iter().take(LISTING_MODELS_MAX).map(|model| (model.name.clone(), model.id)).collect() };
+    let listing = Arc::new(protocol::codec::to_bytes(&listing));
+    let listen = listen_addresses(&args.listen)?;
+    context.runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        let network = Network::start(NetworkOptions { key: &key, listen, peers: Vec::new(), mdns: args.mdns && !context.offline })?;
+        provider::start(Provider { store: Arc::clone(&open.store), manifests, listing }, &network)?;
+        let api = match args.api {
+            Some(address) => Some(crate::api::serve(address).await?),
+            None => None,
+        };
+        let addresses = wait_for_addresses(&network).await?;
+        let (first, ticket) = introduce(&addresses, &network, key.id());
+        if context.json {
+            let all: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+            print_json(&json!({"address": first, "ticket": ticket.to_string(), "addresses": all, "api": api.map(|api| api.to_string())}))?;
+        } else {
+            print_line(&first);
+            print_line(&ticket.to_string());
+        }
+        note(&format!("serving {} models as {}; on the other device: confrere join TICKET", models.len(), key.id()));
+        api.iter().for_each(|api| note(&format!("API: http://{api}/health")));
+        tokio::select! {
+            _ = terminate.recv() => Ok(()),
+            _ = tokio::signal::ctrl_c() => Err(Failure::interrupted()),
+        }
+    })?;
+    open.store.flush();
+    Ok(())
+}
+
+/// HOST:PORT means both TCP and QUIC there.
+fn listen_addresses(texts: &[String]) -> Result<Vec<Multiaddr>, Failure> {
+    let default = [format!("0.0.0.0:{DEFAULT_PORT}")];
+    let texts = if texts.is_empty() { &default[..] } else { texts };
+    let mut addresses = Vec::new();
+    for text in texts {
+        let address = parse_address(text).map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?;
+        let quic: Multiaddr = address.iter().map(|part| if let Protocol::Tcp(port) = part { Protocol::Udp(port) } else { part }).collect();
+        addresses.push(address);
+        if !text.starts_with('/') {
+            addresses.push(quic.with(Protocol::QuicV1));
+        }
+    }
+    Ok(addresses)
+}
+
+async fn wait_for_addresses(network: &Network) -> Result<Vec<Multiaddr>, Failure> {
+    let mut peers = network.peers.clone();
+    let found = tokio::time::timeout(LISTEN_WAIT, peers.wait_for(|peers: &Peers| !peers.listening.is_empty())).await;
+    if !found.is_ok_and(|found| found.is_ok()) {
+        return Err(Failure::new(Kind::Other, "no address to listen on came up"));
+    }
+    while tokio::time::timeout(LISTEN_PAUSE, peers.changed()).await.is_ok_and(|changed| changed.is_ok()) {}
+    let mut addresses = peers.borrow().listening.clone();
+    // What others should try first comes first: TCP before QUIC, a real interface before loopback.
+    addresses.sort_by_key(|address| (!is_tcp(address), is_loopback(address)));
+    Ok(addresses)
+}
+
+fn introduce(addresses: &[Multiaddr], network: &Network, node: protocol::NodeId) -> (String, Ticket) {
+    let first = addresses.first().map_or_else(String::new, |address| format!("{address}/p2p/{}", network.local));
+    let only_loopback = addresses.iter().all(is_loopback);
+    let shared = addresses.iter().filter(|address| only_loopback || !is_loopback(address));
+    let addresses = shared.take(TICKET_ADDRESSES_MAX).map(ToString::to_string).collect();
+    (first, Ticket { node, addresses })
+}
+
+fn is_loopback(address: &Multiaddr) -> bool {
+    address.iter().any(|part| match part {
+        Protocol::Ip4(ip) => ip.is_loopback(),
+        Protocol::Ip6(ip) => ip.is_loopback(),
+        _ => false,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_host_and_port_listen_on_tcp_and_quic() {
+        let addresses =
+            |text: &str| listen_addresses(&[text.to_owned()]).map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>());
+        assert_eq!(addresses("127.0.0.1:0"), Ok(vec!["/ip4/127.0.0.1/tcp/0".to_owned(), "/ip4/127.0.0.1/udp/0/quic-v1".to_owned()]));
+        assert_eq!(addresses("[::1]:7").map(|all| all[0].clone()), Ok("/ip6/::1/tcp/7".to_owned()));
+        assert_eq!(addresses("/ip4/127.0.0.1/tcp/0"), Ok(vec!["/ip4/127.0.0.1/tcp/0".to_owned()]));
+        for bad in ["", "host", "host:port", "/ip4/999.1.1.1/tcp/1"] {
+            assert_eq!(addresses(bad).map_err(|failure| failure.kind), Err(Kind::Usage), "{bad}");
+        }
+    }
+}

@@ -1,0 +1,331 @@
+//! The data directory: what lies where, and the small files in it. Blobs are the store's.
+//!
+//! ```text
+//! key             secret key, hexadecimal, readable by its owner alone
+//! publishers      trusted keys, one a line
+//! peers           addresses of known peers, one a line
+//! models.json     local names of models
+//! manifests/ID    signed manifests, as received
+//! store/          blobs and their index
+//! lock            held by the process that uses all this
+//! ```
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, OpenOptions};
+use std::io::{self, Write};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use libp2p::Multiaddr;
+use protocol::manifest::MANIFEST_BYTES_MAX;
+use protocol::message::is_model_name;
+use protocol::{ContentHash, ModelId, ModelManifest, NodeId, NodeKey, SignedEnvelope};
+use store::disk::{read_file, replace_file};
+use store::{BlobStore, DataDirLock, RealDisk};
+
+use crate::failure::{Failure, Kind};
+
+/// Longest of the small files, in bytes.
+const SMALL_FILE_BYTES_MAX: u64 = 4 << 20;
+
+/// A data directory, without the lock: the key and the lists of whom the user trusts.
+#[derive(Clone, Debug)]
+pub(crate) struct DataDir {
+    root: PathBuf,
+}
+
+impl DataDir {
+    /// Opens a data directory, creating it where needed.
+    pub(crate) fn open(root: &Path) -> Result<Self, Failure> {
+        fs::create_dir_all(root).map_err(|error| io_failure("create", root, &error))?;
+        Ok(Self { root: root.to_owned() })
+    }
+
+    /// The node's key, made at first use.
+    pub(crate) fn key(&self) -> Result<NodeKey, Failure> {
+        let path = self.root.join("key");
+        match read_file(&path, 100).map_err(|error| io_failure("read", &path, &error))? {
+            Some(text) => {
+                let mode = fs::metadata(&path).map_err(|error| io_failure("read", &path, &error))?.permissions().mode();
+                if mode & 0o077 != 0 {
+                    let hint = format!("{} may be read by others; run: chmod 600 {}", path.display(), path.display());
+                    return Err(Failure::new(Kind::Refused, hint));
+                }
+                let secret = std::str::from_utf8(&text).ok().and_then(|text| protocol::hash::from_hex(text.trim()));
+                let secret = secret.ok_or_else(|| Failure::new(Kind::Integrity, format!("{} does not hold a key", path.display())))?;
+                Ok(NodeKey::from_secret(&secret))
+            }
+            None => self.make_key(&path),
+        }
+    }
+
+    fn make_key(&self, path: &Path) -> Result<NodeKey, Failure> {
+        let key = libp2p::identity::ed25519::Keypair::generate();
+        let secret: [u8; 32] = key.secret().as_ref().try_into().expect("an Ed25519 secret has 32 bytes");
+        let temporary = self.root.join(format!("key.{}", std::process::id()));
+        let write = || -> io::Result<()> {
+            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
+            writeln!(file, "{}", protocol::hash::to_hex(&secret))?;
+            file.sync_all()?;
+            // A link fails where a file is: of two processes that start at once, the second takes the first one's key.
+            fs::hard_link(&temporary, path)
+        };
+        let written = write();
+        let _ = fs::remove_file(&temporary);
+        match written {
+            Ok(()) => Ok(NodeKey::from_secret(&secret)),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => self.key(),
+            Err(error) => Err(io_failure("write", path, &error)),
+        }
+    }
+
+    /// The keys whose models this user runs; the node's own is always among them.
+    pub(crate) fn publishers(&self) -> Result<BTreeSet<NodeId>, Failure> {
+        let path = self.root.join("publishers");
+        let mut publishers = BTreeSet::new();
+        for (i, line) in lines(&path)?.iter().enumerate() {
+            let key = line.parse().map_err(|error| Failure::new(Kind::Integrity, format!("{} line {}: {error}", path.display(), i + 1)))?;
+            publishers.insert(key);
+        }
+        Ok(publishers)
+    }
+
+    /// Replaces the list of trusted keys.
+    pub(crate) fn set_publishers(&self, publishers: &BTreeSet<NodeId>) -> Result<(), Failure> {
+        self.set_lines("publishers", publishers.iter().map(ToString::to_string))
+    }
+
+    /// Addresses of peers that this node was given.
+    pub(crate) fn peers(&self) -> Result<Vec<Multiaddr>, Failure> {
+        let path = self.root.join("peers");
+        let parse =
+            |line: &String| line.parse().map_err(|error| Failure::new(Kind::Integrity, format!("{}: {line}: {error}", path.display())));
+        lines(&path)?.iter().map(parse).collect()
+    }
+
+    /// Replaces the list of known peers.
+    pub(crate) fn set_peers(&self, peers: &[Multiaddr]) -> Result<(), Failure> {
+        self.set_lines("peers", peers.iter().map(ToString::to_string))
+    }
+
+    /// Takes the lock and opens everything; at most `disk_max` bytes of blobs.
+    pub(crate) fn lock(&self, disk_max: u64) -> Result<OpenDataDir, Failure> {
+        let lock = DataDirLock::take(&self.root)?;
+        let store = BlobStore::open(Box::new(RealDisk), &self.root.join("store"), disk_max)?;
+        let manifests = self.root.join("manifests");
+        fs::create_dir_all(&manifests).map_err(|error| io_failure("create", &manifests, &error))?;
+        let path = self.root.join("models.json");
+        let text = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
+        let names: BTreeMap<String, String> = match text {
+            Some(text) => {
+                serde_json::from_slice(&text).map_err(|error| Failure::new(Kind::Integrity, format!("{}: {error}", path.display())))?
+            }
+            None => BTreeMap::new(),
+        };
+        let parsed = names.into_iter().filter_map(|(name, id)| Some((name, id.parse().ok()?)));
+        let mut open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names: parsed.collect(), _lock: lock };
+        open.adopt_unnamed()?;
+        Ok(open)
+    }
+
+    fn set_lines(&self, name: &str, lines: impl Iterator<Item = String>) -> Result<(), Failure> {
+        let text: String = lines.map(|line| line + "\n").collect();
+        self.write(name, text.as_bytes())
+    }
+
+    fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Failure> {
+        let path = self.root.join(name);
+        replace_file(&RealDisk, &path, bytes).map_err(|error| io_failure("write", &path, &error))
+    }
+}
+
+/// A data directory of which this process has the lock.
+pub(crate) struct OpenDataDir {
+    pub(crate) dir: DataDir,
+    pub(crate) store: Arc<BlobStore>,
+    names: BTreeMap<String, ModelId>,
+    _lock: DataDirLock,
+}
+
+/// A model in this data directory.
+#[derive(Clone, Debug)]
+pub(crate) struct LocalModel {
+    pub(crate) name: String,
+    pub(crate) id: ModelId,
+    pub(crate) manifest: Arc<ModelManifest>,
+    pub(crate) publisher: NodeId,
+}
+
+impl LocalModel {
+    /// Experts whose bytes are in `store`.
+    pub(crate) fn experts_present(&self, store: &BlobStore) -> usize {
+        self.manifest.experts.iter().filter(|blob| store.contains(&blob.hash)).count()
+    }
+
+    /// Bytes of the model that are in `store`.
+    pub(crate) fn bytes_present(&self, store: &BlobStore) -> u64 {
+        self.blobs().into_iter().filter(|(hash, _)| store.contains(hash)).map(|(_, length)| length).sum()
+    }
+
+    /// Every blob of the model, once.
+    pub(crate) fn blobs(&self) -> BTreeMap<ContentHash, u64> {
+        let all = self.manifest.trunk_blobs().chain(self.manifest.experts.iter().copied());
+        all.map(|blob| (blob.hash, blob.length)).collect()
+    }
+}
+
+/// What a MODEL argument turned out to be.
+pub(crate) enum Resolved {
+    /// A model that is here.
+    Here(LocalModel),
+    /// The id of one that is not.
+    Elsewhere(ModelId),
+}
+
+impl OpenDataDir {
+    /// All models, by name.
+    pub(crate) fn models(&self) -> Result<Vec<LocalModel>, Failure> {
+        self.names.iter().map(|(name, &id)| self.load(name.clone(), id)).collect()
+    }
+
+    /// Finds MODEL: a name, an id or a unique prefix of one.
+    pub(crate) fn resolve(&self, model: &str) -> Result<Resolved, Failure> {
+        if let Some(&id) = self.names.get(model) {
+            return self.load(model.to_owned(), id).map(Resolved::Here);
+        }
+        let hexadecimal = model.len() >= 4 && model.chars().all(|c| c.is_ascii_hexdigit());
+        let matching: BTreeMap<_, _> = self
+            .names
+            .iter()
+            .filter(|(_, id)| hexadecimal && id.to_string().starts_with(&model.to_lowercase()))
+            .map(|(name, id)| (*id, name))
+            .collect();
+        match (matching.len(), matching.first_key_value()) {
+            (1, Some((&id, name))) => self.load((*name).clone(), id).map(Resolved::Here),
+            (2.., _) => Err(Failure::new(Kind::NotFound, format!("{model} is the beginning of {} models' ids", matching.len()))),
+            _ => match model.parse() {
+                Ok(id) => Ok(Resolved::Elsewhere(id)),
+                Err(_) => Err(self.unknown(model)),
+            },
+        }
+    }
+
+    /// Finds a MODEL that must be here.
+    pub(crate) fn local(&self, model: &str) -> Result<LocalModel, Failure> {
+        match self.resolve(model)? {
+            Resolved::Here(model) => Ok(model),
+            Resolved::Elsewhere(_) => Err(self.unknown(model)),
+        }
+    }
+
+    /// Keeps a signed manifest under a local name. A name that another model has is refused.
+    pub(crate) fn keep(&mut self, name: Option<&str>, manifest: ModelManifest, envelope: &SignedEnvelope) -> Result<LocalModel, Failure> {
+        let id = ModelId(ContentHash::of(envelope.payload()));
+        let known = self.names.iter().find(|(_, known)| **known == id).map(|(name, _)| name.clone());
+        let name = match (name, known) {
+            (Some(name), _) => name.to_owned(),
+            (None, Some(name)) => name,
+            (None, None) => id.to_string()[..12].to_owned(),
+        };
+        self.check_name(&name, Some(id))?;
+        self.dir.write(&format!("manifests/{id}"), envelope.as_bytes())?;
+        self.names.retain(|_, known| *known != id);
+        self.names.insert(name.clone(), id);
+        self.save_names()?;
+        Ok(LocalModel { name, id, manifest: Arc::new(manifest), publisher: envelope.signer() })
+    }
+
+    /// Says whether `name` may be given to model `id`, or to any new model.
+    pub(crate) fn check_name(&self, name: &str, id: Option<ModelId>) -> Result<(), Failure> {
+        if !is_model_name(name) {
+            let rule = "a name has 1 to 128 letters, digits and -_.: and starts with a letter or digit";
+            return Err(Failure::new(Kind::Usage, format!("{name:?} cannot name a model: {rule}")));
+        }
+        match self.names.get(name) {
+            Some(&other) if id.is_some_and(|id| id != other) => Err(Failure::new(
+                Kind::Usage,
+                format!("the name {name} belongs to model {other}; choose another or remove that model first"),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Forgets a model's name and manifest. Its blobs stay until the next collection.
+    pub(crate) fn forget(&mut self, model: &LocalModel) -> Result<(), Failure> {
+        self.names.retain(|_, id| *id != model.id);
+        self.save_names()?;
+        let path = self.dir.root.join("manifests").join(model.id.to_string());
+        fs::remove_file(&path).map_err(|error| io_failure("remove", &path, &error))
+    }
+
+    /// Removes blobs that no manifest names; returns how many, and their bytes.
+    pub(crate) fn collect_garbage(&self) -> Result<(usize, u64), Failure> {
+        let mut named = BTreeSet::new();
+        for model in self.models()? {
+            named.extend(model.blobs().into_keys());
+        }
+        let (mut blobs, mut bytes) = (0, 0);
+        for blob in self.store.list().into_iter().filter(|blob| !named.contains(&blob.hash)) {
+            if self.store.remove(&blob.hash)? {
+                blobs += 1;
+                bytes += blob.length;
+            }
+        }
+        self.store.flush();
+        Ok((blobs, bytes))
+    }
+
+    /// The signed manifest of a model, as received.
+    pub(crate) fn envelope(&self, id: ModelId) -> Result<Vec<u8>, Failure> {
+        let path = self.dir.root.join("manifests").join(id.to_string());
+        let bytes = read_file(&path, MANIFEST_BYTES_MAX as u64).map_err(|error| io_failure("read", &path, &error))?;
+        bytes.ok_or_else(|| Failure::new(Kind::Integrity, format!("{} is missing", path.display())))
+    }
+
+    fn load(&self, name: String, id: ModelId) -> Result<LocalModel, Failure> {
+        let (manifest, envelope) = ModelManifest::open(id, self.envelope(id)?).map_err(|error| Failure::from(error).about(&name))?;
+        Ok(LocalModel { name, id, manifest: Arc::new(manifest), publisher: envelope.signer() })
+    }
+
+    /// Gives a name to every manifest that has none: names are a convenience and may be lost, models are not.
+    fn adopt_unnamed(&mut self) -> Result<(), Failure> {
+        let path = self.dir.root.join("manifests");
+        let files = fs::read_dir(&path).map_err(|error| io_failure("list", &path, &error))?;
+        let ids = files.flatten().filter_map(|file| file.file_name().to_str()?.parse::<ModelId>().ok()).collect::<BTreeSet<_>>();
+        let named: BTreeSet<_> = self.names.values().copied().collect();
+        let before = self.names.len();
+        self.names.retain(|_, id| ids.contains(id));
+        self.names.extend(ids.difference(&named).map(|id| (id.to_string()[..12].to_owned(), *id)));
+        if self.names.len() == before && ids.is_subset(&named) { Ok(()) } else { self.save_names() }
+    }
+
+    fn save_names(&self) -> Result<(), Failure> {
+        let names: BTreeMap<_, _> = self.names.iter().map(|(name, id)| (name, id.to_string())).collect();
+        let mut text = serde_json::to_vec_pretty(&names).expect("a map of texts is JSON");
+        text.push(b'\n');
+        self.dir.write("models.json", &text)
+    }
+
+    fn unknown(&self, model: &str) -> Failure {
+        let known: Vec<_> = self.names.keys().map(String::as_str).collect();
+        let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
+        Failure::new(Kind::NotFound, format!("no model is called {model} ({known})"))
+    }
+}
+
+/// The lines of a small file, without comments; none when it is not there.
+fn lines(path: &Path) -> Result<Vec<String>, Failure> {
+    let bytes = read_file(path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", path, &error))?.unwrap_or_default();
+    let text = String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Integrity, format!("{} is not UTF-8", path.display())))?;
+    Ok(text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect())
+}
+
+pub(crate) fn io_failure(action: &str, path: &Path, error: &io::Error) -> Failure {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => Kind::NotFound,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Disk,
+        _ => Kind::Other,
+    };
+    Failure::new(kind, format!("cannot {action} {}: {error}", path.display()))
+}

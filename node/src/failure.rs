@@ -1,0 +1,176 @@
+//! What a command could not do, and the exit code that says so. The codes are a contract: people script against them.
+
+use std::fmt;
+
+use inference::checkpoint::CheckpointError;
+use inference::checkpoint::import::ImportError;
+use inference::experts::ExpertsError;
+use inference::generate::GenerateError;
+use inference::model::{BudgetTooSmall, LoadError};
+use inference::perplexity::PerplexityError;
+use inference::session::ForwardError;
+use protocol::manifest::ManifestError;
+use store::{LockError, StoreError};
+
+/// The kind of a failure, by exit code.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Kind {
+    Other = 1,
+    Usage = 2,
+    NotFound = 3,
+    NoPeers = 4,
+    Integrity = 5,
+    Disk = 6,
+    Refused = 7,
+    Busy = 8,
+    Interrupted = 130,
+}
+
+/// A failure with the text that the user reads.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Failure {
+    pub(crate) kind: Kind,
+    pub(crate) message: String,
+}
+
+impl Failure {
+    pub(crate) fn new(kind: Kind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into() }
+    }
+
+    /// An error with all of its causes.
+    pub(crate) fn of(kind: Kind, error: &dyn std::error::Error) -> Self {
+        let mut message = error.to_string();
+        let mut source = error.source();
+        while let Some(cause) = source {
+            message = format!("{message}: {cause}");
+            source = cause.source();
+        }
+        Self { kind, message }
+    }
+
+    pub(crate) fn interrupted() -> Self {
+        Self::new(Kind::Interrupted, "interrupted")
+    }
+
+    /// The same failure, said of something.
+    pub(crate) fn about(self, what: impl fmt::Display) -> Self {
+        Self { message: format!("{what}: {}", self.message), ..self }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        let kind = match &error {
+            StoreError::QuotaExceeded { .. } | StoreError::DiskFull { .. } => Kind::Disk,
+            StoreError::WrongBytes { .. } | StoreError::Damaged { .. } => Kind::Integrity,
+            StoreError::Io { .. } => Kind::Other,
+        };
+        Self::of(kind, &error)
+    }
+}
+
+impl From<LockError> for Failure {
+    fn from(error: LockError) -> Self {
+        let kind = match &error {
+            LockError::Held { .. } => Kind::Busy,
+            LockError::Io { .. } => Kind::Other,
+        };
+        Self::of(kind, &error)
+    }
+}
+
+impl From<CheckpointError> for Failure {
+    fn from(error: CheckpointError) -> Self {
+        let kind = match &error {
+            CheckpointError::Refused(_) => Kind::Integrity,
+            CheckpointError::Io { source, .. } if source.kind() == std::io::ErrorKind::NotFound => Kind::NotFound,
+            CheckpointError::Io { .. } => Kind::Other,
+        };
+        Self::of(kind, &error)
+    }
+}
+
+impl From<ImportError> for Failure {
+    fn from(error: ImportError) -> Self {
+        match error {
+            ImportError::Refused(error) => error.into(),
+            ImportError::Interrupted => Self::interrupted(),
+            ImportError::Manifest(error) => error.into(),
+            ImportError::Sink(_) => Self::of(Kind::Other, &error),
+        }
+    }
+}
+
+impl From<ManifestError> for Failure {
+    fn from(error: ManifestError) -> Self {
+        Self::of(Kind::Integrity, &error)
+    }
+}
+
+impl From<BudgetTooSmall> for Failure {
+    fn from(error: BudgetTooSmall) -> Self {
+        Self::of(Kind::Usage, &error)
+    }
+}
+
+impl From<LoadError<Failure>> for Failure {
+    fn from(error: LoadError<Failure>) -> Self {
+        match error {
+            LoadError::Read { tensor, source } => source.about(format_args!("cannot load {tensor}")),
+            LoadError::WrongBytes(_) => Self::of(Kind::Integrity, &error),
+        }
+    }
+}
+
+impl From<ExpertsError> for Failure {
+    fn from(error: ExpertsError) -> Self {
+        match error {
+            // What our own source reports, it reports as a Failure.
+            ExpertsError::Source(source) => match source.0.downcast::<Self>() {
+                Ok(failure) => *failure,
+                Err(other) => Self::new(Kind::Other, other.to_string()),
+            },
+            ExpertsError::Expert { .. } => Self::of(Kind::Integrity, &error),
+        }
+    }
+}
+
+impl From<ForwardError> for Failure {
+    fn from(error: ForwardError) -> Self {
+        match error {
+            ForwardError::Experts(error) => error.into(),
+            ForwardError::Token { .. } | ForwardError::Context { .. } => Self::of(Kind::Usage, &error),
+        }
+    }
+}
+
+impl From<GenerateError> for Failure {
+    fn from(error: GenerateError) -> Self {
+        match error {
+            GenerateError::Forward(error) => error.into(),
+            GenerateError::EmptyPrompt | GenerateError::PromptTooLong { .. } => Self::of(Kind::Usage, &error),
+            GenerateError::NotFinite(_) => Self::of(Kind::Integrity, &error),
+            GenerateError::Tokenizer(_) => Self::of(Kind::Other, &error),
+        }
+    }
+}
+
+impl From<PerplexityError> for Failure {
+    fn from(error: PerplexityError) -> Self {
+        match error {
+            PerplexityError::Forward(error) => error.into(),
+            PerplexityError::Interrupted => Self::interrupted(),
+            PerplexityError::TooShort => Self::of(Kind::Usage, &error),
+            PerplexityError::Tokenizer(_) => Self::of(Kind::Other, &error),
+        }
+    }
+}

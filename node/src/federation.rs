@@ -1,0 +1,261 @@
+//! A command's view of its peers, and how it comes by a model: manifest, trust, trunk.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use inference::aligned::AlignedBytes;
+use inference::chat::ChatTemplate;
+use inference::experts::Experts;
+use inference::model::{Model, plan_memory};
+use inference::tokenizer::Tokenizer;
+use libp2p::{Multiaddr, PeerId};
+use protocol::manifest::MANIFEST_BYTES_MAX;
+use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
+use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
+use store::BlobStore;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tracing::info;
+
+use crate::clock::{interrupted, now_ms};
+use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
+use crate::failure::{Failure, Kind};
+use crate::net::fetcher::{Fetched, Fetcher, Want};
+use crate::net::link::{Sink, Wanted};
+use crate::net::swarm::{Network, NetworkOptions};
+use crate::output::{byte_bar, human_bytes, note};
+use crate::peer_experts::{PeerExperts, Providers, SharedFetcher};
+
+const RESULTS_MAX: usize = 32;
+
+/// How a command finds peers and what it accepts from them.
+#[derive(Clone, Debug)]
+pub(crate) struct PeerOptions {
+    pub(crate) peers: Vec<Multiaddr>,
+    pub(crate) mdns: bool,
+    pub(crate) timeout: Duration,
+    pub(crate) publishers: Publishers,
+}
+
+/// Whose manifests count.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Publishers {
+    /// Those whom the user trusts.
+    Trusted,
+    /// Anybody: the user has said so.
+    Anybody,
+}
+
+/// The peers of one command, or none.
+pub(crate) struct Federation<'a> {
+    runtime: &'a Runtime,
+    fetcher: Option<SharedFetcher>,
+    publishers: Publishers,
+}
+
+impl<'a> Federation<'a> {
+    /// Connects to the peers that were named and to those known from before.
+    pub(crate) fn connect(runtime: &'a Runtime, dir: &DataDir, options: &PeerOptions, offline: bool) -> Result<Self, Failure> {
+        let mut peers = options.peers.clone();
+        peers.extend(dir.peers()?);
+        peers.dedup();
+        let publishers = options.publishers;
+        if offline || (peers.is_empty() && !options.mdns) {
+            return Ok(Self { runtime, fetcher: None, publishers });
+        }
+        let key = dir.key()?;
+        let _in_runtime = runtime.enter();
+        let network = Network::start(NetworkOptions { key: &key, listen: Vec::new(), peers, mdns: options.mdns })?;
+        info!(local = %network.local, "asking peers");
+        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network, options.timeout)));
+        Ok(Self { runtime, fetcher: Some(fetcher), publishers })
+    }
+
+    /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
+    pub(crate) fn find(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
+        if let Some(name) = name {
+            open.check_name(name, None)?;
+        }
+        let found = match open.resolve(model)? {
+            Resolved::Here(found) => found,
+            Resolved::Elsewhere(id) => return self.fetch_manifest(open, id, name),
+        };
+        self.check_publisher(&open.dir, found.publisher)?;
+        match name {
+            Some(name) if name != found.name => {
+                let (manifest, envelope) = ModelManifest::open(found.id, open.envelope(found.id)?)?;
+                open.keep(Some(name), manifest, &envelope)
+            }
+            _ => Ok(found),
+        }
+    }
+
+    /// Takes a manifest from a peer and keeps it.
+    pub(crate) fn fetch_manifest(&self, open: &mut OpenDataDir, id: ModelId, name: Option<&str>) -> Result<LocalModel, Failure> {
+        let fetcher = self.fetcher.as_ref().ok_or_else(|| no_peer(&format!("manifest of model {id}")))?;
+        let what = format!("manifest of model {id}");
+        let judge = |bytes| {
+            let (manifest, envelope) = ModelManifest::open(id, bytes).map_err(|error| Failure::from(error).about("sent a bad manifest"))?;
+            self.check_publisher(&open.dir, envelope.signer())?;
+            Ok((manifest, envelope))
+        };
+        let fetched =
+            self.wait(async { fetcher.lock().await.fetch_judged(Subject::Manifest(id), MANIFEST_BYTES_MAX as u64, &what, judge).await });
+        let (manifest, envelope) = fetched?;
+        open.keep(name, manifest, &envelope)
+    }
+
+    /// Asks for the models that the peers have; the first answer counts.
+    pub(crate) fn listing(&self) -> Result<Listing, Failure> {
+        let fetcher = self.fetcher.as_ref().ok_or_else(|| no_peer("list of models"))?;
+        let judge = |bytes: Vec<u8>| Listing::from_bytes(&bytes).map_err(|error| Failure::new(Kind::Integrity, format!("sent a {error}")));
+        self.wait(async { fetcher.lock().await.fetch_judged(Subject::Listing, u64::from(RANGE_BYTES_MAX), "list of models", judge).await })
+    }
+
+    /// Brings the blobs of `wanted` that are missing into the store; the bar shows how far it is.
+    pub(crate) fn bring(&self, store: &Arc<BlobStore>, wanted: &[(BlobRef, String)], what: &str) -> Result<u64, Failure> {
+        let mut seen = BTreeSet::new();
+        let missing: Vec<_> = wanted.iter().filter(|(blob, _)| !store.contains(&blob.hash) && seen.insert(blob.hash)).collect();
+        if missing.is_empty() {
+            return Ok(0);
+        }
+        let fetcher =
+            self.fetcher.as_ref().ok_or_else(|| no_peer(&format!("{} of {} parts of the {what}", missing.len(), wanted.len())))?;
+        let total = missing.iter().map(|(blob, _)| blob.length).sum();
+        let bar = byte_bar(total, what);
+        let sink = Arc::new(Sink(Arc::clone(store)));
+        let wants =
+            missing.iter().map(|(blob, name)| Want { wanted: Wanted::StoredBlob(*blob, Arc::clone(&sink)), name: name.clone() }).collect();
+        let (results, mut arrivals) = mpsc::channel::<Fetched>(RESULTS_MAX);
+        self.wait(async {
+            let mut fetcher = fetcher.lock().await;
+            let count = async {
+                while let Some(fetched) = arrivals.recv().await {
+                    bar.inc(missing[fetched.index].0.length);
+                }
+            };
+            let fetch = async {
+                let result = fetcher.fetch(wants, &results).await;
+                drop(results);
+                result
+            };
+            tokio::join!(fetch, count).0
+        })?;
+        bar.finish_and_clear();
+        store.flush();
+        Ok(total)
+    }
+
+    /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach.
+    pub(crate) fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, tokens: usize) -> Result<Loaded, Failure> {
+        let manifest = &found.manifest;
+        let memory = plan_memory(manifest, tokens, memory_max)?;
+        let fetched = self.bring(&open.store, &trunk_parts(manifest), "trunk")?;
+        if fetched > 0 {
+            note(&format!("fetched the trunk, {}", human_bytes(fetched)));
+        }
+        let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
+        let text = |blob: BlobRef| -> Result<String, Failure> {
+            let bytes = self.read_part(&open.store, blob)?.to_vec();
+            String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Integrity, format!("{} is not UTF-8", blob.hash)))
+        };
+        let tokenizer = manifest.tokenizer.map(|blob| {
+            let bytes = self.read_part(&open.store, blob)?;
+            Tokenizer::from_bytes(&bytes).map_err(|error| Failure::new(Kind::Integrity, error.to_string()))
+        });
+        let chat = manifest.chat.template.map(|blob| {
+            let (bos_token, eos_token) = (manifest.chat.bos_token.clone(), manifest.chat.eos_token.clone());
+            Ok::<_, Failure>(ChatTemplate { source: text(blob)?, bos_token, eos_token })
+        });
+        let providers = Providers::default();
+        let peers = self.fetcher.clone().map(|fetcher| (fetcher, self.runtime.handle().clone()));
+        let source = PeerExperts::new(Arc::clone(&open.store), peers, Arc::clone(&providers));
+        let experts = Experts::new(Arc::clone(manifest), memory.experts, Box::new(source));
+        Ok(Loaded { model, tokenizer: tokenizer.transpose()?, chat: chat.transpose()?, experts, providers })
+    }
+
+    /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
+    fn read_part(&self, store: &Arc<BlobStore>, blob: BlobRef) -> Result<AlignedBytes, Failure> {
+        let mut bytes = AlignedBytes::zeroed(blob.length as usize);
+        let read = store.read_into(&blob.hash, &mut bytes, now_ms());
+        match read {
+            Ok(true) => return Ok(bytes),
+            Ok(false) | Err(store::StoreError::Damaged { .. }) if self.fetcher.is_some() => {}
+            Ok(false) => return Err(no_peer(&blob.hash.to_string())),
+            Err(error) => return Err(error.into()),
+        }
+        self.bring(store, &[(blob, blob.hash.to_string())], "trunk")?;
+        if store.read_into(&blob.hash, &mut bytes, now_ms())? {
+            return Ok(bytes);
+        }
+        Err(Failure::new(Kind::Other, format!("{} has gone from the store again", blob.hash)))
+    }
+
+    fn check_publisher(&self, dir: &DataDir, publisher: NodeId) -> Result<(), Failure> {
+        if self.publishers == Publishers::Anybody || dir.publishers()?.contains(&publisher) || dir.key()?.id() == publisher {
+            return Ok(());
+        }
+        let hint = format!("confrere publishers add {publisher}");
+        Err(Failure::new(
+            Kind::Refused,
+            format!("the model is signed by {publisher}, whom you do not trust; if you do: {hint} (or --allow-unsigned, this once)"),
+        ))
+    }
+
+    /// Runs something on the network until it ends or the user presses Ctrl-C.
+    fn wait<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        self.runtime.block_on(async {
+            let stop = async {
+                while !interrupted() {
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            };
+            tokio::select! {
+                result = work => result,
+                () = stop => Err(Failure::interrupted()),
+            }
+        })
+    }
+}
+
+/// A model ready to run.
+pub(crate) struct Loaded {
+    pub(crate) model: Model,
+    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) chat: Option<ChatTemplate>,
+    pub(crate) experts: Experts,
+    providers: Providers,
+}
+
+impl Loaded {
+    /// The peers that have sent experts.
+    pub(crate) fn providers(&self) -> BTreeSet<PeerId> {
+        self.providers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// The parts of the trunk with the names that errors give them.
+pub(crate) fn trunk_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
+    let tensors = manifest.trunk.iter().map(|tensor| (tensor.blob, tensor.name.clone()));
+    let files = [(manifest.tokenizer, "tokenizer.json"), (manifest.chat.template, "chat template")];
+    tensors.chain(files.into_iter().filter_map(|(blob, name)| Some((blob?, name.to_owned())))).collect()
+}
+
+/// The experts with the names that errors give them.
+pub(crate) fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
+    manifest.config.expert_slots().zip(&manifest.experts).map(|(slot, blob)| (*blob, slot.to_string())).collect()
+}
+
+/// Memory that models may use when the user says nothing: three quarters of what is free now.
+pub(crate) fn default_memory() -> u64 {
+    const FALLBACK: u64 = 4 << 30;
+    let Ok(text) = std::fs::read_to_string(Path::new("/proc/meminfo")) else { return FALLBACK };
+    let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    available.map_or(FALLBACK, |kilobytes| kilobytes * 1024 / 4 * 3)
+}
+
+fn no_peer(what: &str) -> Failure {
+    Failure::new(Kind::NoPeers, format!("missing {what}: no peer is known (--peer ADDR, or `confrere join TICKET`)"))
+}

@@ -1,0 +1,58 @@
+//! What goes to the terminal: data to standard output, everything else to standard error.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use serde::Serialize;
+
+use crate::failure::Failure;
+
+static QUIET: AtomicBool = AtomicBool::new(false);
+
+/// Switches notes and progress bars off.
+pub(crate) fn be_quiet() {
+    QUIET.store(true, Ordering::Relaxed);
+}
+
+/// Prints data. When nobody reads any more, there is nothing left to do.
+pub(crate) fn print(text: &str) {
+    let mut out = io::stdout().lock();
+    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
+        std::process::exit(0);
+    }
+}
+
+/// Prints a line of data.
+pub(crate) fn print_line(line: &str) {
+    print(&format!("{line}\n"));
+}
+
+/// Prints one JSON value.
+pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(crate::failure::Kind::Other, error.to_string()))?;
+    print_line(&text);
+    Ok(())
+}
+
+/// Tells the user something that is not data.
+pub(crate) fn note(line: &str) {
+    if !QUIET.load(Ordering::Relaxed) {
+        let _ = writeln!(io::stderr(), "{line}");
+    }
+}
+
+/// A progress bar over bytes, with rate and time left; on anything but a terminal it draws nothing.
+pub(crate) fn byte_bar(total: u64, what: &str) -> ProgressBar {
+    let shown = io::stderr().is_terminal() && !QUIET.load(Ordering::Relaxed);
+    let bar = ProgressBar::with_draw_target(Some(total), if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
+    let style = ProgressStyle::with_template("{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
+    bar.set_style(style.expect("the template is valid"));
+    bar.set_prefix(what.to_owned());
+    bar
+}
+
+/// Bytes as people read them.
+pub(crate) fn human_bytes(bytes: u64) -> String {
+    indicatif::HumanBytes(bytes).to_string()
+}
