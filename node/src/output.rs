@@ -23,6 +23,12 @@ pub(crate) fn print(text: &str) {
     }
 }
 
+/// Prints lines of data, for a program that goes on whether anybody reads them or not.
+pub(crate) fn announce(lines: &str) {
+    let mut out = io::stdout().lock();
+    let _ = out.write_all(lines.as_bytes()).and_then(|()| out.flush());
+}
+
 /// Prints a line of data.
 pub(crate) fn print_line(line: &str) {
     print(&format!("{line}\n"));

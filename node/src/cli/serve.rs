@@ -18,7 +18,7 @@ use crate::failure::{Failure, Kind};
 use crate::net::provider::{self, Provider};
 use crate::net::swarm::{Network, NetworkOptions, Peers};
 use crate::net::{is_tcp, parse_address};
-use crate::output::{note, print_json, print_line};
+use crate::output::{announce, note};
 
 /// Where a node listens unless told otherwise.
 const DEFAULT_PORT: u16 = 4747;
@@ -62,10 +62,11 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         let (first, ticket) = introduce(&addresses, &network, key.id());
         if context.json {
             let all: Vec<_> = addresses.iter().map(ToString::to_string).collect();
-            print_json(&json!({"address": first, "ticket": ticket.to_string(), "addresses": all, "api": api.map(|api| api.to_string())}))?;
+            let introduction =
+                json!({"address": first, "ticket": ticket.to_string(), "addresses": all, "api": api.map(|api| api.to_string())});
+            announce(&format!("{introduction}\n"));
         } else {
-            print_line(&first);
-            print_line(&ticket.to_string());
+            announce(&format!("{first}\n{ticket}\n"));
         }
         note(&format!("serving {} models as {}; on the other device: confrere join TICKET", models.len(), key.id()));
         api.iter().for_each(|api| note(&format!("API: http://{api}/health")));
