@@ -161,3 +161,8 @@ pub(crate) fn write_checkpoint(dir: &Path, like: &Path, tensors: &BTreeMap<Strin
     let index = serde_json::json!({"metadata": {}, "weight_map": weight_map});
     fs::write(dir.join("model.safetensors.index.json"), index.to_string()).expect("written");
 }
+
+/// The model that ships with the project.
+pub(crate) fn shipped_model() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/confrere-18m")
+}

@@ -47,6 +47,8 @@ pub(crate) struct Fetcher {
     links: BTreeMap<PeerId, LinkHandle>,
     finished: (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
     next_number: u64,
+    /// Streams of a peer that broke since it last brought something: such a peer is asked when no other can help.
+    unsteady: HashMap<PeerId, u32>,
     liars: BTreeMap<PeerId, String>,
 }
 
@@ -71,7 +73,15 @@ struct Round {
 impl Fetcher {
     /// A fetcher that gives up after `timeout` without progress.
     pub(crate) fn new(network: Network, timeout: Duration) -> Self {
-        Self { network, timeout, links: BTreeMap::new(), finished: mpsc::channel(FINISHED_MAX), next_number: 0, liars: BTreeMap::new() }
+        Self {
+            network,
+            timeout,
+            links: BTreeMap::new(),
+            finished: mpsc::channel(FINISHED_MAX),
+            next_number: 0,
+            unsteady: HashMap::new(),
+            liars: BTreeMap::new(),
+        }
     }
 
     /// Fetches everything in `wants` and sends each to `results` as it comes.
@@ -136,7 +146,7 @@ impl Fetcher {
             let able = load
                 .iter_mut()
                 .filter(|(peer, jobs)| self.links.contains_key(peer) && **jobs < JOBS_MAX && !round.refused[index].contains(peer));
-            let Some((&peer, jobs)) = able.min_by_key(|(_, jobs)| **jobs) else {
+            let Some((&peer, jobs)) = able.min_by_key(|(peer, jobs)| (self.unsteady.get(peer).copied().unwrap_or(0), **jobs)) else {
                 round.waiting.push_back(index);
                 continue;
             };
@@ -210,6 +220,7 @@ impl Fetcher {
         match outcome {
             Outcome::Done(bytes) => {
                 round.left -= 1;
+                self.unsteady.remove(&peer);
                 round.last_progress = Instant::now();
                 let _ = results.send(Fetched { index, bytes, peer }).await; // nobody listens any more: the caller gave up
                 return Ok(());
@@ -225,6 +236,7 @@ impl Fetcher {
             Outcome::Broken(reason) => {
                 debug!(%peer, reason, "stream broke");
                 round.last_break = Some(reason);
+                *self.unsteady.entry(peer).or_default() += 1;
                 round.breaks[index] += 1;
                 if round.breaks[index] > BREAKS_MAX {
                     round.refused[index].insert(peer);

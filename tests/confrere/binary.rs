@@ -1,0 +1,207 @@
+//! Runs the real binary: one data directory a node, removed at the end; processes are killed when a test ends.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::OnceLock;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::support::checkpoint;
+
+/// Guard against a test that hangs, ten times what any command here should take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(100);
+
+/// The binary under test, built with the profile of these tests.
+pub(crate) fn binary() -> &'static Path {
+    static BUILT: OnceLock<PathBuf> = OnceLock::new();
+    BUILT.get_or_init(|| {
+        let mut build = Command::new(env!("CARGO"));
+        build.args(["build", "--package", "node"]);
+        if !cfg!(debug_assertions) {
+            build.arg("--release");
+        }
+        assert!(build.status().expect("cargo runs").success(), "the binary builds");
+        // This test runs from target/PROFILE/deps.
+        let exe = std::env::current_exe().expect("a test has a path");
+        exe.parent().and_then(Path::parent).expect("tests lie two levels deep").join("confrere")
+    })
+}
+
+/// A node: a data directory and the commands run on it.
+pub(crate) struct Node {
+    dir: tempfile::TempDir,
+}
+
+/// How a command ended.
+pub(crate) struct Ended {
+    pub(crate) code: Option<i32>,
+    pub(crate) out: String,
+    pub(crate) err: String,
+    pub(crate) took: Duration,
+}
+
+impl Node {
+    pub(crate) fn new() -> Self {
+        Self { dir: tempfile::tempdir().expect("a temporary directory") }
+    }
+
+    /// A node that has imported a checkpoint of the vectors under the name `m`; and the model's id.
+    pub(crate) fn with(name: &str) -> (Self, String) {
+        let node = Self::new();
+        let id = node.import(&checkpoint(name));
+        (node, id)
+    }
+
+    pub(crate) fn import(&self, path: &Path) -> String {
+        let ended = self.run(&["import", text(path), "--name", "m"]);
+        assert_eq!(ended.code, Some(0), "{}", ended.err);
+        ended.out.lines().last().expect("the id").to_owned()
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command.arg("--data-dir").arg(self.path()).args(args);
+        for variable in ["CONFRERE_MDNS", "CONFRERE_DISK", "CONFRERE_RAM", "CONFRERE_DATA_DIR", "CONFRERE_OFFLINE", "CONFRERE_LOG"] {
+            command.env_remove(variable);
+        }
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    pub(crate) fn run(&self, args: &[&str]) -> Ended {
+        ended(&mut self.command(args))
+    }
+
+    /// Runs a command that must succeed and print JSON.
+    pub(crate) fn json(&self, args: &[&str]) -> Value {
+        let ended = self.run(&[args, &["--json"]].concat());
+        assert_eq!(ended.code, Some(0), "{args:?}: {}", ended.err);
+        serde_json::from_str(&ended.out).unwrap_or_else(|error| panic!("{args:?} printed {:?}: {error}", ended.out))
+    }
+
+    /// The node's key as `publishers add` takes it.
+    pub(crate) fn id(&self) -> String {
+        self.run(&["id"]).out.trim().to_owned()
+    }
+
+    pub(crate) fn trust(&self, other: &Node) {
+        assert_eq!(self.run(&["publishers", "add", &other.id()]).code, Some(0));
+    }
+
+    pub(crate) fn serve(&self) -> Serving {
+        self.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0"])
+    }
+
+    pub(crate) fn serve_with(&self, args: &[&str]) -> Serving {
+        let mut child =
+            self.command(&[&["serve"], args].concat()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+        let mut out = BufReader::new(child.stdout.take().expect("piped"));
+        let mut line = || {
+            let mut line = String::new();
+            out.read_line(&mut line).expect("readable");
+            line.trim().to_owned()
+        };
+        let (address, ticket) = (line(), line());
+        assert!(address.contains("/p2p/"), "serve printed {address:?}");
+        Serving { child, address, ticket }
+    }
+
+    /// Experts of model `m`: those here, and all.
+    pub(crate) fn experts(&self) -> (u64, u64) {
+        let models = self.json(&["ls"]);
+        let experts = &models[0]["experts"];
+        (experts["have"].as_u64().expect("a count"), experts["all"].as_u64().expect("a count"))
+    }
+}
+
+/// Runs any command to its end, or panics when it takes too long.
+pub(crate) fn ended(command: &mut Command) -> Ended {
+    let began = Instant::now();
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let read = |mut from: Box<dyn Read + Send>| {
+        std::thread::spawn(move || {
+            let mut text = Vec::new();
+            from.read_to_end(&mut text).map(|_| String::from_utf8_lossy(&text).into_owned()).unwrap_or_default()
+        })
+    };
+    let out = read(Box::new(child.stdout.take().expect("piped")));
+    let err = read(Box::new(child.stderr.take().expect("piped")));
+    let code = wait(&mut child).unwrap_or_else(|| {
+        let _ = child.kill();
+        panic!("{command:?} hangs")
+    });
+    Ended { code, out: out.join().expect("read"), err: err.join().expect("read"), took: began.elapsed() }
+}
+
+/// Waits for a process, within [`PATIENCE`].
+pub(crate) fn wait(child: &mut Child) -> Option<Option<i32>> {
+    let began = Instant::now();
+    while began.elapsed() < PATIENCE {
+        if let Some(status) = child.try_wait().expect("it can be waited for") {
+            return Some(status.code());
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    None
+}
+
+impl From<Output> for Ended {
+    fn from(output: Output) -> Self {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        Self { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr), took: Duration::ZERO }
+    }
+}
+
+/// A node that serves; killed when dropped.
+pub(crate) struct Serving {
+    child: Child,
+    pub(crate) address: String,
+    pub(crate) ticket: String,
+}
+
+impl Serving {
+    /// Asks it to stop, as a service manager does.
+    pub(crate) fn stop(mut self) -> Option<i32> {
+        signal(&self.child, "TERM");
+        wait(&mut self.child).expect("it stops")
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    pub(crate) fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// The TCP address behind the multiaddr, and the peer's id.
+    pub(crate) fn socket(&self) -> (String, String) {
+        let parts: Vec<_> = self.address.split('/').collect();
+        (format!("{}:{}", parts[2], parts[4]), parts[6].to_owned())
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Sends a signal by name.
+pub(crate) fn signal(child: &Child, name: &str) {
+    let sent = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).status();
+    assert!(sent.expect("kill runs").success());
+}
+
+/// A path as text.
+pub(crate) fn text(path: &Path) -> &str {
+    path.to_str().expect("temporary paths are text")
+}
