@@ -17,7 +17,6 @@ use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use libp2p::Multiaddr;
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::is_model_name;
 use protocol::{ContentHash, ModelId, ModelManifest, NodeId, NodeKey, SignedEnvelope};
@@ -25,6 +24,7 @@ use store::disk::{read_file, replace_file};
 use store::{BlobStore, DataDirLock, RealDisk};
 
 use crate::failure::{Failure, Kind};
+use crate::net::{Multiaddr, new_secret};
 
 /// Longest of the small files, in bytes.
 const SMALL_FILE_BYTES_MAX: u64 = 4 << 20;
@@ -61,8 +61,7 @@ impl DataDir {
     }
 
     fn make_key(&self, path: &Path) -> Result<NodeKey, Failure> {
-        let key = libp2p::identity::ed25519::Keypair::generate();
-        let secret: [u8; 32] = key.secret().as_ref().try_into().expect("an Ed25519 secret has 32 bytes");
+        let secret = new_secret();
         let temporary = self.root.join(format!("key.{}", std::process::id()));
         let write = || -> io::Result<()> {
             let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;

@@ -10,7 +10,6 @@ use inference::chat::ChatTemplate;
 use inference::experts::Experts;
 use inference::model::{Model, plan_memory};
 use inference::tokenizer::Tokenizer;
-use libp2p::{Multiaddr, PeerId};
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
 use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
@@ -25,6 +24,7 @@ use crate::failure::{Failure, Kind};
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::link::{Sink, Wanted};
 use crate::net::swarm::{Network, NetworkOptions};
+use crate::net::{Multiaddr, PeerId};
 use crate::output::{byte_bar, human_bytes, note};
 use crate::peer_experts::{PeerExperts, Providers, SharedFetcher};
 

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 
 use inference::aligned::AlignedBytes;
 use inference::expert_source::{Deliver, ExpertRequest, ExpertSource, Origin, SourceError};
-use libp2p::PeerId;
 use protocol::BlobRef;
 use store::{BlobStore, StoreError};
 use tokio::runtime::Handle;
@@ -14,6 +13,7 @@ use tracing::warn;
 
 use crate::clock::{interrupted, now_ms};
 use crate::failure::{Failure, Kind};
+use crate::net::PeerId;
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::link::Wanted;
 

@@ -3,7 +3,10 @@
 mod binary;
 mod cli;
 mod engine;
+mod floors;
+mod fuzz;
 mod hostile;
+mod import_memory;
 mod nodes;
 mod parity;
 mod refusals;

@@ -10,7 +10,6 @@ use inference::experts::ExpertUse;
 use inference::generate::{GenerateRequest, Progress};
 use inference::sampler::Sampling;
 use inference::session::Session;
-use libp2p::Multiaddr;
 use protocol::ModelId;
 use serde_json::json;
 use tokio::runtime::Runtime;
@@ -21,6 +20,7 @@ use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, Loaded, PeerOptions, Publishers, default_memory};
+use crate::net::Multiaddr;
 use crate::output::{be_quiet, human_bytes, note, print, print_json, print_line};
 
 /// Two prompts of each of three domains: the second of a pair shows what the first has already brought.

@@ -1,15 +1,14 @@
 //! `confrere join`: all that one's own second device needs. Trusts the ticket's key, remembers its addresses, learns its models.
 
 use clap::Args;
-use libp2p::Multiaddr;
-use libp2p::multiaddr::Protocol;
 use protocol::ticket::Ticket;
 use serde_json::json;
 
 use super::{Context, PeerArgs};
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
-use crate::net::peer_id;
+use crate::net::Multiaddr;
+use crate::net::address::{peer_id, peer_of, with_peer};
 use crate::output::{note, print_json, print_line};
 
 #[derive(Args)]
@@ -29,12 +28,12 @@ pub(super) fn join(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     open.dir.set_publishers(&publishers)?;
     let addresses = args.ticket.addresses.iter().map(|text| {
         let address: Multiaddr = text.parse().map_err(|error| Failure::new(Kind::Usage, format!("the ticket names {text:?}: {error}")))?;
-        Ok(address.with(Protocol::P2p(peer)))
+        Ok(with_peer(address, peer))
     });
     let addresses: Vec<_> = addresses.collect::<Result<_, Failure>>()?;
     // The node may have moved: its new addresses replace the old ones.
     let mut known = open.dir.peers()?;
-    known.retain(|address| !address.iter().any(|part| part == Protocol::P2p(peer)));
+    known.retain(|address| peer_of(address) != Some(peer));
     known.extend(addresses);
     open.dir.set_peers(&known)?;
     note(&format!("joined {node}: its models are trusted"));

@@ -5,6 +5,7 @@ use serde_json::json;
 
 use super::{Context, PublisherKey};
 use crate::failure::{Failure, Kind};
+use crate::net::address::peer_id;
 use crate::output::{print_json, print_line};
 
 #[derive(Subcommand)]
@@ -20,7 +21,7 @@ pub(super) enum PublishersCommand {
 pub(super) fn id(context: &Context) -> Result<(), Failure> {
     let id = context.dir.key()?.id();
     if context.json {
-        return print_json(&json!({"id": id.to_string(), "peer_id": crate::net::peer_id(id).map(|peer| peer.to_string())}));
+        return print_json(&json!({"id": id.to_string(), "peer_id": peer_id(id).map(|peer| peer.to_string())}));
     }
     print_line(&id.to_string());
     Ok(())

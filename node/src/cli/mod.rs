@@ -15,7 +15,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use libp2p::Multiaddr;
 use protocol::NodeId;
 use tokio::runtime::Runtime;
 
@@ -23,6 +22,8 @@ use crate::clock::watch_for_interrupts;
 use crate::data_dir::{DataDir, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::{PeerOptions, Publishers, default_memory};
+use crate::net::Multiaddr;
+use crate::net::address::parse_address;
 use crate::output;
 
 /// Runs Mixture-of-Experts models together with your other devices: what one lacks, it fetches from its peers.
@@ -103,7 +104,7 @@ enum Command {
 #[derive(Args, Clone)]
 struct PeerArgs {
     /// A peer's address, as its `serve` prints it; may be given again
-    #[arg(long = "peer", value_name = "ADDR", value_parser = crate::net::parse_address)]
+    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
     peers: Vec<Multiaddr>,
     /// Look for peers on the local network
     #[arg(long, env = "CONFRERE_MDNS")]

@@ -6,8 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
-use libp2p::Multiaddr;
-use libp2p::multiaddr::Protocol;
 use protocol::message::{LISTING_MODELS_MAX, Listing};
 use protocol::ticket::{TICKET_ADDRESSES_MAX, Ticket};
 use serde_json::json;
@@ -15,9 +13,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::failure::{Failure, Kind};
+use crate::net::Multiaddr;
+use crate::net::address::{is_loopback, is_tcp, parse_listen};
 use crate::net::provider::{self, Provider};
 use crate::net::swarm::{Network, NetworkOptions, Peers};
-use crate::net::{is_tcp, parse_address};
 use crate::output::{announce, note};
 
 /// Where a node listens unless told otherwise.
@@ -79,20 +78,11 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     Ok(())
 }
 
-/// HOST:PORT means both TCP and QUIC there.
 fn listen_addresses(texts: &[String]) -> Result<Vec<Multiaddr>, Failure> {
     let default = [format!("0.0.0.0:{DEFAULT_PORT}")];
     let texts = if texts.is_empty() { &default[..] } else { texts };
-    let mut addresses = Vec::new();
-    for text in texts {
-        let address = parse_address(text).map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?;
-        let quic: Multiaddr = address.iter().map(|part| if let Protocol::Tcp(port) = part { Protocol::Udp(port) } else { part }).collect();
-        addresses.push(address);
-        if !text.starts_with('/') {
-            addresses.push(quic.with(Protocol::QuicV1));
-        }
-    }
-    Ok(addresses)
+    let parsed: Result<Vec<_>, _> = texts.iter().map(|text| parse_listen(text)).collect();
+    Ok(parsed.map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?.concat())
 }
 
 async fn wait_for_addresses(network: &Network) -> Result<Vec<Multiaddr>, Failure> {
@@ -114,29 +104,4 @@ fn introduce(addresses: &[Multiaddr], network: &Network, node: protocol::NodeId)
     let shared = addresses.iter().filter(|address| only_loopback || !is_loopback(address));
     let addresses = shared.take(TICKET_ADDRESSES_MAX).map(ToString::to_string).collect();
     (first, Ticket { node, addresses })
-}
-
-fn is_loopback(address: &Multiaddr) -> bool {
-    address.iter().any(|part| match part {
-        Protocol::Ip4(ip) => ip.is_loopback(),
-        Protocol::Ip6(ip) => ip.is_loopback(),
-        _ => false,
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_host_and_port_listen_on_tcp_and_quic() {
-        let addresses =
-            |text: &str| listen_addresses(&[text.to_owned()]).map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>());
-        assert_eq!(addresses("127.0.0.1:0"), Ok(vec!["/ip4/127.0.0.1/tcp/0".to_owned(), "/ip4/127.0.0.1/udp/0/quic-v1".to_owned()]));
-        assert_eq!(addresses("[::1]:7").map(|all| all[0].clone()), Ok("/ip6/::1/tcp/7".to_owned()));
-        assert_eq!(addresses("/ip4/127.0.0.1/tcp/0"), Ok(vec!["/ip4/127.0.0.1/tcp/0".to_owned()]));
-        for bad in ["", "host", "host:port", "/ip4/999.1.1.1/tcp/1"] {
-            assert_eq!(addresses(bad).map_err(|failure| failure.kind), Err(Kind::Usage), "{bad}");
-        }
-    }
 }

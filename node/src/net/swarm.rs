@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use futures::StreamExt;
 use libp2p::connection_limits::{self, ConnectionLimits};
-use libp2p::multiaddr::Protocol;
 use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::swarm::dial_opts::DialOpts;
 use libp2p::swarm::{ConnectionId, NetworkBehaviour, SwarmEvent};
@@ -17,6 +16,7 @@ use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
 use crate::failure::{Failure, Kind};
+use crate::net::address::peer_of;
 
 const COMMANDS_MAX: usize = 64;
 const PENDING_MAX: u32 = 32;
@@ -75,8 +75,9 @@ enum Command {
 impl Network {
     /// Starts the network on the current runtime.
     pub(crate) fn start(options: NetworkOptions<'_>) -> Result<Self, Failure> {
+        let NetworkOptions { key, listen, peers, mdns } = options;
         let failed = |error: &dyn std::fmt::Display| Failure::new(Kind::Other, format!("cannot start the network: {error}"));
-        let keypair = libp2p::identity::Keypair::ed25519_from_bytes(options.key.secret()).map_err(|error| failed(&error))?;
+        let keypair = libp2p::identity::Keypair::ed25519_from_bytes(key.secret()).map_err(|error| failed(&error))?;
         let local = keypair.public().to_peer_id();
         let mut swarm = libp2p::SwarmBuilder::with_existing_identity(keypair)
             .with_tokio()
@@ -85,21 +86,21 @@ impl Network {
             .with_quic()
             .with_dns()
             .map_err(|error| failed(&error))?
-            .with_behaviour(|keypair| behaviour(keypair, options.mdns))
+            .with_behaviour(|keypair| behaviour(keypair, mdns))
             .map_err(|error| failed(&error))?
             .with_swarm_config(|config| config.with_idle_connection_timeout(IDLE_TIMEOUT))
             .build();
-        for address in &options.listen {
+        for address in listen {
             let listening = swarm.listen_on(address.clone());
             listening.map_err(|error| Failure::new(Kind::Usage, format!("cannot listen on {address}: {error}")))?;
         }
         let streams = swarm.behaviour().stream.new_control();
         let (commands, command_queue) = mpsc::channel(COMMANDS_MAX);
-        let (publish, peers) = watch::channel(Peers { may_discover: options.mdns, ..Peers::default() });
+        let (publish, seen) = watch::channel(Peers { may_discover: mdns, ..Peers::default() });
         let mut task = SwarmTask { swarm, publish, wanted: HashMap::new(), dials: HashMap::new() };
-        options.peers.iter().for_each(|address| task.want(address));
+        peers.iter().for_each(|address| task.want(address));
         tokio::spawn(task.run(command_queue));
-        Ok(Self { local, streams, peers, commands })
+        Ok(Self { local, streams, peers: seen, commands })
     }
 
     /// Disconnects a peer that cannot be trusted with bytes, and keeps it away.
@@ -163,7 +164,7 @@ impl SwarmTask {
     }
 
     fn want(&mut self, address: &Multiaddr) {
-        let peer = address.iter().find_map(|part| if let Protocol::P2p(peer) = part { Some(peer) } else { None });
+        let peer = peer_of(address);
         self.publish.send_modify(|peers| {
             peers.awaited.insert(address.clone(), None);
         });

@@ -1,0 +1,135 @@
+//! P1 and P2 at the scale of CI: parsers of outside bytes, fed with damaged good input. `CONFRERE_FUZZ=1000000` runs longer.
+
+use inference::chat::{ChatTemplate, Message};
+use inference::checkpoint::header::read_header;
+use inference::config::{parse_config, parse_generation};
+use inference::tokenizer::Tokenizer;
+use protocol::expert_blob::ExpertShape;
+use protocol::message::{Answer, Listing, Request, Subject};
+use protocol::ticket::Ticket;
+use protocol::{ContentHash, Domain, ModelManifest, NodeKey, SignedEnvelope};
+
+use crate::support::{Imported, checkpoint, shipped_model};
+
+/// Inputs for each parser, unless the environment says more.
+fn inputs(default: u64) -> u64 {
+    std::env::var("CONFRERE_FUZZ").ok().and_then(|count| count.parse().ok()).unwrap_or(default)
+}
+
+/// SplitMix64 (Steele, Lea, Flood 2014).
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        z ^ (z >> 31)
+    }
+
+    fn below(&mut self, limit: usize) -> usize {
+        (self.next() % limit.max(1) as u64) as usize
+    }
+
+    /// Damages `seed` in one to four ways.
+    fn damage(&mut self, seed: &[u8]) -> Vec<u8> {
+        let mut bytes = seed.to_vec();
+        for _ in 0..=self.below(4) {
+            let at = self.below(bytes.len());
+            match self.below(7) {
+                _ if bytes.is_empty() => bytes.push(self.next() as u8),
+                0 => bytes[at] ^= 1 << self.below(8),
+                1 => bytes[at] = [0, 1, 0x7f, 0x80, 0xff, b'"', b'{', b'9'][self.below(8)],
+                2 => bytes.truncate(at),
+                3 => bytes.insert(at, self.next() as u8),
+                4 => drop(bytes.remove(at)),
+                5 => {
+                    let value = [u64::MAX, 1 << 63, 1 << 32, 0][self.below(4)].to_le_bytes();
+                    bytes[at..].iter_mut().zip(value).for_each(|(byte, new)| *byte = new);
+                }
+                _ => {
+                    let piece = bytes[at..(at + 1 + self.below(20)).min(bytes.len())].to_vec();
+                    let to = self.below(bytes.len());
+                    bytes.splice(to..to, piece);
+                }
+            }
+        }
+        bytes
+    }
+}
+
+/// Feeds `parse` with damaged `seed`; a panic fails the test with the input's number.
+fn feed(name: &str, seed: &[u8], count: u64, mut parse: impl FnMut(&[u8])) {
+    let mut random = Random(seed.len() as u64);
+    for i in 0..count {
+        let input = random.damage(seed);
+        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| parse(&input)));
+        assert!(outcome.is_ok(), "{name}: input {i} panics: {:?}", String::from_utf8_lossy(&input));
+    }
+}
+
+#[test]
+fn no_parser_of_binary_input_panics() {
+    let manifest = Imported::of("variant-dense").manifest;
+    let envelope = manifest.seal(&NodeKey::from_secret(&[1; 32]));
+    feed("manifest", &manifest.to_bytes(), inputs(20_000), |bytes| {
+        if let Ok(read) = ModelManifest::from_bytes(bytes) {
+            assert_eq!(read.to_bytes(), bytes, "canonical");
+        }
+    });
+    feed("envelope", envelope.as_bytes(), inputs(20_000), |bytes| drop(SignedEnvelope::open(Domain::Manifest, bytes.to_vec())));
+    let listing = Listing { models: vec![("one".into(), manifest.id()), ("two".into(), manifest.id())] };
+    feed("listing", &protocol::codec::to_bytes(&listing), inputs(50_000), |bytes| drop(Listing::from_bytes(bytes)));
+    let request = Request { subject: Subject::Blob(ContentHash::of(b"x")), offset: 5, length: 100 };
+    feed("request", &request.to_bytes(), inputs(100_000), |bytes| drop(bytes.first_chunk().map(Request::from_bytes)));
+    feed("answer", &Answer::Bytes { total: 10, length: 5 }.to_bytes(), inputs(100_000), |bytes| {
+        drop(bytes.first_chunk().map(Answer::from_bytes))
+    });
+    let shape = manifest.config.expert_shape(manifest.expert_precision);
+    feed("expert", &[&shape.header()[..], &[0; 100]].concat(), inputs(100_000), |bytes| drop(ExpertShape::of_blob(bytes)));
+}
+
+#[test]
+fn no_parser_of_text_input_panics() {
+    let as_text = |bytes: &[u8], parse: &dyn Fn(&str)| parse(&String::from_utf8_lossy(bytes));
+    let ticket = Ticket { node: NodeKey::from_secret(&[1; 32]).id(), addresses: vec!["/ip4/127.0.0.1/tcp/1".into()] };
+    feed("ticket", ticket.to_string().as_bytes(), inputs(50_000), |bytes| as_text(bytes, &|text| drop(text.parse::<Ticket>())));
+    feed("key", ticket.node.to_string().as_bytes(), inputs(50_000), |bytes| as_text(bytes, &|text| drop(text.parse::<protocol::NodeId>())));
+    let config = std::fs::read(checkpoint("tiny-qwen3-omni").join("config.json")).expect("a config");
+    feed("config", &config, inputs(5_000), |bytes| {
+        if let Ok(json) = serde_json::from_slice(bytes) {
+            drop(parse_config(&json));
+            parse_generation(&json, &json);
+        }
+    });
+    let template = b"{% for m in messages %}{{ m.role + ': ' + m.content.strip() }}{% endfor %}{% if add_generation_prompt %}x{% endif %}";
+    feed("template", template, inputs(5_000), |bytes| {
+        let template = ChatTemplate { source: String::from_utf8_lossy(bytes).into_owned(), bos_token: None, eos_token: None };
+        drop(template.prompt(&[Message { role: "user", content: "hello".into() }]));
+    });
+    let tokenizer = std::fs::read(shipped_model().join("tokenizer.json")).expect("a tokenizer");
+    feed("tokenizer", &tokenizer, inputs(40).min(5_000), |bytes| drop(Tokenizer::from_bytes(bytes)));
+}
+
+/// P2: our reader of headers and the `safetensors` crate's accept the same files, but for names that stand twice.
+#[test]
+fn headers_are_accepted_just_when_the_crate_accepts_them() {
+    let shard = std::fs::read(checkpoint("variant-tied").join("model-00001-of-00003.safetensors")).expect("a shard");
+    let header = 8 + u64::from_le_bytes(shard[..8].try_into().expect("eight bytes")) as usize;
+    let mut accepted = 0;
+    feed("header", &shard[..header], inputs(100_000), |bytes| {
+        let file = [bytes, &shard[header..]].concat();
+        let (ours, theirs) = (read_header(&file), safetensors::SafeTensors::deserialize(&file));
+        accepted += u64::from(ours.is_ok());
+        match (&ours, &theirs) {
+            (Ok(_), Err(error)) => panic!("accepted what the crate refuses: {error}"),
+            (Err(problems), Ok(_)) => {
+                let stricter = |what: &str| what.contains("stands twice") || what.contains("unknown field");
+                assert!(problems.iter().any(|problem| stricter(&problem.what)), "refused what the crate accepts: {problems:?}");
+            }
+            _ => {}
+        }
+    });
+    assert!(accepted > 100, "only {accepted} damaged headers were still valid");
+}
