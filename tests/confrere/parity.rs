@@ -1,6 +1,7 @@
 //! The engine against transformers: `vectors/README.md` says what computed each reference.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use inference::activation_log::ActivationLog;
 use inference::generate::{GenerateRequest, generate};
@@ -8,6 +9,7 @@ use inference::reference::reference_logits;
 use inference::router::route;
 use inference::sampler::Sampling;
 use inference::session::{Session, logits};
+use protocol::ModelManifest;
 
 use crate::support::{Imported, Tensor, floats, ids, read_safetensors, vectors};
 
@@ -15,7 +17,7 @@ use crate::support::{Imported, Tensor, floats, ids, read_safetensors, vectors};
 const TOLERANCE: f32 = 1e-4;
 
 /// Checkpoint and reference of every text case.
-const CASES: [(&str, &str); 10] = [
+const CASES: [(&str, &str); 11] = [
     ("tiny-qwen3-moe", "moe_text"),
     ("tiny-qwen3-moe-bf16", "moe_text_bf16"),
     ("tiny-qwen3-omni", "omni_text"),
@@ -26,6 +28,7 @@ const CASES: [(&str, &str); 10] = [
     ("variant-fused", "variant-tied"),
     ("variant-no-renorm", "variant-no-renorm"),
     ("variant-f16", "variant-f16"),
+    ("variant-faint", "variant-faint"),
 ];
 
 fn reference(name: &str) -> BTreeMap<String, Tensor> {
@@ -77,6 +80,40 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
         let answer = generate(&model, None, &mut session, &mut experts, &request, |_| std::ops::ControlFlow::Continue(()));
         assert_eq!(answer.expect("it runs").tokens, greedy[prompt.len()..], "{checkpoint}");
     }
+}
+
+/// Breaks one thing on purpose.
+type Break = fn(&mut ModelManifest);
+
+/// A comparison that passes whatever is done to the model would prove nothing.
+#[test]
+fn each_thing_broken_on_purpose_is_noticed() {
+    let breaks: [(&str, Break); 5] = [
+        ("RoPE base", |m| m.config.rope_theta *= 1.01),
+        ("top-k renormalisation", |m| m.config.norm_topk_prob = false),
+        ("q_norm", |m| {
+            let (q_norm, k_norm) = (norm(m, "q_norm"), norm(m, "k_norm"));
+            m.trunk[q_norm].blob = m.trunk[k_norm].blob;
+        }),
+        ("order of experts", |m| m.experts.swap(0, 1)),
+        ("norm epsilon", |m| m.config.rms_norm_eps = 1e-5),
+    ];
+    let reference = reference("variant-faint");
+    let prompt = ids(&reference["input_ids"]);
+    for (what, damage) in breaks {
+        let mut imported = Imported::of("variant-faint");
+        damage(Arc::make_mut(&mut imported.manifest));
+        let model = imported.model();
+        let hidden = Session::new(&model).forward(&model, &prompt, &mut imported.experts(u64::MAX, 1), None).expect("it runs");
+        let error = worst(&logits(&model, &hidden), &floats(&reference["logits"]));
+        println!("{what} broken: largest error {error:.2e} standard deviations");
+        assert!(error > 3.0 * TOLERANCE, "{what} broken goes unnoticed: {error}");
+    }
+}
+
+fn norm(manifest: &ModelManifest, name: &str) -> usize {
+    let found = manifest.trunk.iter().position(|tensor| tensor.name.ends_with(&format!("{name}.weight")));
+    found.expect("every layer has it")
 }
 
 #[test]

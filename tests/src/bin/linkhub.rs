@@ -1,6 +1,6 @@
 //! An internet on one machine: network namespaces joined in a star, with a rate, a delay, random loss and drop-tail queues.
 //!
-//! For kernels without `netem`. Packets go from TUN device to TUN device through this process, so nothing leaves the machine.
+//! For Linux kernels without `netem`. Packets go from TUN device to TUN device through this process, so nothing leaves the machine.
 //! Leaves out jitter, reordering, IPv6, broadcast, multicast, and lines that differ from node to node.
 
 use std::collections::BTreeMap;
@@ -39,10 +39,12 @@ Exit code 125: linkhub itself failed.";
 const EXIT_OWN_FAILURE: u8 = 125; // as `env` and `timeout` do, to be told from COMMAND's
 const NAMESPACES_DIR: &str = "/var/run/netns";
 const TUN_NAME: &str = "tun0";
-const MTU_BYTES: usize = 1500;
+const MTU_BYTES: &str = "1500";
+const TUN_QUEUE_PACKETS: &str = "5000"; // ten times the kernel's, so that our queues, which count, are the ones that drop
 const READ_BYTES_MAX: usize = 65_536; // should a test raise the MTU
 const READ_PACKETS_MAX: usize = 64; // from one node before others have their turn
 const QUEUE_KB_DEFAULT: u64 = 512;
+const PREFIX_DEFAULT: &str = "m";
 const PREFIX_BYTES_MAX: usize = 32;
 const GRACE_NS: u64 = 5_000_000_000; // between asking COMMAND to end and killing it
 const SIGNAL_BYTES: usize = size_of::<libc::signalfd_siginfo>();
@@ -139,41 +141,59 @@ impl Options {
     /// Returns nothing if only the usage was asked for.
     fn parse(arguments: impl Iterator<Item = String>) -> Result<Option<Self>, Failure> {
         let mut arguments = arguments.peekable();
-        let mut nodes = None;
-        let mut rate_mbit = None;
-        let mut delay_ms = None;
-        let mut loss_ppm = 0;
-        let mut queue_kb = QUEUE_KB_DEFAULT;
-        let mut prefix = "m".to_owned();
+        let mut given = Given::default();
         while let Some(name) = arguments.next_if(|argument| argument != "--") {
             if name == "--help" || name == "-h" {
                 return Ok(None);
             }
             let value = arguments.next().ok_or_else(|| Failure::Usage(format!("{name} lacks its value")))?;
-            match name.as_str() {
-                "--nodes" => nodes = Some(number(&name, &value, 1..=254)?),
-                "--rate-mbit" => rate_mbit = Some(number(&name, &value, 0.01..=100_000.0)?),
-                "--delay-ms" => delay_ms = Some(number(&name, &value, 0.0..=10_000.0)?),
-                "--loss-ppm" => loss_ppm = number(&name, &value, 0..=PPM)?,
-                "--queue-kb" => queue_kb = number(&name, &value, 2..=1_000_000)?, // at the least one whole packet
-                "--prefix" => prefix = checked_prefix(value)?,
-                _ => return Err(Failure::Usage(format!("unknown option {name}"))),
-            }
+            given.set(&name, value)?;
         }
-        let lines =
-            LineOptions { rate_mbit: given("--rate-mbit", rate_mbit)?, delay_ms: given("--delay-ms", delay_ms)?, loss_ppm, queue_kb };
-        let command = shell_line(&arguments.skip(1).collect::<Vec<_>>());
-        Ok(Some(Self { nodes: given("--nodes", nodes)?, lines, prefix, command }))
+        given.completed(shell_line(&arguments.skip(1).collect::<Vec<_>>())).map(Some)
+    }
+}
+
+/// The options that were on the command line.
+#[derive(Default)]
+struct Given {
+    nodes: Option<usize>,
+    rate_mbit: Option<f64>,
+    delay_ms: Option<f64>,
+    loss_ppm: Option<u64>,
+    queue_kb: Option<u64>,
+    prefix: Option<String>,
+}
+
+impl Given {
+    fn set(&mut self, name: &str, value: String) -> Result<(), Failure> {
+        match name {
+            "--nodes" => self.nodes = Some(number(name, &value, 1..=254)?),
+            "--rate-mbit" => self.rate_mbit = Some(number(name, &value, 0.01..=100_000.0)?),
+            "--delay-ms" => self.delay_ms = Some(number(name, &value, 0.0..=10_000.0)?),
+            "--loss-ppm" => self.loss_ppm = Some(number(name, &value, 0..=PPM)?),
+            "--queue-kb" => self.queue_kb = Some(number(name, &value, 2..=1_000_000)?), // at the least one whole packet
+            "--prefix" => self.prefix = Some(checked_prefix(value)?),
+            _ => return Err(Failure::Usage(format!("unknown option {name}"))),
+        }
+        Ok(())
+    }
+
+    fn completed(self, command: Option<String>) -> Result<Options, Failure> {
+        let missing = |name: &str| Failure::Usage(format!("{name} is missing"));
+        let lines = LineOptions {
+            rate_mbit: self.rate_mbit.ok_or_else(|| missing("--rate-mbit"))?,
+            delay_ms: self.delay_ms.ok_or_else(|| missing("--delay-ms"))?,
+            loss_ppm: self.loss_ppm.unwrap_or(0),
+            queue_kb: self.queue_kb.unwrap_or(QUEUE_KB_DEFAULT),
+        };
+        let nodes = self.nodes.ok_or_else(|| missing("--nodes"))?;
+        Ok(Options { nodes, lines, prefix: self.prefix.unwrap_or_else(|| PREFIX_DEFAULT.to_owned()), command })
     }
 }
 
 fn number<T: FromStr + PartialOrd + Display>(name: &str, text: &str, range: RangeInclusive<T>) -> Result<T, Failure> {
     let parsed = text.parse().ok().filter(|value| range.contains(value));
     parsed.ok_or_else(|| Failure::Usage(format!("{name} {text} is not a number from {} to {}", range.start(), range.end())))
-}
-
-fn given<T>(name: &str, value: Option<T>) -> Result<T, Failure> {
-    value.ok_or_else(|| Failure::Usage(format!("{name} is missing")))
 }
 
 /// Refuses what is no file name, and a last digit: `m1` and `m` would both own `m10`.
@@ -496,7 +516,7 @@ fn exit_code(status: ExitStatus) -> u8 {
 
 /// Keeps a second linkhub from removing our namespaces as left-overs. An abstract socket leaves nothing behind.
 fn lock_prefix(prefix: &str) -> Result<UnixListener, Failure> {
-    let failed = |error| Failure::io(format!("cannot have the prefix {prefix} to ourselves: another linkhub"), error);
+    let failed = |error| Failure::io(format!("cannot lock the prefix {prefix}, which another linkhub may have"), error);
     let address = SocketAddr::from_abstract_name(format!("linkhub-{prefix}")).map_err(failed)?;
     UnixListener::bind_addr(&address).map_err(failed)
 }
@@ -586,7 +606,7 @@ fn open_tun(namespace: &str) -> Result<File, Failure> {
 
 fn configure_tun(namespace: &str, node: usize) -> Result<(), Failure> {
     ip(&["-n", namespace, "address", "add", &format!("10.88.0.{}/24", node + 1), "dev", TUN_NAME])?;
-    ip(&["-n", namespace, "link", "set", TUN_NAME, "mtu", &MTU_BYTES.to_string(), "up"])
+    ip(&["-n", namespace, "link", "set", TUN_NAME, "mtu", MTU_BYTES, "txqueuelen", TUN_QUEUE_PACKETS, "up"])
 }
 
 fn ip(arguments: &[&str]) -> Result<(), Failure> {

@@ -43,7 +43,9 @@ VARIANTS = {
     "variant-tied": (dict(tie_word_embeddings=True, rope_theta=5e4), torch.float32, "70KB", 21),
     "variant-no-renorm": (dict(norm_topk_prob=False, num_experts=6, num_experts_per_tok=3), torch.float32, "90KB", 30),
     "variant-f16": (dict(num_experts=5), torch.float16, "40KB", 51),
+    "variant-faint": (dict(), torch.float32, "70KB", 21),
 }
+FAINT = 1e-3  # scale of variant-faint's embeddings: their mean square is that of the norms' epsilon, which then shows
 
 
 def reinit(model, seed):
@@ -52,6 +54,7 @@ def reinit(model, seed):
     A tied embedding is scaled as a projection, so that the logits stay O(1).
     """
     tied = model.config.tie_word_embeddings
+    loudness = FAINT if seed.startswith("variant-faint:") else 1.0
     with torch.no_grad():
         for name, weight in model.named_parameters():
             digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -60,7 +63,7 @@ def reinit(model, seed):
             if weight.ndim == 1:
                 value = 1.0 + 0.1 * noise  # norms
             elif "embed" in name and not tied:
-                value = noise
+                value = noise * loudness
             elif name.endswith("mlp.gate.weight"):
                 value = 2.5 * noise / math.sqrt(weight.shape[1])  # router
             else:
