@@ -74,7 +74,8 @@ pub fn parse_config(json: &Value) -> Result<(ModelConfig, Family), ConfigProblem
 /// Returns sampling defaults and stop tokens; `config` fills in what `generation` leaves out.
 pub fn parse_generation(config: &Value, generation: &Value) -> GenerationDefaults {
     let number = |name: &str| generation[name].as_f64().map(|value| value as f32);
-    let eos = [&generation["eos_token_id"], &config["eos_token_id"], &config["text_config"]["eos_token_id"]];
+    let thinker = &config["thinker_config"]["text_config"]["eos_token_id"];
+    let eos = [&generation["eos_token_id"], &config["eos_token_id"], &config["text_config"]["eos_token_id"], thinker];
     let sampled = generation["do_sample"].as_bool().unwrap_or(false);
     let strings = generation["stop_strings"]
         .as_array()

@@ -89,6 +89,7 @@ impl Experts {
             }
         }
         compute(&present);
+        drop(present);
         if missing.is_empty() {
             return Ok(());
         }

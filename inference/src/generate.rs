@@ -11,7 +11,7 @@ use crate::tokenizer::{Tokenizer, TokenizerError};
 /// What to answer and when to stop.
 #[derive(Clone, Debug)]
 pub struct GenerateRequest {
-    /// Tokens to answer.
+    /// Tokens to answer, from the beginning of the sequence; those that the session has seen are not taken in again.
     pub prompt: Vec<u32>,
     /// Tokens of answer at most.
     pub tokens_max: usize,
@@ -67,7 +67,7 @@ pub enum GenerateError {
     /// No room for an answer.
     #[error("the prompt has {tokens} tokens, the model's context is {context}")]
     PromptTooLong {
-        /// Tokens of the prompt, and those before it.
+        /// Tokens of the prompt.
         tokens: usize,
         /// Tokens that the model can take.
         context: usize,
@@ -92,16 +92,16 @@ pub fn generate(
     request: &GenerateRequest,
     mut on_progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
-    if request.prompt.is_empty() {
+    let total = request.prompt.len();
+    if total <= session.tokens() {
         return Err(GenerateError::EmptyPrompt);
     }
-    let total = session.tokens() + request.prompt.len();
     if total >= model.context() {
         return Err(GenerateError::PromptTooLong { tokens: total, context: model.context() });
     }
     let hidden_size = model.config.hidden_size as usize;
     let mut seen = request.prompt.clone();
-    let mut hidden = session.forward(model, &request.prompt, experts, None)?;
+    let mut hidden = session.forward(model, &request.prompt[session.tokens()..], experts, None)?;
     let mut answer = Answer { tokens: Vec::new(), text: StopText::new(&request.stop_strings), stream: tokenizer.map(Tokenizer::stream) };
     let mut go_on = on_progress(Progress::Prefilled(experts.usage()));
     let stop_reason = loop {
@@ -128,14 +128,18 @@ pub fn generate(
         hidden = session.forward(model, &[token], experts, None)?;
     };
     let Answer { tokens, mut text, stream } = answer;
-    if let (Some(stream), false) = (stream, stop_reason == StopReason::StopString) {
-        text.push(&stream.finish()?);
+    let mut rest = String::new();
+    let mut stopped = stop_reason == StopReason::StopString;
+    if let (Some(stream), false) = (stream, stopped) {
+        (rest, stopped) = text.push(&stream.finish()?);
     }
-    let held = text.release();
-    if !held.is_empty() {
-        let _ = on_progress(Progress::Token(held, experts.usage()));
+    if !stopped {
+        rest.push_str(&text.release());
     }
-    Ok(Generated { tokens, text: text.shown, stop_reason })
+    if !rest.is_empty() {
+        let _ = on_progress(Progress::Token(rest, experts.usage()));
+    }
+    Ok(Generated { tokens, text: text.shown, stop_reason: if stopped { StopReason::StopString } else { stop_reason } })
 }
 
 struct Answer<'a> {

@@ -5,6 +5,7 @@
 
 use crate::experts::Experts;
 use crate::model::Model;
+use crate::sampler::NotFinite;
 use crate::session::{ForwardError, Session, logits};
 use crate::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
 
@@ -46,6 +47,9 @@ pub enum PerplexityError {
     /// The model could not take it in.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// The model's output is broken.
+    #[error(transparent)]
+    NotFinite(#[from] NotFinite),
     /// The caller broke off.
     #[error("interrupted")]
     Interrupted,
@@ -80,15 +84,22 @@ fn score(
     window: &[u32],
     experts: &mut Experts,
     report: &mut PerplexityReport,
-) -> Result<(), ForwardError> {
+) -> Result<(), PerplexityError> {
     if window.len() < 2 {
         return Ok(());
+    }
+    let vocab_size = model.config.vocab_size;
+    if let Some(&token) = window.iter().find(|&&token| token >= vocab_size) {
+        return Err(ForwardError::Token { token, vocab_size }.into());
     }
     let hidden_size = model.config.hidden_size as usize;
     let hidden = Session::new(model).forward(model, &window[..window.len() - 1], experts, None)?;
     for (hidden, targets) in hidden.chunks(LOGITS_TOKENS * hidden_size).zip(window[1..].chunks(LOGITS_TOKENS)) {
         let logits = logits(model, hidden);
-        for (logits, &target) in logits.chunks_exact(model.config.vocab_size as usize).zip(targets) {
+        for (logits, &target) in logits.chunks_exact(vocab_size as usize).zip(targets) {
+            if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
+                return Err(NotFinite { token }.into());
+            }
             report.nats += negative_log_likelihood(logits, target);
             report.tokens += 1;
             report.bytes += tokenizer.token_bytes(target) as u64;

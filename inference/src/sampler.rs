@@ -57,7 +57,9 @@ pub fn sample(sampling: &Sampling, mut logits: Vec<f32>, before: &[u32]) -> Resu
         order.truncate(kept);
     }
     order.sort_unstable_by(likelier);
-    let mut probabilities: Vec<f32> = order.iter().map(|&token| logits[token as usize] / sampling.temperature).collect();
+    // The largest becomes 0 before the division, which then cannot overflow to what has no order.
+    let largest = logits[order[0] as usize];
+    let mut probabilities: Vec<f32> = order.iter().map(|&token| (logits[token as usize] - largest) / sampling.temperature).collect();
     softmax(&mut probabilities);
     let kept = nucleus(&probabilities, sampling.top_p);
     let total: f64 = probabilities[..kept].iter().map(|&p| f64::from(p)).sum();
@@ -124,6 +126,12 @@ mod tests {
         assert_eq!(count(Sampling { top_k: 1, ..plain }), [0, 0, 4000]);
         assert_eq!(count(Sampling { top_p: 0.8, ..plain })[0], 0);
         assert_eq!(count(Sampling { top_p: 0.0, ..plain }), [0, 0, 4000]);
+    }
+
+    #[test]
+    fn the_smallest_temperature_is_greedy() {
+        let sampling = Sampling { temperature: f32::MIN_POSITIVE / 8.0, ..Sampling::GREEDY };
+        assert_eq!(sample(&sampling, vec![1.0, 9.0, -3.0, 8.9], &[]), Ok(1));
     }
 
     #[test]

@@ -2,6 +2,9 @@
 
 use tokenizers::DecoderWrapper;
 
+/// Tokens after which what is no character yet counts as broken; four bytes make any character, and stray ones may precede.
+const UNFINISHED_TOKENS_MAX: usize = 8;
+
 /// A model's tokenizer.
 #[derive(Debug)]
 pub struct Tokenizer {
@@ -73,22 +76,76 @@ impl TextStream<'_> {
     /// Adds a token and returns the text that is complete now.
     pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
         self.tokens.push(token);
-        let before = self.tokenizer.decode(&self.tokens[self.start..self.shown])?;
-        let after = self.tokenizer.decode(&self.tokens[self.start..])?;
-        // An unfinished character decodes to U+FFFD at the end; four tokens hold any character's bytes.
-        let unfinished = after.ends_with('\u{FFFD}') && self.tokens.len() - self.shown < 4;
-        if unfinished || after.len() <= before.len() {
+        let new = self.new_text()?;
+        // An unfinished character decodes to U+FFFD at the end. One that is still unfinished after so many tokens never ends.
+        if new.is_empty() || (new.ends_with('\u{FFFD}') && self.tokens.len() - self.shown < UNFINISHED_TOKENS_MAX) {
             return Ok(String::new());
         }
         self.start = self.shown;
         self.shown = self.tokens.len();
-        Ok(after.get(before.len()..).unwrap_or_default().to_owned())
+        Ok(new)
     }
 
     /// Returns what is left: bytes that never became a character, as U+FFFD.
     pub fn finish(self) -> Result<String, TokenizerError> {
+        self.new_text()
+    }
+
+    /// The text of the tokens not shown yet: what decoding them together with those before adds.
+    fn new_text(&self) -> Result<String, TokenizerError> {
         let before = self.tokenizer.decode(&self.tokens[self.start..self.shown])?;
         let after = self.tokenizer.decode(&self.tokens[self.start..])?;
-        Ok(after.get(before.len()..).unwrap_or_default().to_owned())
+        let same =
+            before.char_indices().zip(after.chars()).find(|((_, a), b)| a != b).map_or(before.len().min(after.len()), |((at, _), _)| at);
+        Ok(after[same..].to_owned())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A tokenizer of bytes: every token is one byte.
+    fn bytes() -> Tokenizer {
+        let alphabet: std::collections::BTreeSet<char> =
+            tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
+        let vocab: serde_json::Map<_, _> = alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), id.into())).collect();
+        let level = serde_json::json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": false});
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null, "pre_tokenizer": level,
+            "post_processor": null, "decoder": level,
+            "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
+                      "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
+        });
+        Tokenizer::from_bytes(json.to_string().as_bytes()).expect("a valid tokenizer")
+    }
+
+    #[test]
+    fn characters_appear_whole_and_none_is_lost() {
+        let tokenizer = bytes();
+        for text in ["plain", "é", "汉字 and 🦀🦀", "\u{FFFD}", "a\u{FFFD}b🦀"] {
+            let tokens = tokenizer.encode(text, SpecialTokens::AsWritten).expect("it encodes");
+            assert_eq!(tokens.len(), text.len());
+            assert_eq!(tokens.iter().map(|&token| tokenizer.token_bytes(token)).sum::<usize>(), text.len());
+            let mut stream = tokenizer.stream();
+            let mut streamed = String::new();
+            for &token in &tokens {
+                streamed += &stream.push(token).expect("it decodes");
+                assert!(text.starts_with(&streamed), "{streamed:?} of {text:?}");
+            }
+            assert_eq!(streamed + &stream.finish().expect("it decodes"), text);
+        }
+    }
+
+    #[test]
+    fn a_stray_byte_does_not_swallow_the_character_after_it() {
+        let tokenizer = bytes();
+        let crab = tokenizer.encode("🦀", SpecialTokens::AsWritten).expect("it encodes");
+        let tokens = [&crab[3..], &crab[..], &crab[..2]].concat();
+        let mut stream = tokenizer.stream();
+        let mut streamed: String = tokens.iter().map(|&token| stream.push(token).expect("it decodes")).collect();
+        streamed += &stream.finish().expect("it decodes");
+        assert_eq!(streamed, tokenizer.decode(&tokens).expect("it decodes"));
+        assert!(streamed.contains('🦀'));
     }
 }

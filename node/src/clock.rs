@@ -1,7 +1,7 @@
 //! The only place that reads a clock, and where Ctrl-C is noticed.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::failure::Failure;
 
@@ -19,6 +19,7 @@ pub(crate) fn instant() -> Instant {
 }
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+static WAITING_FOR_INPUT: AtomicBool = AtomicBool::new(false);
 
 /// Says whether the user has pressed Ctrl-C.
 pub(crate) fn interrupted() -> bool {
@@ -30,11 +31,27 @@ pub(crate) fn check_interrupted() -> Result<(), Failure> {
     if interrupted() { Err(Failure::interrupted()) } else { Ok(()) }
 }
 
+/// Does something that waits for the user: Ctrl-C ends the program meanwhile.
+pub(crate) fn while_waiting_for_input<T>(read: impl FnOnce() -> T) -> T {
+    WAITING_FOR_INPUT.store(true, Ordering::Relaxed);
+    let result = read();
+    WAITING_FOR_INPUT.store(false, Ordering::Relaxed);
+    result
+}
+
+/// Returns once the user has pressed Ctrl-C.
+pub(crate) async fn until_interrupted() {
+    while !interrupted() {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// Starts watching for Ctrl-C. The first asks to stop at the next safe point; the second does not wait for it.
 pub(crate) fn watch_for_interrupts(runtime: &tokio::runtime::Handle) {
     runtime.spawn(async {
         while tokio::signal::ctrl_c().await.is_ok() {
-            if INTERRUPTED.swap(true, Ordering::Relaxed) {
+            // A read from a terminal does not end by itself, and while it lasts there is nothing to lose.
+            if INTERRUPTED.swap(true, Ordering::Relaxed) || WAITING_FOR_INPUT.load(Ordering::Relaxed) {
                 std::process::exit(130);
             }
         }

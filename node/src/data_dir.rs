@@ -22,9 +22,11 @@ use protocol::message::is_model_name;
 use protocol::{ContentHash, ModelId, ModelManifest, NodeId, NodeKey, SignedEnvelope};
 use store::disk::{read_file, replace_file};
 use store::{BlobStore, DataDirLock, RealDisk};
+use tracing::warn;
 
 use crate::failure::{Failure, Kind};
 use crate::net::{Multiaddr, new_secret};
+use crate::output::note;
 
 /// Longest of the small files, in bytes.
 const SMALL_FILE_BYTES_MAX: u64 = 4 << 20;
@@ -68,7 +70,8 @@ impl DataDir {
             writeln!(file, "{}", protocol::hash::to_hex(&secret))?;
             file.sync_all()?;
             // A link fails where a file is: of two processes that start at once, the second takes the first one's key.
-            fs::hard_link(&temporary, path)
+            fs::hard_link(&temporary, path)?;
+            fs::File::open(&self.root)?.sync_all()
         };
         let written = write();
         let _ = fs::remove_file(&temporary);
@@ -79,7 +82,14 @@ impl DataDir {
         }
     }
 
-    /// The keys whose models this user runs; the node's own is always among them.
+    /// Keeps other processes from changing the small files until the guard is dropped.
+    pub(crate) fn exclusive(&self) -> Result<fs::File, Failure> {
+        let path = self.root.join("edit-lock");
+        let lock = fs::File::create(&path).and_then(|file| file.lock().map(|()| file));
+        lock.map_err(|error| io_failure("lock", &path, &error))
+    }
+
+    /// The keys whose models this user runs, besides the node's own.
     pub(crate) fn publishers(&self) -> Result<BTreeSet<NodeId>, Failure> {
         let path = self.root.join("publishers");
         let mut publishers = BTreeSet::new();
@@ -116,12 +126,11 @@ impl DataDir {
         fs::create_dir_all(&manifests).map_err(|error| io_failure("create", &manifests, &error))?;
         let path = self.root.join("models.json");
         let text = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
-        let names: BTreeMap<String, String> = match text {
-            Some(text) => {
-                serde_json::from_slice(&text).map_err(|error| Failure::new(Kind::Integrity, format!("{}: {error}", path.display())))?
-            }
-            None => BTreeMap::new(),
-        };
+        let names: BTreeMap<String, String> = serde_json::from_slice(&text.unwrap_or_else(|| b"{}".to_vec())).unwrap_or_else(|error| {
+            // Names are a convenience: the manifests are all there, and get names from their ids.
+            warn!(path = %path.display(), %error, "names of models are lost");
+            BTreeMap::new()
+        });
         let parsed = names.into_iter().filter_map(|(name, id)| Some((name, id.parse().ok()?)));
         let mut open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names: parsed.collect(), _lock: lock };
         open.adopt_unnamed()?;
@@ -183,30 +192,43 @@ pub(crate) enum Resolved {
 }
 
 impl OpenDataDir {
-    /// All models, by name.
+    /// All models, by name; fails when the manifest of one cannot be read.
     pub(crate) fn models(&self) -> Result<Vec<LocalModel>, Failure> {
         self.names.iter().map(|(name, &id)| self.load(name.clone(), id)).collect()
     }
 
+    /// All models whose manifests can be read; the user is told of the others.
+    pub(crate) fn readable_models(&self) -> Vec<LocalModel> {
+        let load = |(name, &id): (&String, &ModelId)| match self.load(name.clone(), id) {
+            Ok(model) => Some(model),
+            Err(failure) => {
+                note(&format!("warning: {failure}; confrere rm {name} removes it, a peer or another import can replace it"));
+                None
+            }
+        };
+        self.names.iter().filter_map(load).collect()
+    }
+
     /// Finds MODEL: a name, an id or a unique prefix of one.
     pub(crate) fn resolve(&self, model: &str) -> Result<Resolved, Failure> {
+        match self.identify(model)? {
+            Some((name, id)) if self.manifest_path(id).exists() => self.load(name, id).map(Resolved::Here),
+            Some((_, id)) => Ok(Resolved::Elsewhere(id)),
+            None => model.parse().map(Resolved::Elsewhere).map_err(|_| self.unknown(model)),
+        }
+    }
+
+    /// Finds the name and id of a model that is named here, whether its manifest can be read or not.
+    pub(crate) fn identify(&self, model: &str) -> Result<Option<(String, ModelId)>, Failure> {
         if let Some(&id) = self.names.get(model) {
-            return self.load(model.to_owned(), id).map(Resolved::Here);
+            return Ok(Some((model.to_owned(), id)));
         }
         let hexadecimal = model.len() >= 4 && model.chars().all(|c| c.is_ascii_hexdigit());
-        let matching: BTreeMap<_, _> = self
-            .names
-            .iter()
-            .filter(|(_, id)| hexadecimal && id.to_string().starts_with(&model.to_lowercase()))
-            .map(|(name, id)| (*id, name))
-            .collect();
-        match (matching.len(), matching.first_key_value()) {
-            (1, Some((&id, name))) => self.load((*name).clone(), id).map(Resolved::Here),
-            (2.., _) => Err(Failure::new(Kind::NotFound, format!("{model} is the beginning of {} models' ids", matching.len()))),
-            _ => match model.parse() {
-                Ok(id) => Ok(Resolved::Elsewhere(id)),
-                Err(_) => Err(self.unknown(model)),
-            },
+        let begins = |id: &ModelId| hexadecimal && id.to_string().starts_with(&model.to_lowercase());
+        let matching: BTreeMap<_, _> = self.names.iter().filter(|(_, id)| begins(id)).map(|(name, id)| (*id, name)).collect();
+        match matching.len() {
+            0 | 1 => Ok(matching.into_iter().next().map(|(id, name)| (name.clone(), id))),
+            count => Err(Failure::new(Kind::NotFound, format!("{model} is the beginning of {count} models' ids"))),
         }
     }
 
@@ -229,7 +251,6 @@ impl OpenDataDir {
         };
         self.check_name(&name, Some(id))?;
         self.dir.write(&format!("manifests/{id}"), envelope.as_bytes())?;
-        self.names.retain(|_, known| *known != id);
         self.names.insert(name.clone(), id);
         self.save_names()?;
         Ok(LocalModel { name, id, manifest: Arc::new(manifest), publisher: envelope.signer() })
@@ -241,6 +262,9 @@ impl OpenDataDir {
             let rule = "a name has 1 to 128 letters, digits and -_.: and starts with a letter or digit";
             return Err(Failure::new(Kind::Usage, format!("{name:?} cannot name a model: {rule}")));
         }
+        if name.parse::<ModelId>().is_ok() {
+            return Err(Failure::new(Kind::Usage, format!("{name} cannot name a model: it reads as an id")));
+        }
         match self.names.get(name) {
             Some(&other) if id.is_some_and(|id| id != other) => Err(Failure::new(
                 Kind::Usage,
@@ -250,12 +274,15 @@ impl OpenDataDir {
         }
     }
 
-    /// Forgets a model's name and manifest. Its blobs stay until the next collection.
-    pub(crate) fn forget(&mut self, model: &LocalModel) -> Result<(), Failure> {
-        self.names.retain(|_, id| *id != model.id);
+    /// Forgets a model's names and manifest. Its blobs stay until the next collection.
+    pub(crate) fn forget(&mut self, id: ModelId) -> Result<(), Failure> {
+        self.names.retain(|_, known| *known != id);
         self.save_names()?;
-        let path = self.dir.root.join("manifests").join(model.id.to_string());
-        fs::remove_file(&path).map_err(|error| io_failure("remove", &path, &error))
+        let path = self.manifest_path(id);
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_failure("remove", &path, &error)),
+            _ => Ok(()),
+        }
     }
 
     /// Removes blobs that no manifest names; returns how many, and their bytes.
@@ -271,19 +298,25 @@ impl OpenDataDir {
                 bytes += blob.length;
             }
         }
+        blobs += self.store.clear_quarantine()?;
         self.store.flush();
         Ok((blobs, bytes))
     }
 
     /// The signed manifest of a model, as received.
     pub(crate) fn envelope(&self, id: ModelId) -> Result<Vec<u8>, Failure> {
-        let path = self.dir.root.join("manifests").join(id.to_string());
+        let path = self.manifest_path(id);
         let bytes = read_file(&path, MANIFEST_BYTES_MAX as u64).map_err(|error| io_failure("read", &path, &error))?;
         bytes.ok_or_else(|| Failure::new(Kind::Integrity, format!("{} is missing", path.display())))
     }
 
+    fn manifest_path(&self, id: ModelId) -> PathBuf {
+        self.dir.root.join("manifests").join(id.to_string())
+    }
+
     fn load(&self, name: String, id: ModelId) -> Result<LocalModel, Failure> {
-        let (manifest, envelope) = ModelManifest::open(id, self.envelope(id)?).map_err(|error| Failure::from(error).about(&name))?;
+        let (manifest, envelope) = ModelManifest::open(id, self.envelope(id)?)
+            .map_err(|error| Failure::from(error).about(format_args!("model {name} ({})", self.manifest_path(id).display())))?;
         Ok(LocalModel { name, id, manifest: Arc::new(manifest), publisher: envelope.signer() })
     }
 
@@ -293,10 +326,11 @@ impl OpenDataDir {
         let files = fs::read_dir(&path).map_err(|error| io_failure("list", &path, &error))?;
         let ids = files.flatten().filter_map(|file| file.file_name().to_str()?.parse::<ModelId>().ok()).collect::<BTreeSet<_>>();
         let named: BTreeSet<_> = self.names.values().copied().collect();
-        let before = self.names.len();
-        self.names.retain(|_, id| ids.contains(id));
+        if ids.is_subset(&named) {
+            return Ok(());
+        }
         self.names.extend(ids.difference(&named).map(|id| (id.to_string()[..12].to_owned(), *id)));
-        if self.names.len() == before && ids.is_subset(&named) { Ok(()) } else { self.save_names() }
+        self.save_names()
     }
 
     fn save_names(&self) -> Result<(), Failure> {

@@ -15,6 +15,8 @@ use store::{LockError, StoreError};
 /// The kind of a failure, by exit code.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Kind {
+    /// Whoever read the output has gone: a reason to stop, and no failure.
+    Unread = 0,
     Other = 1,
     Usage = 2,
     NotFound = 3,
@@ -170,6 +172,7 @@ impl From<PerplexityError> for Failure {
             PerplexityError::Forward(error) => error.into(),
             PerplexityError::Interrupted => Self::interrupted(),
             PerplexityError::TooShort => Self::of(Kind::Usage, &error),
+            PerplexityError::NotFinite(_) => Self::of(Kind::Integrity, &error),
             PerplexityError::Tokenizer(_) => Self::of(Kind::Other, &error),
         }
     }

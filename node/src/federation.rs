@@ -18,7 +18,7 @@ use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tracing::info;
 
-use crate::clock::{interrupted, now_ms};
+use crate::clock::{now_ms, until_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
 use crate::failure::{Failure, Kind};
 use crate::net::fetcher::{Fetched, Fetcher, Want};
@@ -58,10 +58,14 @@ pub(crate) struct Federation<'a> {
 impl<'a> Federation<'a> {
     /// Connects to the peers that were named and to those known from before.
     pub(crate) fn connect(runtime: &'a Runtime, dir: &DataDir, options: &PeerOptions, offline: bool) -> Result<Self, Failure> {
-        let mut peers = options.peers.clone();
-        peers.extend(dir.peers()?);
-        peers.dedup();
-        let publishers = options.publishers;
+        let mut options = options.clone();
+        options.peers.extend(dir.peers()?);
+        Self::connect_to(runtime, dir, options, offline)
+    }
+
+    /// Connects to the peers that were named, and to no others.
+    pub(crate) fn connect_to(runtime: &'a Runtime, dir: &DataDir, options: PeerOptions, offline: bool) -> Result<Self, Failure> {
+        let PeerOptions { peers, publishers, .. } = options;
         if offline || (peers.is_empty() && !options.mdns) {
             return Ok(Self { runtime, fetcher: None, publishers });
         }
@@ -207,14 +211,9 @@ impl<'a> Federation<'a> {
     /// Runs something on the network until it ends or the user presses Ctrl-C.
     fn wait<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         self.runtime.block_on(async {
-            let stop = async {
-                while !interrupted() {
-                    tokio::time::sleep(Duration::from_millis(50)).await;
-                }
-            };
             tokio::select! {
                 result = work => result,
-                () = stop => Err(Failure::interrupted()),
+                () = until_interrupted() => Err(Failure::interrupted()),
             }
         })
     }

@@ -12,9 +12,12 @@ mod peer_experts;
 
 use std::process::ExitCode;
 
+use failure::Kind;
+
 fn main() -> ExitCode {
     match cli::main() {
         Ok(()) => ExitCode::SUCCESS,
+        Err(failure) if failure.kind == Kind::Unread => ExitCode::SUCCESS,
         Err(failure) => {
             // Even with --quiet: whoever asked must know why there is no answer.
             eprintln!("error: {failure}");

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::Serialize;
 
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 
 static QUIET: AtomicBool = AtomicBool::new(false);
 
@@ -16,10 +16,12 @@ pub(crate) fn be_quiet() {
 }
 
 /// Prints data. When nobody reads any more, there is nothing left to do.
-pub(crate) fn print(text: &str) {
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
     let mut out = io::stdout().lock();
-    if out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_err() {
-        std::process::exit(0);
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(Failure::new(Kind::Unread, "nobody reads the output")),
+        Err(error) => Err(Failure::new(Kind::Other, format!("cannot write to standard output: {error}"))),
     }
 }
 
@@ -30,15 +32,14 @@ pub(crate) fn announce(lines: &str) {
 }
 
 /// Prints a line of data.
-pub(crate) fn print_line(line: &str) {
-    print(&format!("{line}\n"));
+pub(crate) fn print_line(line: &str) -> Result<(), Failure> {
+    print(&format!("{line}\n"))
 }
 
 /// Prints one JSON value.
 pub(crate) fn print_json(value: &impl Serialize) -> Result<(), Failure> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(crate::failure::Kind::Other, error.to_string()))?;
-    print_line(&text);
-    Ok(())
+    let text = serde_json::to_string_pretty(value).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    print_line(&text)
 }
 
 /// Tells the user something that is not data.

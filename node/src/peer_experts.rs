@@ -9,16 +9,16 @@ use protocol::BlobRef;
 use store::{BlobStore, StoreError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
-use tracing::warn;
 
-use crate::clock::{interrupted, now_ms};
+use crate::clock::{interrupted, now_ms, until_interrupted};
 use crate::failure::{Failure, Kind};
 use crate::net::PeerId;
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::link::Wanted;
+use crate::output::note;
 
-const RESULTS_MAX: usize = 32;
-const SAVES_MAX: usize = 64;
+const RESULTS_MAX: usize = 8;
+const SAVES_MAX: usize = 8;
 
 /// A fetcher that several parts of a command use in turn.
 pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
@@ -48,8 +48,9 @@ impl PeerExperts {
             match self.store.read_into(&request.blob.hash, &mut bytes, now_ms()) {
                 Ok(true) => deliver(request.slot, bytes, Origin::Disk)?,
                 Ok(false) => missing.push(*request),
-                Err(error @ StoreError::Damaged { .. }) => {
-                    warn!(slot = %request.slot, %error, "fetching it again");
+                // A disk that cannot read it any more is as good as one that has lost it.
+                Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
+                    note(&format!("warning: {}: {error}; fetching it again", request.slot));
                     missing.push(*request);
                 }
                 Err(error) => return Err(source_error(Failure::from(error).about(request.slot))),
@@ -67,16 +68,24 @@ impl PeerExperts {
         let (results, mut arrivals) = mpsc::channel(RESULTS_MAX);
         let fetcher = Arc::clone(fetcher);
         let fetching = runtime.spawn(async move { fetcher.lock().await.fetch(wants, &results).await });
-        while let Some(Fetched { index, bytes, peer }) = runtime.block_on(arrivals.recv()) {
+        let next = |arrivals: &mut mpsc::Receiver<Fetched>| {
+            runtime.block_on(async {
+                tokio::select! {
+                    arrival = arrivals.recv() => arrival,
+                    () = until_interrupted() => None,
+                }
+            })
+        };
+        while let Some(Fetched { index, bytes, peer }) = next(&mut arrivals) {
             let request = requests[index];
             self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
             let aligned = AlignedBytes::copy_of(&bytes);
             self.saver.save(request.blob, bytes);
             deliver(request.slot, aligned, Origin::Peer)?;
-            if interrupted() {
-                fetching.abort();
-                return Err(source_error(Failure::interrupted()));
-            }
+        }
+        if interrupted() {
+            fetching.abort();
+            return Err(source_error(Failure::interrupted()));
         }
         match runtime.block_on(fetching) {
             Ok(result) => result.map_err(source_error),
@@ -117,7 +126,7 @@ impl Saver {
                     Err(error) if full => drop(error),
                     Err(error) => {
                         full = true;
-                        crate::output::note(&format!("note: experts that do not fit are used and not kept: {error}"));
+                        note(&format!("note: experts that do not fit are used and not kept: {error}"));
                     }
                 }
             }

@@ -16,6 +16,9 @@ use crate::disk::{Disk, DiskFile};
 use crate::index::{Index, IndexEntry};
 use crate::quota::{Quota, Reservation};
 
+/// Left free on a disk: this, or a twentieth of a smaller one.
+const SPARE_BYTES: u64 = 2 << 30;
+
 /// A file with its length.
 type OpenFile = (Box<dyn DiskFile>, u64);
 
@@ -113,6 +116,7 @@ impl BlobStore {
             let path = root.join(name);
             disk.create_dir_all(&path).map_err(|source| io_error("create", &path, source))?;
         }
+        disk.sync_dir(&root).map_err(|source| io_error("sync", &root, source))?;
         for (path, _) in list(&*disk, &root.join("incoming"))? {
             disk.remove(&path).map_err(|source| io_error("remove", &path, source))?;
         }
@@ -168,6 +172,7 @@ impl BlobStore {
         let bytes_max = self.quota.bytes_max();
         let reservation =
             self.quota.reserve(blob.length).map_err(|left| StoreError::QuotaExceeded { wanted: blob.length, left, bytes_max })?;
+        self.check_space(blob.length)?;
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
         let path = self.root.join("incoming").join(format!("{}.{number}", blob.hash.to_hex()));
         let file = self.disk.create_new(&path).map_err(|source| io_error("create", &path, source))?;
@@ -182,10 +187,22 @@ impl BlobStore {
         })
     }
 
+    /// Refuses to fill the disk to the brim: other programs live on it, and so does the index.
+    fn check_space(&self, wanted: u64) -> Result<(), StoreError> {
+        let space = self.disk.space(&self.root).map_err(|source| io_error("measure", &self.root, source))?;
+        let spare = (space.total / 20).min(SPARE_BYTES);
+        if space.free >= wanted.saturating_add(spare) {
+            return Ok(());
+        }
+        Err(StoreError::DiskFull { path: self.root.display().to_string(), source: io::ErrorKind::StorageFull.into() })
+    }
+
     /// Reads a whole blob into a buffer of its length and verifies it. A damaged one goes into quarantine.
     pub fn read_into(&self, hash: &ContentHash, buffer: &mut [u8], now_ms: u64) -> Result<bool, StoreError> {
         let Some((file, length)) = self.open_file(hash)? else { return Ok(false) };
         if buffer.len() as u64 != length {
+            // Of a damaged file the length is wrong, too; of a sound one it is the caller's that is.
+            self.reader(hash, now_ms)?;
             return Err(StoreError::WrongBytes { expected: *hash, length: buffer.len() as u64, found: length });
         }
         let read = file.read_exact_at(buffer, 0);
@@ -204,17 +221,10 @@ impl BlobStore {
     /// Opens a blob for reading in ranges. It is verified once, now, without being held in memory.
     pub fn reader(&self, hash: &ContentHash, now_ms: u64) -> Result<Option<BlobReader>, StoreError> {
         let Some((file, length)) = self.open_file(hash)? else { return Ok(None) };
-        let mut hasher = blake3::Hasher::new();
-        let mut buffer = vec![0; (1 << 20).min(length as usize)];
-        let mut at = 0;
-        let mut read = Ok(());
-        while at < length && read.is_ok() {
-            let part = &mut buffer[..(length - at).min(1 << 20) as usize];
-            read = file.read_exact_at(part, at);
-            hasher.update(part);
-            at += part.len() as u64;
-        }
-        let matches = read.is_ok() && hasher.finalize().as_bytes() == hash.as_bytes();
+        let (read, matches) = match hash_of(&*file, length) {
+            Ok(found) => (Ok(()), found == *hash),
+            Err(error) => (Err(error), false),
+        };
         self.judge(hash, length, read, matches, now_ms)?;
         Ok(Some(BlobReader { file, length }))
     }
@@ -242,7 +252,7 @@ impl BlobStore {
     /// Counts what is here.
     pub fn stat(&self) -> Result<StoreStat, StoreError> {
         let quarantined = list(&*self.disk, &self.root.join("quarantine"))?.len() as u64;
-        let disk_free_bytes = self.disk.free_bytes(&self.root).map_err(|source| io_error("measure", &self.root, source))?;
+        let disk_free_bytes = self.disk.space(&self.root).map_err(|source| io_error("measure", &self.root, source))?.free;
         let index = self.index();
         let (verified, unverified): (Vec<_>, Vec<_>) = index.iter().map(|(_, entry)| entry.verified_at_ms).partition(|&at| at > 0);
         Ok(StoreStat {
@@ -278,8 +288,12 @@ impl BlobStore {
                 Err(StoreError::Damaged { hash: *hash })
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                warn!(%hash, "a blob has gone from the disk; struck out of the index");
-                self.strike_out(hash);
+                // Under the lock: a writer may have put it back since.
+                let mut index = self.index();
+                if self.disk.open(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                    warn!(%hash, "a blob has gone from the disk; struck out of the index");
+                    self.strike_out(&mut index, hash);
+                }
                 Ok(None)
             }
             Err(source) => Err(io_error("open", &path, source)),
@@ -304,21 +318,41 @@ impl BlobStore {
         }
     }
 
+    /// Moves a damaged blob aside, unless a sound one has taken its place since it was read.
     fn quarantine(&self, hash: &ContentHash) -> Result<(), StoreError> {
         let path = self.path(hash);
+        let mut index = self.index();
+        if self.matches(&path, hash) {
+            return Ok(());
+        }
         match self.disk.rename(&path, &self.root.join("quarantine").join(hash.to_hex())) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(io_error("quarantine", &path, source)),
         }
-        self.strike_out(hash);
+        self.strike_out(&mut index, hash);
         Ok(())
     }
 
-    fn strike_out(&self, hash: &ContentHash) {
-        if let Some(entry) = self.index().remove(hash) {
+    fn matches(&self, path: &Path, hash: &ContentHash) -> bool {
+        let Ok(file) = self.disk.open(path) else { return false };
+        let Ok(length) = file.length() else { return false };
+        hash_of(&*file, length).is_ok_and(|found| found == *hash)
+    }
+
+    fn strike_out(&self, index: &mut Index, hash: &ContentHash) {
+        if let Some(entry) = index.remove(hash) {
             self.quota.release(entry.length);
         }
+    }
+
+    /// Throws away what was found damaged; returns how many files.
+    pub fn clear_quarantine(&self) -> Result<usize, StoreError> {
+        let files = list(&*self.disk, &self.root.join("quarantine"))?;
+        for (path, _) in &files {
+            self.disk.remove(path).map_err(|source| io_error("remove", path, source))?;
+        }
+        Ok(files.len())
     }
 
     fn index(&self) -> MutexGuard<'_, Index> {
@@ -412,6 +446,21 @@ impl BlobReader {
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
     }
+}
+
+/// Hashes a file without holding it in memory.
+fn hash_of(file: &dyn DiskFile, length: u64) -> io::Result<ContentHash> {
+    const PART_BYTES: u64 = 1 << 20;
+    let mut hasher = blake3::Hasher::new();
+    let mut buffer = vec![0; PART_BYTES.min(length) as usize];
+    let mut at = 0;
+    while at < length {
+        let part = &mut buffer[..(length - at).min(PART_BYTES) as usize];
+        file.read_exact_at(part, at)?;
+        hasher.update(part);
+        at += part.len() as u64;
+    }
+    Ok(ContentHash::from_bytes(*hasher.finalize().as_bytes()))
 }
 
 fn blob_name(path: &Path) -> Option<ContentHash> {

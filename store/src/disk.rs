@@ -21,8 +21,17 @@ pub trait Disk: Send + Sync {
     fn remove(&self, path: &Path) -> io::Result<()>;
     /// Lists the files of a directory, with their lengths.
     fn list(&self, path: &Path) -> io::Result<Vec<(PathBuf, u64)>>;
-    /// Bytes that may still be written to the filesystem which holds `path`.
-    fn free_bytes(&self, path: &Path) -> io::Result<u64>;
+    /// Measures the filesystem which holds `path`.
+    fn space(&self, path: &Path) -> io::Result<Space>;
+}
+
+/// Bytes of a filesystem.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Space {
+    /// That may still be written.
+    pub free: u64,
+    /// Of which it consists.
+    pub total: u64,
 }
 
 /// An open file.
@@ -78,9 +87,9 @@ impl Disk for RealDisk {
         Ok(files)
     }
 
-    fn free_bytes(&self, path: &Path) -> io::Result<u64> {
+    fn space(&self, path: &Path) -> io::Result<Space> {
         let stat = rustix::fs::statvfs(path)?;
-        Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+        Ok(Space { free: stat.f_bavail.saturating_mul(stat.f_frsize), total: stat.f_blocks.saturating_mul(stat.f_frsize) })
     }
 }
 
@@ -106,7 +115,7 @@ impl DiskFile for File {
 pub fn replace_file(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> io::Result<()> {
     let parent = path.parent().ok_or_else(|| io::Error::other("a file has a directory"))?;
     let mut name = path.file_name().ok_or_else(|| io::Error::other("a file has a name"))?.to_owned();
-    name.push(".new");
+    name.push(format!(".{}.new", std::process::id()));
     let temporary = parent.join(name);
     let written = write_new(disk, &temporary, bytes).and_then(|()| disk.rename(&temporary, path)).and_then(|()| disk.sync_dir(parent));
     if written.is_err() {

@@ -102,7 +102,8 @@ impl Index {
 
 /// Opens sled with a second and a third try: without its snapshots, then anew beside the damaged one, which is removed.
 fn open_tree(path: &Path) -> Option<(sled::Db, BTreeMap<ContentHash, IndexEntry>)> {
-    let attempts: [fn(&Path); 3] = [|_| {}, remove_snapshots, |path| drop(std::fs::remove_dir_all(path))];
+    let attempts: [fn(&Path); 3] =
+        [|_| {}, remove_snapshots, |path| drop(std::fs::remove_dir_all(path).or_else(|_| std::fs::remove_file(path)))];
     for prepare in attempts {
         prepare(path);
         match guarded(|| read_tree(path)) {

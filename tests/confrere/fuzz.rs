@@ -82,9 +82,11 @@ fn no_parser_of_binary_input_panics() {
     let listing = Listing { models: vec![("one".into(), manifest.id()), ("two".into(), manifest.id())] };
     feed("listing", &protocol::codec::to_bytes(&listing), inputs(50_000), |bytes| drop(Listing::from_bytes(bytes)));
     let request = Request { subject: Subject::Blob(ContentHash::of(b"x")), offset: 5, length: 100 };
-    feed("request", &request.to_bytes(), inputs(100_000), |bytes| drop(bytes.first_chunk().map(Request::from_bytes)));
+    feed("request", &request.to_bytes(), inputs(100_000), |bytes| {
+        let _ = bytes.first_chunk().map(Request::from_bytes);
+    });
     feed("answer", &Answer::Bytes { total: 10, length: 5 }.to_bytes(), inputs(100_000), |bytes| {
-        drop(bytes.first_chunk().map(Answer::from_bytes))
+        let _ = bytes.first_chunk().map(Answer::from_bytes);
     });
     let shape = manifest.config.expert_shape(manifest.expert_precision);
     feed("expert", &[&shape.header()[..], &[0; 100]].concat(), inputs(100_000), |bytes| drop(ExpertShape::of_blob(bytes)));
@@ -95,7 +97,11 @@ fn no_parser_of_text_input_panics() {
     let as_text = |bytes: &[u8], parse: &dyn Fn(&str)| parse(&String::from_utf8_lossy(bytes));
     let ticket = Ticket { node: NodeKey::from_secret(&[1; 32]).id(), addresses: vec!["/ip4/127.0.0.1/tcp/1".into()] };
     feed("ticket", ticket.to_string().as_bytes(), inputs(50_000), |bytes| as_text(bytes, &|text| drop(text.parse::<Ticket>())));
-    feed("key", ticket.node.to_string().as_bytes(), inputs(50_000), |bytes| as_text(bytes, &|text| drop(text.parse::<protocol::NodeId>())));
+    feed("key", ticket.node.to_string().as_bytes(), inputs(50_000), |bytes| {
+        as_text(bytes, &|text| {
+            let _ = text.parse::<protocol::NodeId>();
+        })
+    });
     let config = std::fs::read(checkpoint("tiny-qwen3-omni").join("config.json")).expect("a config");
     feed("config", &config, inputs(5_000), |bytes| {
         if let Ok(json) = serde_json::from_slice(bytes) {

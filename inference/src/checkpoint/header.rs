@@ -100,11 +100,10 @@ fn entry(value: &Value, data_start: u64, file_bytes: u64) -> Result<TensorEntry,
     if start.checked_add(size) != Some(end) {
         return Err(format!("data_offsets {start}..{end} do not hold shape {shape:?} of {dtype}, which takes {size} bytes"));
     }
-    let range = data_start + start
-        ..data_start
-            .checked_add(end)
-            .filter(|&end| end <= file_bytes)
-            .ok_or_else(|| format!("lies at {start}..{end}, the file has only {} bytes of data", file_bytes - data_start))?;
+    let file_end = data_start.checked_add(end).filter(|&end| end <= file_bytes);
+    let file_end =
+        file_end.ok_or_else(|| format!("lies at {start}..{end}, the file has only {} bytes of data", file_bytes - data_start))?;
+    let range = file_end - size..file_end;
     let precision = match dtype.as_str() {
         "F32" => Some(Precision::F32),
         "F16" => Some(Precision::F16),

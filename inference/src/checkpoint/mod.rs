@@ -138,13 +138,18 @@ impl Checkpoint {
             shards.push(map);
         }
         let (trunk, experts, expert_precision, skipped, tied_head) = collected.finish()?;
+        let eos_token = special_token(&tokenizer_config["eos_token"]);
+        let mut generation = parse_generation(&json, &generation);
+        if generation.eos_token_ids.is_empty() {
+            generation.eos_token_ids.extend(eos_token.as_deref().and_then(|token| added_token_id(&tokenizer_config, token)));
+        }
         Ok(Self {
-            generation: parse_generation(&json, &generation),
+            generation,
             config,
             tokenizer: read_side_file(dir, "tokenizer.json")?,
             chat_template,
             bos_token: special_token(&tokenizer_config["bos_token"]),
-            eos_token: special_token(&tokenizer_config["eos_token"]),
+            eos_token,
             trunk,
             experts,
             expert_precision,
@@ -400,6 +405,12 @@ fn chat_template(tokenizer_config: &Value) -> Option<String> {
 /// A special token stands as a text or as an object around it.
 fn special_token(value: &Value) -> Option<String> {
     value.as_str().or_else(|| value["content"].as_str()).filter(|text| !text.is_empty()).map(str::to_owned)
+}
+
+/// The id of a token that `tokenizer_config.json` lists.
+fn added_token_id(tokenizer_config: &Value, token: &str) -> Option<u32> {
+    let added = tokenizer_config["added_tokens_decoder"].as_object()?;
+    added.iter().find(|(_, entry)| entry["content"] == token).and_then(|(id, _)| id.parse().ok())
 }
 
 fn refused(subject: &str, what: &str) -> CheckpointError {

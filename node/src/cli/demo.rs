@@ -99,9 +99,9 @@ pub(super) fn demo(runtime: &Runtime, args: &DemoArgs, as_json: bool) -> Result<
                            "expert_bytes_fetched": fetched, "seconds": (instant() - began).as_secs_f64(), "identical": identical}),
         )?;
     } else {
-        table(&together, &model, fetched);
+        table(&together, &model, fetched)?;
         note(&format!("{:.1} s in all", (instant() - began).as_secs_f64()));
-        print_line(&format!("tokens identical: {}", if identical { "yes" } else { "no" }));
+        print_line(&format!("tokens identical: {}", if identical { "yes" } else { "no" }))?;
     }
     if identical { Ok(()) } else { Err(Failure::new(Kind::Integrity, "node B's tokens differ from node A's")) }
 }
@@ -153,7 +153,7 @@ fn generate_one(
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
     if show == Show::Everything {
-        print(&format!("{bold}{prompt}{plain}"));
+        print(&format!("{bold}{prompt}{plain}"))?;
     }
     let mut session = Session::new(&loaded.model);
     let mut fetched = 0;
@@ -161,16 +161,17 @@ fn generate_one(
         let (Progress::Prefilled(usage) | Progress::Token(_, usage)) = progress;
         // What the model waited for stands before the token that came of it.
         if show == Show::Everything && usage.fetched > fetched {
-            print(&format!("{dim}⟨+{}⟩{plain}", usage.fetched - fetched));
+            print(&format!("{dim}⟨+{}⟩{plain}", usage.fetched - fetched))?;
         }
         fetched = usage.fetched;
         if let (Show::Everything, Progress::Token(text, _)) = (show, progress) {
-            print(text);
+            print(text)?;
         }
+        Ok(())
     })?;
     if show == Show::Everything {
         let ids = if loaded.tokenizer.is_none() { format!(" {:?}", generated.tokens) } else { String::new() };
-        print(&format!("{ids}\n"));
+        print(&format!("{ids}\n"))?;
         let all = found.manifest.experts.len();
         note(&format!(
             "[{domain}: {} of {all} experts touched, {} fetched, {}]\n",
@@ -183,12 +184,12 @@ fn generate_one(
 }
 
 /// Says what each prompt took, and what the second of its domain still had to fetch.
-fn table(rows: &[Row], model: &LocalModel, fetched: u64) {
+fn table(rows: &[Row], model: &LocalModel, fetched: u64) -> Result<(), Failure> {
     let all = model.manifest.experts.len();
     print_line(&format!(
         "{:10} {:>20} {:>12} {:>8} {:>12} {:>10}",
         "prompt", "touched in prefill", "in all", "fetched", "bytes", "tokens/s"
-    ));
+    ))?;
     let mut before = "";
     for row in rows {
         let prompt = format!("{} {}", row.domain, if row.domain == before { "again" } else { "" });
@@ -198,7 +199,7 @@ fn table(rows: &[Row], model: &LocalModel, fetched: u64) {
         print_line(&format!(
             "{prompt:16} {:>9} of {all} {:>5} of {all} {:>8} {bytes:>12} {tokens_per_second:>10.1}",
             prefill.needed, total.needed, total.fetched
-        ));
+        ))?;
     }
     let trunk: u64 = model.manifest.trunk_blobs().map(|blob| blob.length).sum();
     let whole = model.manifest.total_bytes();
@@ -208,7 +209,7 @@ fn table(rows: &[Row], model: &LocalModel, fetched: u64) {
         human_bytes(fetched),
         human_bytes(trunk),
         human_bytes(whole)
-    ));
+    ))
 }
 
 /// The model that ships with Confrere: beside the build that this binary comes from.
@@ -239,7 +240,7 @@ impl Drop for Workplace {
     }
 }
 
-/// Node A, a process of its own; stopped when dropped.
+/// Node A, a process of its own; stopped when dropped. However this process ends, the pipe to that one closes, and so does that one.
 struct Provider {
     child: Child,
     address: Multiaddr,
@@ -250,8 +251,12 @@ impl Provider {
         let failed = |what: String| Failure::new(Kind::Other, format!("cannot start node A: {what}"));
         let exe = std::env::current_exe().map_err(|error| failed(error.to_string()))?;
         let mut command = Command::new(exe);
-        command.arg("--data-dir").arg(data_dir).args(["--quiet", "serve", "--listen", "/ip4/127.0.0.1/tcp/0"]).env_remove("CONFRERE_MDNS");
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().map_err(|error| failed(error.to_string()))?;
+        command
+            .arg("--data-dir")
+            .arg(data_dir)
+            .args(["--quiet", "serve", "--listen", "/ip4/127.0.0.1/tcp/0", "--until-stdin-closes"])
+            .env_remove("CONFRERE_MDNS");
+        let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().map_err(|error| failed(error.to_string()))?;
         let mut provider = Self { child, address: Multiaddr::empty() };
         let out = provider.child.stdout.take().expect("its output is piped");
         let (sender, receiver) = std::sync::mpsc::sync_channel(1);

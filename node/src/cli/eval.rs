@@ -94,8 +94,9 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
     let view = TensorView::new(Dtype::F32, vec![tokens.len(), vocab_size], &bytes)
         .map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
     let tensors = HashMap::from([("logits", view)]);
-    let written = safetensors::serialize_to_file(tensors, None, &args.out);
-    written.map_err(|error| Failure::new(Kind::Other, format!("cannot write {}: {error}", args.out.display())))?;
+    let file = safetensors::serialize(tensors, None).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    // In place: what stands there may be a link or a device.
+    std::fs::write(&args.out, file).map_err(|error| io_failure("write", &args.out, &error))?;
     if context.json {
         return print_json(&json!({"tokens": tokens.len(), "vocab": vocab_size, "out": args.out}));
     }
@@ -123,13 +124,7 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
             &json!({"tokens": report.tokens, "nats_per_token": report.nats_per_token(), "bits_per_byte": report.bits_per_byte()}),
         );
     }
-    print_line(&format!(
-        "{} tokens, {:.4} nats a token, {:.4} bits a byte",
-        report.tokens,
-        report.nats_per_token(),
-        report.bits_per_byte()
-    ));
-    Ok(())
+    print_line(&format!("{} tokens, {:.4} nats a token, {:.4} bits a byte", report.tokens, report.nats_per_token(), report.bits_per_byte()))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {

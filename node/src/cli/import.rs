@@ -6,7 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use clap::Args;
 use indicatif::ProgressBar;
 use inference::checkpoint::Checkpoint;
-use inference::checkpoint::import::{BlobSink, ImportError, import as import_checkpoint};
+use inference::checkpoint::import::{BlobSink, import as import_checkpoint};
 use protocol::{BlobRef, ContentHash, Precision};
 use serde_json::json;
 use store::{BlobStore, PutOutcome, StoreError};
@@ -14,7 +14,7 @@ use store::{BlobStore, PutOutcome, StoreError};
 use super::Context;
 use crate::clock::{interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::output::{byte_bar, human_bytes, note, print_json, print_line};
 
 #[derive(Args)]
@@ -38,8 +38,7 @@ pub(super) fn import(context: &Context, args: &ImportArgs) -> Result<(), Failure
             &json!({"name": model.name, "id": model.id.to_string(), "experts": experts, "bytes": model.bytes_present(&open.store)}),
         );
     }
-    print_line(&model.id.to_string());
-    Ok(())
+    print_line(&model.id.to_string())
 }
 
 /// Imports the checkpoint at `path`. One that is refused leaves nothing behind; one that is interrupted can go on.
@@ -51,6 +50,9 @@ pub(super) fn import_into(
 ) -> Result<LocalModel, Failure> {
     if let Some(name) = name {
         open.check_name(name, None)?;
+    }
+    if !path.is_dir() {
+        return Err(Failure::new(Kind::NotFound, format!("cannot read {}: it is not a directory with a checkpoint", path.display())));
     }
     let checkpoint = Checkpoint::open(path)?;
     for (part, (tensors, bytes)) in &checkpoint.skipped {
@@ -64,22 +66,22 @@ pub(super) fn import_into(
     let imported = import_checkpoint(&checkpoint, precision, &sink);
     sink.bar.finish_and_clear();
     let StoreSink { written, failed, .. } = sink;
-    let manifest = match imported {
+    let named = imported.map_err(|error| match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(cause) => Failure::from(cause),
+        None => error.into(),
+    });
+    let named = named.and_then(|manifest| name.map_or(Ok(()), |name| open.check_name(name, Some(manifest.id()))).map(|()| manifest));
+    open.store.flush();
+    let manifest = match named {
         Ok(manifest) => manifest,
-        Err(error) => {
-            if !matches!(error, ImportError::Interrupted) {
-                for hash in written.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                    open.store.remove(&hash)?;
-                }
+        Err(failure) if failure.kind == Kind::Interrupted => return Err(failure),
+        Err(failure) => {
+            for hash in written.into_inner().unwrap_or_else(PoisonError::into_inner) {
+                open.store.remove(&hash)?;
             }
-            open.store.flush();
-            return match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                Some(cause) => Err(cause.into()),
-                None => Err(error.into()),
-            };
+            return Err(failure);
         }
     };
-    open.store.flush();
     let envelope = manifest.seal(&open.dir.key()?);
     let suggested = name.map(str::to_owned).or_else(|| free_name(open, path, &manifest.id()));
     let model = open.keep(suggested.as_deref(), manifest, &envelope)?;

@@ -23,11 +23,11 @@ pub(super) fn id(context: &Context) -> Result<(), Failure> {
     if context.json {
         return print_json(&json!({"id": id.to_string(), "peer_id": peer_id(id).map(|peer| peer.to_string())}));
     }
-    print_line(&id.to_string());
-    Ok(())
+    print_line(&id.to_string())
 }
 
 pub(super) fn publishers(context: &Context, command: &PublishersCommand) -> Result<(), Failure> {
+    let _editing = context.dir.exclusive()?;
     let mut publishers = context.dir.publishers()?;
     match command {
         PublishersCommand::Add(PublisherKey { key }) => {
@@ -40,7 +40,7 @@ pub(super) fn publishers(context: &Context, command: &PublishersCommand) -> Resu
             }
             context.dir.set_publishers(&publishers)?;
         }
-        PublishersCommand::Ls if !context.json => publishers.iter().for_each(|key| print_line(&key.to_string())),
+        PublishersCommand::Ls if !context.json => publishers.iter().try_for_each(|key| print_line(&key.to_string()))?,
         PublishersCommand::Ls => {}
     }
     if context.json {

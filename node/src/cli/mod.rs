@@ -51,7 +51,7 @@ struct Global {
     #[arg(short, long, global = true, action = clap::ArgAction::Count, conflicts_with = "quiet")]
     verbose: u8,
     /// Ask no peer
-    #[arg(long, global = true, env = "CONFRERE_OFFLINE")]
+    #[arg(long, global = true, env = "CONFRERE_OFFLINE", value_parser = clap::builder::FalseyValueParser::new())]
     offline: bool,
     /// Most disk that blobs may take, e.g. 20GB [default: no limit]
     #[arg(long, global = true, value_name = "SIZE", value_parser = parse_size, env = "CONFRERE_DISK")]
@@ -63,7 +63,7 @@ struct Global {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Show two nodes working together on the model that ships with Confrere
+    /// Show two nodes working together on the model that ships with Confrere, in data directories of their own
     Demo(demo::DemoArgs),
     /// Import a checkpoint directory into the store
     Import(import::ImportArgs),
@@ -107,7 +107,7 @@ struct PeerArgs {
     #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
     peers: Vec<Multiaddr>,
     /// Look for peers on the local network
-    #[arg(long, env = "CONFRERE_MDNS")]
+    #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
     /// Give up after so many seconds without progress
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]

@@ -4,12 +4,12 @@ use serde_json::json;
 
 use super::Context;
 use crate::data_dir::LocalModel;
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::output::{human_bytes, note, print_json, print_line};
 
 pub(super) fn ls(context: &Context) -> Result<(), Failure> {
     let open = context.lock()?;
-    let models = open.models()?;
+    let models = open.readable_models();
     if context.json {
         let rows: Vec<_> = models
             .iter()
@@ -25,11 +25,11 @@ pub(super) fn ls(context: &Context) -> Result<(), Failure> {
         return Ok(());
     }
     let width = models.iter().map(|model| model.name.len()).max().unwrap_or(0).max(4);
-    print_line(&format!("{:width$}  {:12}  {:>13}  {:>10}", "name", "id", "experts", "here"));
+    print_line(&format!("{:width$}  {:12}  {:>13}  {:>10}", "name", "id", "experts", "here"))?;
     for model in models {
         let experts = format!("{}/{}", model.experts_present(&open.store), model.manifest.experts.len());
         let id = model.id.to_string();
-        print_line(&format!("{:width$}  {}  {experts:>13}  {:>10}", model.name, &id[..12], human_bytes(model.bytes_present(&open.store))));
+        print_line(&format!("{:width$}  {}  {experts:>13}  {:>10}", model.name, &id[..12], human_bytes(model.bytes_present(&open.store))))?;
     }
     Ok(())
 }
@@ -71,18 +71,19 @@ pub(super) fn show(context: &Context, model: &str) -> Result<(), Failure> {
         ("tokenizer", if manifest.tokenizer.is_some() { "yes" } else { "none: prompts are token ids" }.to_owned()),
     ];
     rows.extend(manifest.parent.map(|parent| ("made from", parent.to_string())));
-    rows.iter().for_each(|(word, value)| print_line(&format!("{word:10}  {value}")));
-    Ok(())
+    rows.iter().try_for_each(|(word, value)| print_line(&format!("{word:10}  {value}")))
 }
 
 pub(super) fn rm(context: &Context, model: &str) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let model = open.local(model)?;
-    open.forget(&model)?;
+    let Some((name, id)) = open.identify(model)? else {
+        return Err(open.local(model).err().unwrap_or_else(|| Failure::new(Kind::NotFound, format!("no model is called {model}"))));
+    };
+    open.forget(id)?;
     let (blobs, bytes) = open.collect_garbage()?;
     if context.json {
-        return print_json(&json!({"name": model.name, "id": model.id.to_string(), "blobs_removed": blobs, "bytes_removed": bytes}));
+        return print_json(&json!({"name": name, "id": id.to_string(), "blobs_removed": blobs, "bytes_removed": bytes}));
     }
-    note(&format!("removed {}: {blobs} blobs, {}", model.name, human_bytes(bytes)));
+    note(&format!("removed {name}: {blobs} blobs, {}", human_bytes(bytes)));
     Ok(())
 }

@@ -38,6 +38,5 @@ pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
         let experts = json!({"have": model.experts_present(&open.store), "all": model.manifest.experts.len()});
         return print_json(&json!({"name": model.name, "id": model.id.to_string(), "experts": experts, "bytes_fetched": bytes}));
     }
-    print_line(&model.id.to_string());
-    Ok(())
+    print_line(&model.id.to_string())
 }

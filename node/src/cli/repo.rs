@@ -36,19 +36,18 @@ fn stat(context: &Context) -> Result<(), Failure> {
             "oldest_verified_at_ms": stat.oldest_verified_at_ms, "disk_free_bytes": stat.disk_free_bytes,
         }));
     }
-    print_line(&format!("blobs        {}", stat.blobs));
-    print_line(&format!("bytes        {}", human_bytes(stat.bytes)));
-    print_line(&format!("quota        {}", quota.map_or_else(|| "none".to_owned(), human_bytes)));
-    print_line(&format!("disk free    {}", human_bytes(stat.disk_free_bytes)));
-    print_line(&format!("quarantined  {}", stat.quarantined));
+    print_line(&format!("blobs        {}", stat.blobs))?;
+    print_line(&format!("bytes        {}", human_bytes(stat.bytes)))?;
+    print_line(&format!("quota        {}", quota.map_or_else(|| "none".to_owned(), human_bytes)))?;
+    print_line(&format!("disk free    {}", human_bytes(stat.disk_free_bytes)))?;
+    print_line(&format!("quarantined  {}", stat.quarantined))?;
     let days = now_ms().saturating_sub(stat.oldest_verified_at_ms) / 86_400_000;
     let age = match (stat.unverified, stat.oldest_verified_at_ms) {
         (0, 0) => "nothing to verify".to_owned(),
         (0, _) => format!("all within {} days", days + 1),
         (count, _) => format!("not yet: {count} blobs (confrere repo verify)"),
     };
-    print_line(&format!("verified     {age}"));
-    Ok(())
+    print_line(&format!("verified     {age}"))
 }
 
 fn verify(context: &Context) -> Result<(), Failure> {
@@ -64,9 +63,9 @@ fn verify(context: &Context) -> Result<(), Failure> {
     if context.json {
         print_json(&json!({"verified": report.verified, "bytes": report.bytes, "damaged": damaged, "unreadable": unreadable}))?;
     } else {
-        print_line(&format!("{} blobs are what they should be ({})", report.verified, human_bytes(report.bytes)));
-        damaged.iter().for_each(|hash| print_line(&format!("damaged, put into quarantine: {hash}")));
-        unreadable.iter().for_each(|line| print_line(&format!("cannot be read: {line}")));
+        print_line(&format!("{} blobs are what they should be ({})", report.verified, human_bytes(report.bytes)))?;
+        damaged.iter().try_for_each(|hash| print_line(&format!("damaged, put into quarantine: {hash}")))?;
+        unreadable.iter().try_for_each(|line| print_line(&format!("cannot be read: {line}")))?;
     }
     check_interrupted()?;
     if damaged.is_empty() && unreadable.is_empty() {

@@ -15,11 +15,13 @@ use protocol::manifest::GenerationDefaults;
 use serde_json::{Value, json};
 
 use super::{Context, PeerArgs};
-use crate::clock::{instant, interrupted};
+use crate::clock::{instant, interrupted, while_waiting_for_input};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, Loaded};
 use crate::output::{human_bytes, note, print, print_json};
 
+/// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.
+const TEMPLATE_TOKENS_MAX: usize = 1024;
 /// Longest prompt that is read from standard input, in bytes.
 const STDIN_BYTES_MAX: u64 = 16 << 20;
 
@@ -58,9 +60,16 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
     let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
-    let context_tokens = found.manifest.config.max_position_embeddings as usize;
     let defaults = &found.manifest.generation;
-    let mut loaded = federation.load(&open, &found, context.memory_max, context_tokens)?;
+    let prompt = match &args.prompt {
+        Some(prompt) => Some(prompt.clone()),
+        None if std::io::stdin().is_terminal() && !context.json => None,
+        None => Some(read_stdin()?),
+    };
+    // A token stands for a byte or more; a conversation may fill the context.
+    let tokens_max =
+        prompt.as_ref().map_or(usize::MAX, |prompt| prompt.len().saturating_add(args.max_tokens).saturating_add(TEMPLATE_TOKENS_MAX));
+    let mut loaded = federation.load(&open, &found, context.memory_max, tokens_max)?;
     let sampling = Sampling {
         temperature: args.temperature.unwrap_or(defaults.temperature),
         top_k: args.top_k.unwrap_or(defaults.top_k as usize),
@@ -68,11 +77,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         repetition_penalty: args.repetition_penalty.unwrap_or(defaults.repetition_penalty),
         seed: args.seed,
     };
-    let prompt = match &args.prompt {
-        Some(prompt) => prompt.clone(),
-        None if std::io::stdin().is_terminal() && !context.json => return converse(&mut loaded, args, sampling, defaults),
-        None => read_stdin()?,
-    };
+    let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
     let (tokens, stop_strings) = prompt_tokens(&loaded, &prompt, args.raw, defaults)?;
     let request = GenerateRequest {
         prompt: tokens,
@@ -82,27 +87,22 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         stop_strings,
     };
     let mut session = Session::new(&loaded.model);
-    let answer = answer(&mut loaded, &mut session, &request, |progress| {
-        if !context.json {
-            show(progress);
-        }
-    })?;
+    let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
     if context.json {
         print_json(&answer.json(&loaded))?;
     } else if loaded.tokenizer.is_none() {
-        print(&format!("{}\n", json!(answer.generated.tokens)));
+        print(&format!("{}\n", json!(answer.generated.tokens)))?;
     } else {
-        print("\n");
+        print("\n")?;
     }
     note(&answer.summary(&loaded));
     if answer.generated.stop_reason == StopReason::Interrupted { Err(Failure::interrupted()) } else { Ok(()) }
 }
 
-fn show(progress: &Progress) {
-    if let Progress::Token(text, _) = progress
-        && !text.is_empty()
-    {
-        print(text);
+fn show(progress: &Progress) -> Result<(), Failure> {
+    match progress {
+        Progress::Token(text, _) if !text.is_empty() => print(text),
+        _ => Ok(()),
     }
 }
 
@@ -116,23 +116,29 @@ pub(super) struct Answer {
     pub(super) tokens_per_second: f64,
 }
 
-/// Generates one answer; `on_progress` sees it grow.
+/// Generates one answer; `on_progress` sees it grow, and ends it by failing.
 pub(super) fn answer(
     loaded: &mut Loaded,
     session: &mut Session,
     request: &GenerateRequest,
-    mut on_progress: impl FnMut(&Progress),
+    mut on_progress: impl FnMut(&Progress) -> Result<(), Failure>,
 ) -> Result<Answer, Failure> {
     loaded.experts.start_counting();
     let mut decoding_since: Option<Instant> = None;
     let mut prefill = ExpertUse::default();
+    let mut failed = None;
     let generated = generate(&loaded.model, loaded.tokenizer.as_ref(), session, &mut loaded.experts, request, |progress| {
         if let Progress::Prefilled(usage) = progress {
             (decoding_since, prefill) = (Some(instant()), usage);
         }
-        on_progress(&progress);
-        if interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if let Err(failure) = on_progress(&progress) {
+            failed.get_or_insert(failure);
+        }
+        if failed.is_some() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     })?;
+    if let Some(failure) = failed {
+        return Err(failure);
+    }
     let seconds = decoding_since.map_or(0.0, |since| (instant() - since).as_secs_f64());
     let tokens_per_second = if seconds > 0.0 { generated.tokens.len() as f64 / seconds } else { 0.0 };
     Ok(Answer { generated, prefill, experts: loaded.experts.usage(), tokens_per_second })
@@ -207,23 +213,47 @@ fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
 
 /// A conversation on the terminal. What is in memory stays there from turn to turn.
 fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &GenerationDefaults) -> Result<(), Failure> {
-    note("an empty line or Ctrl-D ends the conversation");
-    let mut session = Session::new(&loaded.model);
-    let mut taken_in: Vec<u32> = Vec::new(); // the tokens that the session has seen
-    let mut messages = Vec::new();
-    let mut text = String::new();
+    note("Ctrl-D ends the conversation");
+    let mut conversation =
+        Conversation { session: Session::new(&loaded.model), taken_in: Vec::new(), messages: Vec::new(), text: String::new() };
     loop {
-        print("> ");
+        print("> ")?;
         let mut line = String::new();
-        let read = std::io::stdin().lock().read_line(&mut line).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-        if interrupted() {
-            return Err(Failure::interrupted());
+        let read = while_waiting_for_input(|| std::io::stdin().lock().read_line(&mut line));
+        if read.map_err(|error| Failure::new(Kind::Other, error.to_string()))? == 0 {
+            return print("\n");
         }
-        if read == 0 || line.trim().is_empty() {
-            return Ok(());
+        if line.trim().is_empty() {
+            continue;
         }
-        messages.push(Message { role: "user", content: line.trim().to_owned() });
-        text.push_str(line.trim_end_matches('\n'));
+        match conversation.turn(loaded, args, sampling, defaults, line.trim()) {
+            Ok(()) => {}
+            Err(failure) if matches!(failure.kind, Kind::Interrupted | Kind::Unread) => return Err(failure),
+            // The conversation goes on: the peer may come back, and the next line may be shorter.
+            Err(failure) => note(&format!("error: {failure}")),
+        }
+    }
+}
+
+struct Conversation {
+    session: Session,
+    taken_in: Vec<u32>, // the tokens that the session has seen
+    messages: Vec<Message>,
+    text: String, // the same without a template
+}
+
+impl Conversation {
+    fn turn(
+        &mut self,
+        loaded: &mut Loaded,
+        args: &RunArgs,
+        sampling: Sampling,
+        defaults: &GenerationDefaults,
+        line: &str,
+    ) -> Result<(), Failure> {
+        let mut messages = self.messages.clone();
+        messages.push(Message { role: "user", content: line.to_owned() });
+        let text = format!("{}{line}", self.text);
         let (tokens, stop_strings) = match (&loaded.chat, &loaded.tokenizer) {
             (Some(chat), Some(tokenizer)) if !args.raw => {
                 let prompt = chat.prompt(&messages).map_err(|error| Failure::of(Kind::Other, &error))?;
@@ -233,37 +263,41 @@ fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &
             _ => prompt_tokens(loaded, &text, true, defaults)?,
         };
         // The beginning that is the same as last time need not be taken in again; the last token always is.
-        let same = tokens.iter().zip(&taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
-        session.rewind(same);
+        let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
+        self.session.rewind(same);
+        self.taken_in.truncate(self.session.tokens());
         let request = GenerateRequest {
-            prompt: tokens[same..].to_vec(),
+            prompt: tokens,
             tokens_max: args.max_tokens,
             sampling,
             eos_token_ids: defaults.eos_token_ids.clone(),
             stop_strings,
         };
-        let answer = answer(loaded, &mut session, &request, show)?;
-        print("\n");
+        let answer = answer(loaded, &mut self.session, &request, show)?;
+        print("\n")?;
         note(&answer.summary(loaded));
         if answer.generated.stop_reason == StopReason::Interrupted {
             return Err(Failure::interrupted());
         }
-        taken_in = tokens;
-        taken_in.extend(&answer.generated.tokens);
-        taken_in.truncate(session.tokens());
-        text.push_str(&answer.generated.text);
+        self.taken_in = request.prompt;
+        self.taken_in.extend(&answer.generated.tokens);
+        self.taken_in.truncate(self.session.tokens());
+        self.text = text + &answer.generated.text;
         messages.push(Message { role: "assistant", content: answer.generated.text.trim().to_owned() });
+        self.messages = messages;
+        Ok(())
     }
 }
 
 fn read_stdin() -> Result<String, Failure> {
     let mut text = String::new();
-    let read = std::io::stdin().lock().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text);
+    let read = while_waiting_for_input(|| std::io::stdin().lock().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text));
     read.map_err(|error| Failure::new(Kind::Usage, format!("cannot read the prompt from standard input: {error}")))?;
     if text.len() as u64 > STDIN_BYTES_MAX {
         return Err(Failure::new(Kind::Usage, format!("the prompt on standard input is longer than {STDIN_BYTES_MAX} bytes")));
     }
-    Ok(text)
+    // The line's end belongs to the shell that wrote it, not to the prompt.
+    Ok(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
 }
 
 fn parse_number(text: &str, fine: impl Fn(f32) -> bool, rule: &str) -> Result<f32, String> {

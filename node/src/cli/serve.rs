@@ -1,7 +1,7 @@
 //! `confrere serve`: a node that others fetch from, until it is told to stop.
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, ToSocketAddrs};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -31,28 +31,31 @@ pub(super) struct ServeArgs {
     #[arg(long, value_name = "ADDR")]
     listen: Vec<String>,
     /// Where to serve the local HTTP API [default: nowhere]
-    #[arg(long, value_name = "HOST:PORT")]
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_socket)]
     api: Option<SocketAddr>,
+    /// Stop when standard input closes: for a program that starts a node and must not leave it behind
+    #[arg(long, hide = true)]
+    until_stdin_closes: bool,
     /// Let nodes on the local network find this one
-    #[arg(long, env = "CONFRERE_MDNS")]
+    #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
 }
 
 pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> {
     let open = context.lock()?;
     let key = open.dir.key()?;
-    let models = open.models()?;
+    let models = open.readable_models();
     let mut manifests = HashMap::new();
     for model in &models {
         manifests.insert(model.id, Arc::new(open.envelope(model.id)?));
     }
     let listing = Listing { models: models.iter().take(LISTING_MODELS_MAX).map(|model| (model.name.clone(), model.id)).collect() };
-    let listing = Arc::new(protocol::codec::to_bytes(&listing));
+    let listing = protocol::codec::to_bytes(&listing);
     let listen = listen_addresses(&args.listen)?;
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
         let network = Network::start(NetworkOptions { key: &key, listen, peers: Vec::new(), mdns: args.mdns && !context.offline })?;
-        provider::start(Provider { store: Arc::clone(&open.store), manifests, listing }, &network)?;
+        provider::start(Provider::new(Arc::clone(&open.store), manifests, listing), &network)?;
         let api = match args.api {
             Some(address) => Some(crate::api::serve(address).await?),
             None => None,
@@ -71,6 +74,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         api.iter().for_each(|api| note(&format!("API: http://{api}/health")));
         tokio::select! {
             _ = terminate.recv() => Ok(()),
+            () = stdin_closed(), if args.until_stdin_closes => Ok(()),
             _ = tokio::signal::ctrl_c() => Err(Failure::interrupted()),
         }
     })?;
@@ -78,11 +82,21 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     Ok(())
 }
 
+async fn stdin_closed() {
+    let mut buffer = [0; 64];
+    while tokio::io::AsyncReadExt::read(&mut tokio::io::stdin(), &mut buffer).await.is_ok_and(|read| read > 0) {}
+}
+
 fn listen_addresses(texts: &[String]) -> Result<Vec<Multiaddr>, Failure> {
     let default = [format!("0.0.0.0:{DEFAULT_PORT}")];
     let texts = if texts.is_empty() { &default[..] } else { texts };
     let parsed: Result<Vec<_>, _> = texts.iter().map(|text| parse_listen(text)).collect();
     Ok(parsed.map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?.concat())
+}
+
+fn parse_socket(text: &str) -> Result<SocketAddr, String> {
+    let mut found = text.to_socket_addrs().map_err(|error| format!("{text:?} is not HOST:PORT: {error}"))?;
+    found.next().ok_or_else(|| format!("{text:?} has no address"))
 }
 
 async fn wait_for_addresses(network: &Network) -> Result<Vec<Multiaddr>, Failure> {

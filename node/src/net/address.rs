@@ -1,5 +1,7 @@
 //! Addresses of peers: reading what people write, and what parts of one say.
 
+use std::net::{IpAddr, ToSocketAddrs};
+
 use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId};
 use protocol::NodeId;
@@ -10,18 +12,32 @@ pub(crate) fn peer_id(node: NodeId) -> Option<PeerId> {
     Some(libp2p::identity::PublicKey::from(key).to_peer_id())
 }
 
-/// Reads an address: a multiaddr, or HOST:PORT for TCP.
+/// Reads an address: a multiaddr, or HOST:PORT for TCP. Names are looked up here, by the operating system.
 pub(crate) fn parse_address(text: &str) -> Result<Multiaddr, String> {
     if text.starts_with('/') {
-        return text.parse().map_err(|error| format!("{text:?} is not an address: {error}"));
+        let address: Multiaddr = text.parse().map_err(|error| format!("{text:?} is not an address: {error}"))?;
+        return address.iter().map(|part| resolve_part(&part)).collect();
     }
     let (host, port) = text.rsplit_once(':').ok_or_else(|| format!("{text:?} is not an address: write HOST:PORT or /ip4/…/tcp/…"))?;
     let port: u16 = port.parse().map_err(|_| format!("{text:?}: {port:?} is not a port"))?;
-    let host = match host.trim_matches(['[', ']']).parse::<std::net::IpAddr>() {
-        Ok(ip) => Multiaddr::from(ip),
-        Err(_) => Multiaddr::empty().with(Protocol::Dns(host.to_owned().into())),
-    };
-    Ok(host.with(Protocol::Tcp(port)))
+    Ok(Multiaddr::from(look_up(host.trim_matches(['[', ']']))?).with(Protocol::Tcp(port)))
+}
+
+fn resolve_part(part: &Protocol<'_>) -> Result<Protocol<'static>, String> {
+    match part {
+        Protocol::Dns(host) | Protocol::Dns4(host) | Protocol::Dns6(host) => Ok(look_up(host)?.into()),
+        other => Ok(other.clone().acquire()),
+    }
+}
+
+fn look_up(host: &str) -> Result<IpAddr, String> {
+    if let Ok(ip) = host.parse() {
+        return Ok(ip);
+    }
+    let found = (host, 0).to_socket_addrs().map_err(|error| format!("cannot find the host {host:?}: {error}"))?;
+    let mut ips: Vec<_> = found.map(|socket| socket.ip()).collect();
+    ips.sort_by_key(IpAddr::is_ipv6);
+    ips.into_iter().next().ok_or_else(|| format!("the host {host:?} has no address"))
 }
 
 /// Where to listen for TEXT: HOST:PORT means both TCP and QUIC there.
@@ -67,7 +83,8 @@ mod tests {
         let listen = |text: &str| parse_listen(text).map(|all| all.iter().map(ToString::to_string).collect::<Vec<_>>());
         assert_eq!(listen("127.0.0.1:0"), Ok(vec!["/ip4/127.0.0.1/tcp/0".to_owned(), "/ip4/127.0.0.1/udp/0/quic-v1".to_owned()]));
         assert_eq!(listen("[::1]:7").map(|all| all[0].clone()), Ok("/ip6/::1/tcp/7".to_owned()));
-        assert_eq!(listen("board.local:7").map(|all| all[0].clone()), Ok("/dns/board.local/tcp/7".to_owned()));
+        assert_eq!(listen("localhost:7").map(|all| all[0].clone()), Ok("/ip4/127.0.0.1/tcp/7".to_owned()));
+        assert_eq!(listen("/dns4/localhost/tcp/7"), Ok(vec!["/ip4/127.0.0.1/tcp/7".to_owned()]));
         assert_eq!(listen("/ip4/127.0.0.1/tcp/0"), Ok(vec!["/ip4/127.0.0.1/tcp/0".to_owned()]));
         for bad in ["", "host", "host:port", "/ip4/999.1.1.1/tcp/1"] {
             assert!(listen(bad).is_err(), "{bad}");

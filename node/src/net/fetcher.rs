@@ -16,9 +16,9 @@ use crate::failure::{Failure, Kind};
 use crate::net::link::{self, Finished, JOBS_MAX, Job, Outcome, Wanted};
 use crate::net::swarm::Network;
 
-const FINISHED_MAX: usize = 256;
+const FINISHED_MAX: usize = 16;
 const TICK: Duration = Duration::from_millis(100);
-/// After so many broken streams, a thing is no longer asked of the peer whose stream broke last.
+/// After so many broken streams, a thing is no longer asked of the peer whose streams they were.
 const BREAKS_MAX: u32 = 8;
 /// Names listed in an error; the others are counted.
 const NAMES_SHOWN_MAX: usize = 8;
@@ -44,7 +44,8 @@ pub(crate) struct Want {
 pub(crate) struct Fetcher {
     network: Network,
     timeout: Duration,
-    links: BTreeMap<PeerId, LinkHandle>,
+    links: BTreeMap<PeerId, mpsc::Sender<Job>>,
+    received: Arc<AtomicU64>, // bytes from all peers, as they come
     finished: (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
     next_number: u64,
     /// Streams of a peer that broke since it last brought something: such a peer is asked when no other can help.
@@ -52,18 +53,13 @@ pub(crate) struct Fetcher {
     liars: BTreeMap<PeerId, String>,
 }
 
-struct LinkHandle {
-    jobs: mpsc::Sender<Job>,
-    received: Arc<AtomicU64>,
-}
-
 /// The state of one call.
 struct Round {
     wants: Vec<Want>,
     waiting: VecDeque<usize>,
     running: HashMap<u64, (usize, PeerId)>,
-    refused: Vec<HashSet<PeerId>>, // by want: who does not have it
-    breaks: Vec<u32>,              // by want: streams that broke under it
+    refused: Vec<HashSet<PeerId>>,         // by want: who does not have it
+    breaks: HashMap<(usize, PeerId), u32>, // by want and peer: streams that broke under it
     left: usize,
     last_progress: Instant,
     received: u64,
@@ -77,6 +73,7 @@ impl Fetcher {
             network,
             timeout,
             links: BTreeMap::new(),
+            received: Arc::default(),
             finished: mpsc::channel(FINISHED_MAX),
             next_number: 0,
             unsteady: HashMap::new(),
@@ -86,11 +83,16 @@ impl Fetcher {
 
     /// Fetches everything in `wants` and sends each to `results` as it comes.
     pub(crate) async fn fetch(&mut self, wants: Vec<Want>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
+        self.fetch_except(wants, &HashSet::new(), results).await
+    }
+
+    /// The same, without asking some peers.
+    async fn fetch_except(&mut self, wants: Vec<Want>, except: &HashSet<PeerId>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
         let now = Instant::now();
         let mut round = Round {
             waiting: (0..wants.len()).collect(),
-            refused: vec![HashSet::new(); wants.len()],
-            breaks: vec![0; wants.len()],
+            refused: vec![except.clone(); wants.len()],
+            breaks: HashMap::new(),
             left: wants.len(),
             wants,
             running: HashMap::new(),
@@ -130,13 +132,12 @@ impl Fetcher {
     /// Gives waiting wants to the peers with the least to do.
     async fn assign(&mut self, round: &mut Round) {
         let connected = self.network.peers.borrow().connected.clone();
-        self.links.retain(|peer, link| connected.contains(peer) && !link.jobs.is_closed());
+        self.links.retain(|peer, jobs| connected.contains(peer) && !jobs.is_closed());
         for &peer in connected.iter().filter(|peer| !self.liars.contains_key(peer)) {
             self.links.entry(peer).or_insert_with(|| {
                 let (jobs, queue) = mpsc::channel(JOBS_MAX);
-                let received = Arc::new(AtomicU64::new(0));
-                link::start(peer, self.network.streams.clone(), queue, self.finished.0.clone(), Arc::clone(&received));
-                LinkHandle { jobs, received }
+                link::start(peer, self.network.streams.clone(), queue, self.finished.0.clone(), Arc::clone(&self.received));
+                jobs
             });
         }
         let mut load: BTreeMap<PeerId, usize> = self.links.keys().map(|&peer| (peer, 0)).collect();
@@ -153,7 +154,7 @@ impl Fetcher {
             let number = self.next_number;
             self.next_number += 1;
             let job = Job { number, wanted: round.wants[index].wanted.clone() };
-            if self.links[&peer].jobs.send(job).await.is_ok() {
+            if self.links[&peer].send(job).await.is_ok() {
                 *jobs += 1;
                 round.running.insert(number, (index, peer));
             } else {
@@ -237,8 +238,9 @@ impl Fetcher {
                 debug!(%peer, reason, "stream broke");
                 round.last_break = Some(reason);
                 *self.unsteady.entry(peer).or_default() += 1;
-                round.breaks[index] += 1;
-                if round.breaks[index] > BREAKS_MAX {
+                let breaks = round.breaks.entry((index, peer)).or_default();
+                *breaks += 1;
+                if *breaks > BREAKS_MAX {
                     round.refused[index].insert(peer);
                 }
             }
@@ -256,7 +258,7 @@ impl Fetcher {
     }
 
     fn received(&self) -> u64 {
-        self.links.values().map(|link| link.received.load(Ordering::Relaxed)).sum()
+        self.received.load(Ordering::Relaxed)
     }
 
     /// Fetches one small thing that has no hash of its own, and lets `judge` say whether it is right.
@@ -267,13 +269,22 @@ impl Fetcher {
         name: &str,
         judge: impl Fn(Vec<u8>) -> Result<T, Failure>,
     ) -> Result<T, Failure> {
+        let mut passed_over = HashSet::new();
+        let mut refusal = None;
         loop {
             let (results, mut queue) = mpsc::channel(1);
-            self.fetch(vec![Want { wanted: Wanted::Unhashed(subject, bytes_max), name: name.to_owned() }], &results).await?;
+            let want = Want { wanted: Wanted::Unhashed(subject, bytes_max), name: name.to_owned() };
+            if let Err(failure) = self.fetch_except(vec![want], &passed_over, &results).await {
+                return Err(refusal.unwrap_or(failure));
+            }
             let fetched = queue.try_recv().expect("fetch has sent it");
             match judge(fetched.bytes) {
-                // What cannot be what was asked for is the peer's fault; what we do not trust is not.
+                // What cannot be what was asked for is the peer's fault; what we do not trust is not, and another may have better.
                 Err(failure) if failure.kind == Kind::Integrity => self.blame(fetched.peer, failure.message).await,
+                Err(failure) if failure.kind == Kind::Refused => {
+                    passed_over.insert(fetched.peer);
+                    refusal = Some(failure);
+                }
                 judged => return judged,
             }
         }

@@ -25,11 +25,13 @@ pub(crate) const JOBS_MAX: usize = 32;
 const ANSWERS_MAX: usize = 4;
 /// Progress is noticed by so many bytes.
 const PIECE_BYTES: usize = 16 << 10;
-const ACK_TIMEOUT: Duration = Duration::from_secs(3);
-const OPEN_ATTEMPTS: u32 = 5;
-const OPEN_PAUSE: Duration = Duration::from_millis(50);
-/// Without progress for this long while bytes are owed, the stream counts as broken.
+/// For opening a stream and hearing that somebody reads it: other peers wait for this one's jobs meanwhile.
+const OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
+const OPEN_ATTEMPTS: u32 = 2;
+/// Without progress for this long while bytes are owed, the stream counts as broken …
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+/// … and longer for a large blob, which its provider verifies at this speed or faster before it sends the first byte.
+const VERIFY_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
 
 /// Something to fetch, and where it goes.
 pub(crate) struct Job {
@@ -104,9 +106,10 @@ pub(crate) fn start(
     streams: libp2p_stream::Control,
     jobs: mpsc::Receiver<Job>,
     finished: mpsc::Sender<Finished>,
-    received: Arc<AtomicU64>, // bytes from this peer, as they come
+    total_received: Arc<AtomicU64>, // bytes from all peers, as they come
 ) {
     tokio::spawn(async move {
+        let received = Received { here: Arc::default(), everywhere: total_received };
         let mut link = Link { peer, jobs, finished, received, active: VecDeque::new(), owed: VecDeque::new(), owed_bytes: 0 };
         let reason = match open(peer, streams).await {
             Ok(stream) => link.run(stream).await.err().map_or_else(|| "closed".to_owned(), |error| error.to_string()),
@@ -119,22 +122,10 @@ pub(crate) fn start(
 
 /// Opens a stream and waits for the peer to take it on; a stream that nobody accepted in time is silently gone.
 async fn open(peer: PeerId, mut streams: libp2p_stream::Control) -> io::Result<Stream> {
-    let mut last = io::Error::other("no attempt");
-    for attempt in 0..OPEN_ATTEMPTS {
-        if attempt > 0 {
-            tokio::time::sleep(OPEN_PAUSE * 2u32.pow(attempt)).await;
-        }
-        let mut stream = match streams.open_stream(peer, StreamProtocol::new(FETCH_PROTOCOL)).await {
-            Ok(stream) => stream,
-            Err(error) => {
-                last = io::Error::other(error.to_string());
-                continue;
-            }
-        };
-        let mut ack = [0];
-        match timeout(ACK_TIMEOUT, stream.read_exact(&mut ack)).await {
-            Ok(Ok(())) if ack == [STREAM_ACK] => return Ok(stream),
-            Ok(Ok(())) => last = io::Error::other("the peer speaks another protocol"),
+    let mut last = io::ErrorKind::TimedOut.into();
+    for _ in 0..OPEN_ATTEMPTS {
+        match timeout(OPEN_TIMEOUT, open_once(peer, &mut streams)).await {
+            Ok(Ok(stream)) => return Ok(stream),
             Ok(Err(error)) => last = error,
             Err(_) => last = io::ErrorKind::TimedOut.into(),
         }
@@ -142,14 +133,36 @@ async fn open(peer: PeerId, mut streams: libp2p_stream::Control) -> io::Result<S
     Err(last)
 }
 
+async fn open_once(peer: PeerId, streams: &mut libp2p_stream::Control) -> io::Result<Stream> {
+    let mut stream =
+        streams.open_stream(peer, StreamProtocol::new(FETCH_PROTOCOL)).await.map_err(|error| io::Error::other(error.to_string()))?;
+    let mut ack = [0];
+    stream.read_exact(&mut ack).await?;
+    if ack == [STREAM_ACK] { Ok(stream) } else { Err(io::Error::other("the peer speaks another protocol")) }
+}
+
 struct Link {
     peer: PeerId,
     jobs: mpsc::Receiver<Job>,
     finished: mpsc::Sender<Finished>,
-    received: Arc<AtomicU64>,
+    received: Received,
     active: VecDeque<Active>,
     owed: VecDeque<Owed>, // ranges asked for, in the order in which answers come
     owed_bytes: u64,
+}
+
+/// Counts of bytes received: progress.
+#[derive(Clone)]
+struct Received {
+    here: Arc<AtomicU64>,
+    everywhere: Arc<AtomicU64>,
+}
+
+impl Received {
+    fn add(&self, bytes: usize) {
+        self.here.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.everywhere.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
 }
 
 struct Active {
@@ -175,16 +188,18 @@ impl Link {
     async fn run(&mut self, stream: Stream) -> io::Result<()> {
         let (reader, mut writer) = stream.split();
         let (answers, mut answer_queue) = mpsc::channel(ANSWERS_MAX);
-        let _reading = AbortOnDrop(tokio::spawn(read_answers(reader, answers, Arc::clone(&self.received))));
+        let _reading = AbortOnDrop(tokio::spawn(read_answers(reader, answers, self.received.clone())));
         let mut quiet_since = (tokio::time::Instant::now(), 0);
         loop {
             self.ask(&mut writer).await?;
-            let received = self.received.load(Ordering::Relaxed);
+            let received = self.received.here.load(Ordering::Relaxed);
             if self.owed.is_empty() || received != quiet_since.1 {
                 quiet_since = (tokio::time::Instant::now(), received);
             }
-            let quiet = tokio::time::sleep_until(quiet_since.0 + ANSWER_TIMEOUT);
+            let verifying = self.active.front().and_then(|active| active.total).unwrap_or(0) / VERIFY_BYTES_PER_SECOND_MIN;
+            let quiet = tokio::time::sleep_until(quiet_since.0 + ANSWER_TIMEOUT + Duration::from_secs(verifying));
             tokio::select! {
+                biased; // an answer that is there counts before a deadline that has passed
                 answer = answer_queue.recv() => {
                     let (answer, bytes) = answer.unwrap_or_else(|| Err(io::ErrorKind::UnexpectedEof.into()))?;
                     self.on_answer(answer, bytes).await?;
@@ -195,7 +210,7 @@ impl Link {
                 },
                 () = quiet, if !self.owed.is_empty() => {
                     // Bytes may have come that do not make a whole answer yet.
-                    if self.received.load(Ordering::Relaxed) == quiet_since.1 {
+                    if self.received.here.load(Ordering::Relaxed) == quiet_since.1 {
                         return Err(io::ErrorKind::TimedOut.into());
                     }
                 }
@@ -241,9 +256,19 @@ impl Link {
         let Some(at) = self.active.iter().position(|active| active.job.number == owed.number) else {
             return Ok(()); // the rest of a job that ended early
         };
-        if let Some(outcome) = self.active[at].take_in(answer, bytes).await {
-            self.active.remove(at);
-            let _ = self.finished.send(Finished { peer: self.peer, number: owed.number, outcome }).await;
+        let (peer, number, finished) = (self.peer, owed.number, self.finished.clone());
+        match self.active[at].take_in(answer, bytes).await {
+            Step::More => {}
+            Step::Ended(outcome) => {
+                self.active.remove(at);
+                let _ = finished.send(Finished { peer, number, outcome }).await;
+            }
+            Step::Complete => {
+                // Making a large blob durable takes a while; the stream goes on meanwhile.
+                if let Some(active) = self.active.remove(at) {
+                    tokio::spawn(async move { finished.send(Finished { peer, number, outcome: active.conclude().await }).await });
+                }
+            }
         }
         Ok(())
     }
@@ -260,38 +285,46 @@ impl Link {
     }
 }
 
+/// What an answer meant for its job.
+enum Step {
+    More,
+    /// All bytes are there.
+    Complete,
+    Ended(Outcome),
+}
+
 impl Active {
-    /// Takes one answer in; returns how the job ended, if it did.
-    async fn take_in(&mut self, answer: Answer, bytes: Vec<u8>) -> Option<Outcome> {
-        let Answer::Bytes { total, .. } = answer else { return Some(Outcome::NotHave) };
+    /// Takes one answer in.
+    async fn take_in(&mut self, answer: Answer, bytes: Vec<u8>) -> Step {
+        let Answer::Bytes { total, .. } = answer else { return Step::Ended(Outcome::NotHave) };
         let limit = match self.job.wanted {
             Wanted::Unhashed(_, limit) => limit,
             Wanted::Blob(blob) | Wanted::StoredBlob(blob, _) => blob.length,
         };
         if total > limit || self.total.is_some_and(|known| known != total) {
-            return Some(Outcome::WrongBytes(format!("says it has {total} bytes of something that has at most {limit}")));
+            return Step::Ended(Outcome::WrongBytes(format!("says it has {total} bytes of something that has at most {limit}")));
         }
         self.total = Some(total);
         self.asked = self.asked.min(total);
         let expected = (total - self.got).min(u64::from(RANGE_BYTES_MAX));
         if bytes.len() as u64 != expected {
-            return Some(Outcome::WrongBytes(format!("sent {} bytes where {expected} were due", bytes.len())));
+            return Step::Ended(Outcome::WrongBytes(format!("sent {} bytes where {expected} were due", bytes.len())));
         }
         self.got += expected;
         match &mut self.taken {
             Taken::Memory(memory) => memory.extend_from_slice(&bytes),
-            // When the writer has given up, its verdict below says why.
-            Taken::Store(pieces, _) => drop(pieces.send(bytes).await),
+            Taken::Store(pieces, _) => {
+                if pieces.send(bytes).await.is_err() {
+                    return Step::Complete; // the writer has given up: its verdict says why
+                }
+            }
         }
-        if self.got < total {
-            return None;
-        }
-        Some(self.conclude().await)
+        if self.got < total { Step::More } else { Step::Complete }
     }
 
-    async fn conclude(&mut self) -> Outcome {
+    async fn conclude(self) -> Outcome {
         let wrong = |hash: ContentHash| Outcome::WrongBytes(format!("sent bytes that do not match {hash}"));
-        match (&self.job.wanted, std::mem::replace(&mut self.taken, Taken::Memory(Vec::new()))) {
+        match (self.job.wanted, self.taken) {
             (Wanted::Blob(blob), Taken::Memory(bytes)) if !blob.matches(&bytes) => wrong(blob.hash),
             (_, Taken::Memory(bytes)) => Outcome::Done(bytes),
             (_, Taken::Store(pieces, verdict)) => {
@@ -315,7 +348,7 @@ fn write_pieces(store: &BlobStore, blob: BlobRef, mut pieces: mpsc::Receiver<Vec
     writer.finish(now_ms()).map(drop)
 }
 
-async fn read_answers(mut reader: ReadHalf<Stream>, answers: mpsc::Sender<io::Result<(Answer, Vec<u8>)>>, received: Arc<AtomicU64>) {
+async fn read_answers(mut reader: ReadHalf<Stream>, answers: mpsc::Sender<io::Result<(Answer, Vec<u8>)>>, received: Received) {
     loop {
         let answer = read_answer(&mut reader, &received).await;
         let failed = answer.is_err();
@@ -325,16 +358,16 @@ async fn read_answers(mut reader: ReadHalf<Stream>, answers: mpsc::Sender<io::Re
     }
 }
 
-async fn read_answer(reader: &mut ReadHalf<Stream>, received: &AtomicU64) -> io::Result<(Answer, Vec<u8>)> {
+async fn read_answer(reader: &mut ReadHalf<Stream>, received: &Received) -> io::Result<(Answer, Vec<u8>)> {
     let mut head = [0; ANSWER_BYTES];
     reader.read_exact(&mut head).await?;
-    received.fetch_add(ANSWER_BYTES as u64, Ordering::Relaxed);
+    received.add(ANSWER_BYTES);
     let answer = Answer::from_bytes(&head).map_err(io::Error::other)?;
     let Answer::Bytes { length, .. } = answer else { return Ok((answer, Vec::new())) };
     let mut bytes = vec![0; length as usize]; // at most RANGE_BYTES_MAX, checked by from_bytes
     for piece in bytes.chunks_mut(PIECE_BYTES) {
         reader.read_exact(piece).await?;
-        received.fetch_add(piece.len() as u64, Ordering::Relaxed);
+        received.add(piece.len());
     }
     Ok((answer, bytes))
 }

@@ -1,7 +1,7 @@
-//! Serves manifests, trunk and experts by hash to whoever asks. Every byte that leaves was verified on its way from the disk.
+//! Serves manifests, trunk and experts by hash to whoever asks. A blob is verified when it is opened for serving.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
@@ -19,17 +19,50 @@ use crate::net::swarm::Network;
 
 const STREAMS_MAX: usize = 256;
 const STREAMS_PER_PEER_MAX: usize = 8;
-/// Blobs that a stream keeps open, so that each is verified once and not for each of its ranges.
-const OPEN_BLOBS_MAX: usize = 8;
+/// Blobs that are kept open for all streams, so that each is verified once and not for each of its ranges.
+const OPEN_BLOBS_MAX: usize = 64;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 /// For one answer of at most [`RANGE_BYTES_MAX`]: a peer that reads more slowly than this is let go.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// What a node offers.
 pub(crate) struct Provider {
-    pub(crate) store: Arc<BlobStore>,
-    pub(crate) manifests: HashMap<ModelId, Arc<Vec<u8>>>,
-    pub(crate) listing: Arc<Vec<u8>>,
+    store: Arc<BlobStore>,
+    manifests: HashMap<ModelId, Arc<Vec<u8>>>,
+    listing: Arc<Vec<u8>>,
+    open: Mutex<VecDeque<(ContentHash, Arc<BlobReader>)>>,
+}
+
+impl Provider {
+    /// Offers the blobs of `store`, some signed manifests and a list of models.
+    pub(crate) fn new(store: Arc<BlobStore>, manifests: HashMap<ModelId, Arc<Vec<u8>>>, listing: Vec<u8>) -> Self {
+        Self { store, manifests, listing: Arc::new(listing), open: Mutex::default() }
+    }
+
+    /// Opens a blob, or finds it open. Two streams that open the same one at once both verify it, and both are right.
+    fn reader(&self, hash: ContentHash) -> Option<Arc<BlobReader>> {
+        let found = self.open_blobs().iter().find(|(open, _)| *open == hash).map(|(_, reader)| Arc::clone(reader));
+        if found.is_some() {
+            return found;
+        }
+        let reader = match self.store.reader(&hash, now_ms()) {
+            Ok(reader) => Arc::new(reader?),
+            Err(error) => {
+                warn!(%hash, %error, "cannot serve a blob");
+                return None;
+            }
+        };
+        let mut open = self.open_blobs();
+        if open.len() >= OPEN_BLOBS_MAX {
+            open.pop_front();
+        }
+        open.push_back((hash, Arc::clone(&reader)));
+        Some(reader)
+    }
+
+    fn open_blobs(&self) -> MutexGuard<'_, VecDeque<(ContentHash, Arc<BlobReader>)>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Accepts streams until the network ends.
@@ -91,32 +124,34 @@ impl Drop for Place {
     }
 }
 
-async fn serve(provider: &Provider, mut stream: Stream) -> std::io::Result<()> {
-    stream.write_all(&[STREAM_ACK]).await?;
-    stream.flush().await?;
-    let mut open = OpenBlobs { blobs: Vec::new() };
+async fn serve(provider: &Arc<Provider>, mut stream: Stream) -> std::io::Result<()> {
+    write(&mut stream, &[STREAM_ACK], &[]).await?;
     let mut request = [0; REQUEST_BYTES];
     loop {
         timeout(IDLE_TIMEOUT, stream.read_exact(&mut request)).await??;
         let Ok(request) = Request::from_bytes(&request) else {
-            stream.write_all(&Answer::Refused.to_bytes()).await?;
+            write(&mut stream, &Answer::Refused.to_bytes(), &[]).await?;
             return stream.close().await;
         };
-        let (answer, bytes) = answer(provider, &mut open, request).await;
-        let write = async {
-            stream.write_all(&answer.to_bytes()).await?;
-            stream.write_all(&bytes).await?;
-            stream.flush().await
-        };
-        timeout(WRITE_TIMEOUT, write).await??;
+        let (answer, bytes) = answer(provider, request).await;
+        write(&mut stream, &answer.to_bytes(), &bytes).await?;
     }
 }
 
-async fn answer(provider: &Provider, open: &mut OpenBlobs, request: Request) -> (Answer, Vec<u8>) {
+async fn write(stream: &mut Stream, head: &[u8], bytes: &[u8]) -> std::io::Result<()> {
+    let write = async {
+        stream.write_all(head).await?;
+        stream.write_all(bytes).await?;
+        stream.flush().await
+    };
+    timeout(WRITE_TIMEOUT, write).await?
+}
+
+async fn answer(provider: &Arc<Provider>, request: Request) -> (Answer, Vec<u8>) {
     let whole = match request.subject {
         Subject::Manifest(id) => provider.manifests.get(&id).cloned(),
         Subject::Listing => Some(Arc::clone(&provider.listing)),
-        Subject::Blob(hash) => return blob_range(provider, open, hash, request).await,
+        Subject::Blob(hash) => return blob_range(provider, hash, request).await,
     };
     let Some(whole) = whole else { return (Answer::NotHave, Vec::new()) };
     match range(request, whole.len() as u64) {
@@ -132,54 +167,19 @@ fn range(request: Request, total: u64) -> Option<(Answer, usize)> {
     Some((Answer::Bytes { total, length }, length as usize))
 }
 
-async fn blob_range(provider: &Provider, open: &mut OpenBlobs, hash: ContentHash, request: Request) -> (Answer, Vec<u8>) {
-    let (store, cached) = (Arc::clone(&provider.store), open.take(hash));
+async fn blob_range(provider: &Arc<Provider>, hash: ContentHash, request: Request) -> (Answer, Vec<u8>) {
+    let provider = Arc::clone(provider);
     let read = tokio::task::spawn_blocking(move || {
-        let reader = match cached {
-            Some(reader) => reader,
-            None => match store.reader(&hash, now_ms()) {
-                Ok(Some(reader)) => reader,
-                Ok(None) => return None,
-                Err(error) => {
-                    warn!(%hash, %error, "cannot serve a blob");
-                    return None;
-                }
-            },
-        };
-        let Some((answer, length)) = range(request, reader.length()) else { return Some((reader, Answer::Refused, Vec::new())) };
+        let Some(reader) = provider.reader(hash) else { return (Answer::NotHave, Vec::new()) };
+        let Some((answer, length)) = range(request, reader.length()) else { return (Answer::Refused, Vec::new()) };
         let mut bytes = vec![0; length];
         match reader.read_at(&mut bytes, request.offset) {
-            Ok(()) => Some((reader, answer, bytes)),
+            Ok(()) => (answer, bytes),
             Err(error) => {
                 warn!(%hash, %error, "cannot serve a blob");
-                None
+                (Answer::NotHave, Vec::new())
             }
         }
     });
-    match read.await {
-        Ok(Some((reader, answer, bytes))) => {
-            open.put(hash, reader);
-            (answer, bytes)
-        }
-        _ => (Answer::NotHave, Vec::new()),
-    }
-}
-
-/// The blobs that a stream read last.
-struct OpenBlobs {
-    blobs: Vec<(ContentHash, BlobReader)>,
-}
-
-impl OpenBlobs {
-    fn take(&mut self, hash: ContentHash) -> Option<BlobReader> {
-        let at = self.blobs.iter().position(|(open, _)| *open == hash)?;
-        Some(self.blobs.remove(at).1)
-    }
-
-    fn put(&mut self, hash: ContentHash, reader: BlobReader) {
-        if self.blobs.len() >= OPEN_BLOBS_MAX {
-            self.blobs.remove(0);
-        }
-        self.blobs.push((hash, reader));
-    }
+    read.await.unwrap_or((Answer::NotHave, Vec::new()))
 }

@@ -84,15 +84,13 @@ impl Network {
             .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
             .map_err(|error| failed(&error))?
             .with_quic()
-            .with_dns()
-            .map_err(|error| failed(&error))?
             .with_behaviour(|keypair| behaviour(keypair, mdns))
             .map_err(|error| failed(&error))?
             .with_swarm_config(|config| config.with_idle_connection_timeout(IDLE_TIMEOUT))
             .build();
         for address in listen {
             let listening = swarm.listen_on(address.clone());
-            listening.map_err(|error| Failure::new(Kind::Usage, format!("cannot listen on {address}: {error}")))?;
+            listening.map_err(|error| Failure::of(Kind::Other, &error).about(format_args!("cannot listen on {address}")))?;
         }
         let streams = swarm.behaviour().stream.new_control();
         let (commands, command_queue) = mpsc::channel(COMMANDS_MAX);
@@ -217,14 +215,15 @@ impl SwarmTask {
             }
             SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
                 debug!(peer = %peer_id, ?cause, "disconnected");
-                self.publish.send_modify(|peers| {
-                    peers.connected.remove(&peer_id);
-                });
                 let lost: Vec<_> =
                     self.wanted.iter().filter(|(_, w)| w.peer == Some(peer_id) && w.redial_at.is_none()).map(|(a, _)| a.clone()).collect();
+                // First what is awaited, then what is gone: in between nobody may think that no one is left.
                 for address in lost {
                     self.redial_later(&address, "the connection was lost");
                 }
+                self.publish.send_modify(|peers| {
+                    peers.connected.remove(&peer_id);
+                });
             }
             SwarmEvent::OutgoingConnectionError { connection_id, error, .. } => self.on_dial_failed(connection_id, &error.to_string()),
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
