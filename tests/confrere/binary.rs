@@ -1,8 +1,9 @@
 //! Runs the real binary: one data directory a node, removed at the end; processes are killed when a test ends.
+#![expect(clippy::disallowed_methods, reason = "how long a process takes is told by a clock")]
 
 use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
@@ -133,30 +134,23 @@ pub(crate) fn ended(command: &mut Command) -> Ended {
     };
     let out = read(Box::new(child.stdout.take().expect("piped")));
     let err = read(Box::new(child.stderr.take().expect("piped")));
-    let code = wait(&mut child).unwrap_or_else(|| {
+    let code = wait(&mut child).unwrap_or_else(|_| {
         let _ = child.kill();
         panic!("{command:?} hangs")
     });
     Ended { code, out: out.join().expect("read"), err: err.join().expect("read"), took: began.elapsed() }
 }
 
-/// Waits for a process, within [`PATIENCE`].
-pub(crate) fn wait(child: &mut Child) -> Option<Option<i32>> {
+/// How a process ended, or that it did not within [`PATIENCE`].
+pub(crate) fn wait(child: &mut Child) -> Result<Option<i32>, &'static str> {
     let began = Instant::now();
     while began.elapsed() < PATIENCE {
         if let Some(status) = child.try_wait().expect("it can be waited for") {
-            return Some(status.code());
+            return Ok(status.code());
         }
         std::thread::sleep(Duration::from_millis(5));
     }
-    None
-}
-
-impl From<Output> for Ended {
-    fn from(output: Output) -> Self {
-        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-        Self { code: output.status.code(), out: text(&output.stdout), err: text(&output.stderr), took: Duration::ZERO }
-    }
+    Err("it does not end")
 }
 
 /// A node that serves; killed when dropped.

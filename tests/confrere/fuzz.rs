@@ -100,7 +100,7 @@ fn no_parser_of_text_input_panics() {
     feed("key", ticket.node.to_string().as_bytes(), inputs(50_000), |bytes| {
         as_text(bytes, &|text| {
             let _ = text.parse::<protocol::NodeId>();
-        })
+        });
     });
     let config = std::fs::read(checkpoint("tiny-qwen3-omni").join("config.json")).expect("a config");
     feed("config", &config, inputs(5_000), |bytes| {

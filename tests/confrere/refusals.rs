@@ -83,8 +83,8 @@ pub(crate) const BROKEN: [(&str, Break, &str); 20] = [
         |dir| index(dir, |text| text.replacen("model-00001", "model-00000", 1)),
         "the index places it in model-00000.safetensors, which does not have it",
     ),
-    ("overlapping tensors", |dir| shard(dir, overlap), "overlaps"),
-    ("tensor out of the file", |dir| shard(dir, beyond), "the file has only"),
+    ("overlapping tensors", |dir| shard(dir, |bytes| overlap(bytes)), "overlaps"),
+    ("tensor out of the file", |dir| shard(dir, |bytes| beyond(bytes)), "the file has only"),
     (
         "header of 2^63 bytes",
         |dir| shard(dir, |bytes| bytes[..8].copy_from_slice(&(1u64 << 63).to_le_bytes())),
@@ -150,7 +150,7 @@ fn by_place(json: &serde_json::Value) -> Vec<String> {
     names.into_iter().map(|(name, _)| name.clone()).collect()
 }
 
-fn overlap(bytes: &mut Vec<u8>) {
+fn overlap(bytes: &mut [u8]) {
     header(bytes, |json| {
         let names = by_place(json);
         let place = json[&names[0]]["data_offsets"].clone();
@@ -159,7 +159,7 @@ fn overlap(bytes: &mut Vec<u8>) {
     });
 }
 
-fn beyond(bytes: &mut Vec<u8>) {
+fn beyond(bytes: &mut [u8]) {
     header(bytes, |json| {
         let name = by_place(json).pop().expect("tensors");
         let [start, end] = [0, 1].map(|i| json[&name]["data_offsets"][i].as_u64().expect("an offset"));
