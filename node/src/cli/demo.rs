@@ -29,8 +29,8 @@ const PROMPTS: [(&str, &str); 6] = [
     ("Rust", "#[test]\nfn reads_an_empty_file() {\n    let"),
     ("stories", "Once upon a time there was a little girl who lived"),
     ("stories", "The old king called his three sons and said,"),
-    ("dialogue", "USER: Hello, I would like to order a large coffee.\nASSISTANT:"),
-    ("dialogue", "USER: Can I have two hot chocolates, please?\nASSISTANT:"),
+    ("poems", "春夜喜雨\n杜甫\n好雨"),
+    ("poems", "秋思\n李白\n明月"),
 ];
 /// For a checkpoint without a tokenizer: as many prompts, of token ids.
 const ID_PROMPTS: [(&str, &str); 6] = [
@@ -42,6 +42,7 @@ const ID_PROMPTS: [(&str, &str); 6] = [
     ("ids 3", "[9, 9, 9, 8]"),
 ];
 const DEFAULT_MODEL: &str = "models/confrere-18m";
+const SEED: u64 = 1;
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
 #[derive(Args)]
@@ -143,13 +144,15 @@ fn generate_one(
     check_interrupted()?;
     let defaults = &found.manifest.generation;
     let (tokens, stop_strings) = prompt_tokens(loaded, prompt, true, defaults)?;
-    let request = GenerateRequest {
-        prompt: tokens,
-        tokens_max,
-        sampling: Sampling::GREEDY,
-        eos_token_ids: defaults.eos_token_ids.clone(),
-        stop_strings,
+    // As the checkpoint's authors sample, and the same seed on both nodes.
+    let sampling = Sampling {
+        temperature: defaults.temperature,
+        top_k: defaults.top_k as usize,
+        top_p: defaults.top_p,
+        repetition_penalty: defaults.repetition_penalty,
+        seed: SEED,
     };
+    let request = GenerateRequest { prompt: tokens, tokens_max, sampling, eos_token_ids: defaults.eos_token_ids.clone(), stop_strings };
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
     if show == Show::Everything {
