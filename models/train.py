@@ -408,7 +408,7 @@ def export(work, out):
     write("tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT, "bos_token": None, "add_bos_token": False,
                                     "clean_up_tokenization_spaces": False, "model_max_length": CONTEXT, "model_input_names": ["input_ids", "attention_mask"], "chat_template": template,
                                     "added_tokens_decoder": {"0": {"content": END_OF_TEXT, "special": True, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False}}})
-    write("generation_config.json", {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.05, "eos_token_id": 0, "pad_token_id": 0})
+    write("generation_config.json", {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.9, "eos_token_id": 0, "pad_token_id": 0})
     shutil.copy(work / "tokenizer.json", out / "tokenizer.json")
     print(f"{len(tensors)} tensors, {len(shards)} shards, {total} bytes, {total // 2} parameters")
 

@@ -84,7 +84,7 @@ impl Default for GenerationDefaults {
 /// Everything a node must hold to run a model, by hash.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ModelManifest {
-    /// The format of this manifest: 1.
+    /// The format of this manifest: [`VERSION`].
     pub version: u16,
     /// The model this one was converted from.
     pub parent: Option<ModelId>,
@@ -104,7 +104,8 @@ pub struct ModelManifest {
     pub experts: Vec<BlobRef>,
 }
 
-const VERSION: u16 = 1;
+/// The format that this program reads and writes.
+pub const VERSION: u16 = 1;
 
 /// Why bytes are not the manifest they should be.
 #[derive(Debug, thiserror::Error)]
@@ -138,12 +139,9 @@ pub enum ManifestError {
 }
 
 impl ModelManifest {
-    /// Returns a manifest of the current version, checked.
-    pub fn new(parts: ManifestParts) -> Result<Self, ManifestError> {
-        let ManifestParts { parent, config, tokenizer, chat, generation, trunk, expert_precision, experts } = parts;
-        let manifest = Self { version: VERSION, parent, config, tokenizer, chat, generation, trunk, expert_precision, experts };
-        manifest.validate()?;
-        Ok(manifest)
+    /// Returns this manifest if every part fits the shape.
+    pub fn checked(self) -> Result<Self, ManifestError> {
+        self.validate().map(|()| self)
     }
 
     /// The canonical bytes.
@@ -251,27 +249,13 @@ impl ModelManifest {
     }
 }
 
-/// The parts of a [`ModelManifest`], not yet checked.
-#[derive(Clone, Debug)]
-#[expect(missing_docs, reason = "each is the field of the same name of ModelManifest")]
-pub struct ManifestParts {
-    pub parent: Option<ModelId>,
-    pub config: ModelConfig,
-    pub tokenizer: Option<BlobRef>,
-    pub chat: ChatFormat,
-    pub generation: GenerationDefaults,
-    pub trunk: Vec<TrunkTensor>,
-    pub expert_precision: Precision,
-    pub experts: Vec<BlobRef>,
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::model_config::tests::small;
     use proptest::prelude::*;
 
-    fn parts() -> ManifestParts {
+    fn parts() -> ModelManifest {
         let config = small();
         let blob = |name: &str, length: u64| BlobRef { hash: ContentHash::of(name.as_bytes()), length };
         let trunk = config
@@ -285,7 +269,8 @@ mod tests {
             .collect();
         let bytes = config.expert_shape(Precision::F32).blob_bytes() as u64;
         let experts = config.expert_slots().map(|slot| blob(&slot.to_string(), bytes)).collect();
-        ManifestParts {
+        ModelManifest {
+            version: VERSION,
             parent: None,
             config,
             tokenizer: None,
@@ -298,7 +283,7 @@ mod tests {
     }
 
     fn manifest() -> ModelManifest {
-        ModelManifest::new(parts()).expect("the parts fit")
+        parts().checked().expect("the parts fit")
     }
 
     #[test]
@@ -323,7 +308,7 @@ mod tests {
 
     #[test]
     fn refuses_parts_that_do_not_fit_the_shape() {
-        type Break = fn(&mut ManifestParts);
+        type Break = fn(&mut ModelManifest);
         let breaks: [Break; 8] = [
             |p| drop(p.trunk.pop()),
             |p| p.trunk.swap(0, 1),
@@ -337,7 +322,7 @@ mod tests {
         for (i, change) in breaks.into_iter().enumerate() {
             let mut parts = parts();
             change(&mut parts);
-            assert!(ModelManifest::new(parts).is_err(), "break {i}");
+            assert!(parts.checked().is_err(), "break {i}");
         }
     }
 

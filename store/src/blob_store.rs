@@ -191,7 +191,8 @@ impl BlobStore {
     fn check_space(&self, wanted: u64) -> Result<(), StoreError> {
         let space = self.disk.space(&self.root).map_err(|source| io_error("measure", &self.root, source))?;
         let spare = (space.total / 20).min(SPARE_BYTES);
-        if space.free >= wanted.saturating_add(spare) {
+        // Some filesystems do not say how large they are; they say soon enough when they are full.
+        if space.total == 0 || space.free >= wanted.saturating_add(spare) {
             return Ok(());
         }
         Err(StoreError::DiskFull { path: self.root.display().to_string(), source: io::ErrorKind::StorageFull.into() })

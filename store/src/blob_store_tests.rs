@@ -163,6 +163,25 @@ fn rebuilds_a_deleted_truncated_or_overwritten_index() {
     }
 }
 
+/// S8: ten thousand blobs without an index.
+#[test]
+fn lists_ten_thousand_blobs_again_without_an_index() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    drop(open(dir.path()));
+    let blobs: std::collections::BTreeSet<_> = (0..10_000).map(|i| BlobRef::of(&content(i)).hash).collect();
+    for i in 0..10_000 {
+        // Written past the store: ten thousand durable writes would measure the disk.
+        let hex = ContentHash::of(&content(i)).to_hex();
+        let prefix = dir.path().join("blobs").join(&hex[..2]);
+        fs::create_dir_all(&prefix).and_then(|()| fs::write(prefix.join(hex), content(i))).expect("writable");
+    }
+    fs::remove_dir_all(dir.path().join("index")).expect("removable");
+    let store = open(dir.path());
+    let listed: std::collections::BTreeSet<_> = store.list().into_iter().map(|blob| blob.hash).collect();
+    assert!(listed == blobs);
+    assert_eq!(store.stat().expect("counted").unverified, 10_000);
+}
+
 fn each_file(dir: &Path, change: impl Fn(&mut Vec<u8>)) {
     for entry in fs::read_dir(dir).expect("a directory").flatten().filter(|entry| entry.path().is_file()) {
         let mut bytes = fs::read(entry.path()).expect("readable");

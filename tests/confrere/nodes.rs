@@ -156,7 +156,7 @@ fn what_nobody_has_is_named_at_once() {
     let ended = b.run(&greedy(&id, &["--peer", &incomplete.address]));
     assert_eq!(ended.code, Some(4), "{}", ended.err);
     assert!(ended.err.contains("missing layer 0 expert") && ended.err.contains("none of 1 connected peers has it"), "{}", ended.err);
-    assert!(ended.took < Duration::from_secs(5), "{:?}", ended.took);
+    assert!(ended.took < Duration::from_secs(8), "{:?}", ended.took);
 }
 
 #[test]
@@ -337,7 +337,7 @@ fn the_only_provider_killed_in_the_middle_is_a_clear_error_and_the_next_run_goes
     let link = SlowLink::to(&serving.socket().0, &serving.socket().1, 1_000_000);
     let b = Node::new();
     b.trust(&a);
-    let mut child = b.command(&greedy(&id, &["--json", "--timeout", "1", "--peer", &link.address]));
+    let mut child = b.command(&greedy(&id, &["--json", "--timeout", "3", "--peer", &link.address]));
     let child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     wait_for(&link, 1_000_000);
     link.cut.store(true, Ordering::Relaxed);
@@ -345,7 +345,7 @@ fn the_only_provider_killed_in_the_middle_is_a_clear_error_and_the_next_run_goes
     let output = child.wait_with_output().expect("it ends");
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(4), "{error}");
-    assert!(error.contains("missing layer") && error.contains("no progress for 1 s"), "{error}");
+    assert!(error.contains("missing layer") && error.contains("no progress for 3 s"), "{error}");
     let (kept, _) = b.experts();
     assert!(kept > 0, "what had come was lost");
     let serving = a.serve();

@@ -7,7 +7,7 @@ use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
-use protocol::manifest::{ChatFormat, ManifestError, ManifestParts, TrunkTensor};
+use protocol::manifest::{ChatFormat, ManifestError, TrunkTensor, VERSION};
 use protocol::{BlobRef, ModelManifest, Precision};
 use rayon::prelude::*;
 
@@ -59,7 +59,8 @@ pub fn import(checkpoint: &Checkpoint, precision: Option<Precision>, sink: &dyn 
         return Err(ImportError::Refused(super::CheckpointError::Refused(problems)));
     }
     let put = |bytes: &[u8]| sink.put(bytes).map_err(ImportError::Sink);
-    let parts = ManifestParts {
+    let made = ModelManifest {
+        version: VERSION,
         parent: None,
         config: checkpoint.config.clone(),
         tokenizer: checkpoint.tokenizer.as_deref().map(put).transpose()?,
@@ -73,17 +74,17 @@ pub fn import(checkpoint: &Checkpoint, precision: Option<Precision>, sink: &dyn 
         expert_precision: target,
         experts: experts.iter().map(|expert| expert.made).collect(),
     };
-    let source = ManifestParts {
+    let source = ModelManifest {
         trunk: trunk.into_iter().map(|converted| converted.source).collect(),
         expert_precision: checkpoint.expert_precision,
         experts: experts.iter().map(|expert| expert.source).collect(),
-        ..parts.clone()
+        ..made.clone()
     };
-    let source = ModelManifest::new(source)?;
-    if parts.trunk == source.trunk && parts.experts == source.experts {
+    let source = source.checked()?;
+    if made == source {
         return Ok(source);
     }
-    Ok(ModelManifest::new(ManifestParts { parent: Some(source.id()), ..parts })?)
+    Ok(ModelManifest { parent: Some(source.id()), ..made }.checked()?)
 }
 
 struct Import<'a> {

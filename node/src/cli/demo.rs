@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 
 use super::import::import_into;
-use super::run::{Answer, answer, prompt_tokens};
+use super::run::{Answer, Prompt, answer, prompt_tokens};
 use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
 use crate::failure::{Failure, Kind};
@@ -143,7 +143,7 @@ fn generate_one(
 ) -> Result<Row, Failure> {
     check_interrupted()?;
     let defaults = &found.manifest.generation;
-    let (tokens, stop_strings) = prompt_tokens(loaded, prompt, true, defaults)?;
+    let (tokens, stop_strings) = prompt_tokens(loaded, &Prompt::Raw(prompt), defaults)?;
     // As the checkpoint's authors sample, and the same seed on both nodes.
     let sampling = Sampling {
         temperature: defaults.temperature,

@@ -60,17 +60,19 @@ fn verify(context: &Context) -> Result<(), Failure> {
     bar.finish_and_clear();
     let damaged: Vec<_> = report.damaged.iter().map(ToString::to_string).collect();
     let unreadable: Vec<_> = report.unreadable.iter().map(|(hash, why)| format!("{hash}: {why}")).collect();
-    if context.json {
-        print_json(&json!({"verified": report.verified, "bytes": report.bytes, "damaged": damaged, "unreadable": unreadable}))?;
+    let printed = if context.json {
+        print_json(&json!({"verified": report.verified, "bytes": report.bytes, "damaged": damaged, "unreadable": unreadable}))
     } else {
-        print_line(&format!("{} blobs are what they should be ({})", report.verified, human_bytes(report.bytes)))?;
-        damaged.iter().try_for_each(|hash| print_line(&format!("damaged, put into quarantine: {hash}")))?;
-        unreadable.iter().try_for_each(|line| print_line(&format!("cannot be read: {line}")))?;
-    }
+        let lines = damaged.iter().map(|hash| format!("damaged, put into quarantine: {hash}"));
+        let lines = lines.chain(unreadable.iter().map(|line| format!("cannot be read: {line}")));
+        let first = format!("{} blobs are what they should be ({})", report.verified, human_bytes(report.bytes));
+        std::iter::once(first).chain(lines).try_for_each(|line| print_line(&line))
+    };
     check_interrupted()?;
     if damaged.is_empty() && unreadable.is_empty() {
-        return Ok(());
+        return printed;
     }
+    // Whether anybody reads it or not.
     Err(Failure::new(
         Kind::Integrity,
         format!("{} damaged and {} unreadable blobs; peers or another import can replace them", damaged.len(), unreadable.len()),

@@ -78,7 +78,9 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         seed: args.seed,
     };
     let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
-    let (tokens, stop_strings) = prompt_tokens(&loaded, &prompt, args.raw, defaults)?;
+    let messages = [Message { role: "user", content: prompt.clone() }];
+    let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
+    let (tokens, stop_strings) = prompt_tokens(&loaded, &prompt, defaults)?;
     let request = GenerateRequest {
         prompt: tokens,
         tokens_max: args.max_tokens,
@@ -177,26 +179,32 @@ impl Answer {
     }
 }
 
+/// What is to be continued.
+pub(super) enum Prompt<'a> {
+    /// Text as it is.
+    Raw(&'a str),
+    /// A conversation, and the same as plain text for a checkpoint without a template.
+    Conversation(&'a [Message], &'a str),
+}
+
 /// The tokens of a prompt, and the texts at which its answer ends.
 pub(super) fn prompt_tokens(
     loaded: &Loaded,
-    prompt: &str,
-    raw: bool,
+    prompt: &Prompt<'_>,
     defaults: &GenerationDefaults,
 ) -> Result<(Vec<u32>, Vec<String>), Failure> {
-    let stop_strings = defaults.stop_strings.clone();
-    let Some(tokenizer) = &loaded.tokenizer else {
-        return Ok((parse_ids(prompt)?, Vec::new()));
-    };
-    let failed = |error: &dyn std::error::Error| Failure::of(Kind::Other, error);
-    match &loaded.chat {
-        Some(chat) if !raw => {
-            let text = chat.prompt(&[Message { role: "user", content: prompt.to_owned() }]).map_err(|error| failed(&error))?;
-            let tokens = tokenizer.encode(&text, SpecialTokens::AsWritten).map_err(|error| failed(&error))?;
-            Ok((tokens, stop_strings.into_iter().chain(chat.next_turn()).collect()))
+    let (Prompt::Raw(text) | Prompt::Conversation(_, text)) = prompt;
+    let Some(tokenizer) = &loaded.tokenizer else { return Ok((parse_ids(text)?, Vec::new())) };
+    let mut stop_strings = defaults.stop_strings.clone();
+    let tokens = match (prompt, &loaded.chat) {
+        (Prompt::Conversation(messages, _), Some(chat)) => {
+            let text = chat.prompt(messages).map_err(|error| Failure::of(Kind::Other, &error))?;
+            stop_strings.extend(chat.next_turn());
+            tokenizer.encode(&text, SpecialTokens::AsWritten)
         }
-        _ => Ok((tokenizer.encode(prompt, SpecialTokens::Add).map_err(|error| failed(&error))?, stop_strings)),
-    }
+        _ => tokenizer.encode(text, SpecialTokens::Add),
+    };
+    Ok((tokens.map_err(|error| Failure::of(Kind::Other, &error))?, stop_strings))
 }
 
 /// Reads token ids: a JSON array, or numbers with commas or spaces between.
@@ -254,14 +262,8 @@ impl Conversation {
         let mut messages = self.messages.clone();
         messages.push(Message { role: "user", content: line.to_owned() });
         let text = format!("{}{line}", self.text);
-        let (tokens, stop_strings) = match (&loaded.chat, &loaded.tokenizer) {
-            (Some(chat), Some(tokenizer)) if !args.raw => {
-                let prompt = chat.prompt(&messages).map_err(|error| Failure::of(Kind::Other, &error))?;
-                let tokens = tokenizer.encode(&prompt, SpecialTokens::AsWritten).map_err(|error| Failure::of(Kind::Other, &error))?;
-                (tokens, defaults.stop_strings.iter().cloned().chain(chat.next_turn()).collect())
-            }
-            _ => prompt_tokens(loaded, &text, true, defaults)?,
-        };
+        let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
+        let (tokens, stop_strings) = prompt_tokens(loaded, &prompt, defaults)?;
         // The beginning that is the same as last time need not be taken in again; the last token always is.
         let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
         self.session.rewind(same);

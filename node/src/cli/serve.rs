@@ -14,7 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use super::Context;
 use crate::failure::{Failure, Kind};
 use crate::net::Multiaddr;
-use crate::net::address::{is_loopback, is_tcp, parse_listen};
+use crate::net::address::{is_loopback, is_tcp, parse_address, parse_listen};
 use crate::net::provider::{self, Provider};
 use crate::net::swarm::{Network, NetworkOptions, Peers};
 use crate::output::{announce, note};
@@ -33,6 +33,9 @@ pub(super) struct ServeArgs {
     /// Where to serve the local HTTP API [default: nowhere]
     #[arg(long, value_name = "HOST:PORT", value_parser = parse_socket)]
     api: Option<SocketAddr>,
+    /// A peer to stay connected to; may be given again
+    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
+    peers: Vec<Multiaddr>,
     /// Stop when standard input closes: for a program that starts a node and must not leave it behind
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
@@ -52,9 +55,10 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     let listing = Listing { models: models.iter().take(LISTING_MODELS_MAX).map(|model| (model.name.clone(), model.id)).collect() };
     let listing = protocol::codec::to_bytes(&listing);
     let listen = listen_addresses(&args.listen)?;
+    let peers = if context.offline { Vec::new() } else { args.peers.clone() };
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-        let network = Network::start(NetworkOptions { key: &key, listen, peers: Vec::new(), mdns: args.mdns && !context.offline })?;
+        let network = Network::start(NetworkOptions { key: &key, listen, peers, mdns: args.mdns && !context.offline })?;
         provider::start(Provider::new(Arc::clone(&open.store), manifests, listing), &network)?;
         let api = match args.api {
             Some(address) => Some(crate::api::serve(address).await?),
@@ -82,9 +86,14 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     Ok(())
 }
 
+/// Waits on a thread of its own: a read from standard input cannot be cancelled, and must not keep the runtime from ending.
 async fn stdin_closed() {
-    let mut buffer = [0; 64];
-    while tokio::io::AsyncReadExt::read(&mut tokio::io::stdin(), &mut buffer).await.is_ok_and(|read| read > 0) {}
+    let (closed, wait) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = std::io::copy(&mut std::io::stdin().lock(), &mut std::io::sink());
+        let _ = closed.send(());
+    });
+    let _ = wait.await;
 }
 
 fn listen_addresses(texts: &[String]) -> Result<Vec<Multiaddr>, Failure> {

@@ -13,11 +13,15 @@ use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use crate::failure::{Failure, Kind};
-use crate::net::link::{self, Finished, JOBS_MAX, Job, Outcome, Wanted};
+use crate::net::link::{self, Finished, JOBS_MAX, Job, Outcome, VERIFY_BYTES_PER_SECOND_MIN, Wanted};
 use crate::net::swarm::Network;
 
 const FINISHED_MAX: usize = 16;
 const TICK: Duration = Duration::from_millis(100);
+/// How long to look for another publisher's signature when one is not trusted.
+const SECOND_OPINION: Duration = Duration::from_secs(2);
+const PAUSE_FIRST: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// After so many broken streams, a thing is no longer asked of the peer whose streams they were.
 const BREAKS_MAX: u32 = 8;
 /// Names listed in an error; the others are counted.
@@ -48,9 +52,15 @@ pub(crate) struct Fetcher {
     received: Arc<AtomicU64>, // bytes from all peers, as they come
     finished: (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
     next_number: u64,
-    /// Streams of a peer that broke since it last brought something: such a peer is asked when no other can help.
-    unsteady: HashMap<PeerId, u32>,
+    /// Peers whose streams broke since they last brought something: asked when no other can help, and after a pause.
+    unsteady: HashMap<PeerId, Unsteady>,
     liars: BTreeMap<PeerId, String>,
+}
+
+#[derive(Clone, Copy)]
+struct Unsteady {
+    breaks: u32,
+    until: Instant,
 }
 
 /// The state of one call.
@@ -62,6 +72,7 @@ struct Round {
     breaks: HashMap<(usize, PeerId), u32>, // by want and peer: streams that broke under it
     left: usize,
     last_progress: Instant,
+    patience: Duration,
     received: u64,
     last_break: Option<String>,
 }
@@ -83,11 +94,17 @@ impl Fetcher {
 
     /// Fetches everything in `wants` and sends each to `results` as it comes.
     pub(crate) async fn fetch(&mut self, wants: Vec<Want>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
-        self.fetch_except(wants, &HashSet::new(), results).await
+        self.fetch_except(wants, &HashSet::new(), self.timeout, results).await
     }
 
-    /// The same, without asking some peers.
-    async fn fetch_except(&mut self, wants: Vec<Want>, except: &HashSet<PeerId>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
+    /// The same, without asking some peers, and with another patience.
+    async fn fetch_except(
+        &mut self,
+        wants: Vec<Want>,
+        except: &HashSet<PeerId>,
+        patience: Duration,
+        results: &mpsc::Sender<Fetched>,
+    ) -> Result<(), Failure> {
         let now = Instant::now();
         let mut round = Round {
             waiting: (0..wants.len()).collect(),
@@ -96,6 +113,7 @@ impl Fetcher {
             left: wants.len(),
             wants,
             running: HashMap::new(),
+            patience,
             last_progress: now,
             received: self.received(),
             last_break: None,
@@ -133,7 +151,9 @@ impl Fetcher {
     async fn assign(&mut self, round: &mut Round) {
         let connected = self.network.peers.borrow().connected.clone();
         self.links.retain(|peer, jobs| connected.contains(peer) && !jobs.is_closed());
-        for &peer in connected.iter().filter(|peer| !self.liars.contains_key(peer)) {
+        let now = Instant::now();
+        let ready = |peer: &&PeerId| !self.liars.contains_key(peer) && self.unsteady.get(peer).is_none_or(|unsteady| unsteady.until <= now);
+        for &peer in connected.iter().filter(ready) {
             self.links.entry(peer).or_insert_with(|| {
                 let (jobs, queue) = mpsc::channel(JOBS_MAX);
                 link::start(peer, self.network.streams.clone(), queue, self.finished.0.clone(), Arc::clone(&self.received));
@@ -147,7 +167,9 @@ impl Fetcher {
             let able = load
                 .iter_mut()
                 .filter(|(peer, jobs)| self.links.contains_key(peer) && **jobs < JOBS_MAX && !round.refused[index].contains(peer));
-            let Some((&peer, jobs)) = able.min_by_key(|(peer, jobs)| (self.unsteady.get(peer).copied().unwrap_or(0), **jobs)) else {
+            let Some((&peer, jobs)) =
+                able.min_by_key(|(peer, jobs)| (self.unsteady.get(peer).map_or(0, |unsteady| unsteady.breaks), **jobs))
+            else {
                 round.waiting.push_back(index);
                 continue;
             };
@@ -180,7 +202,9 @@ impl Fetcher {
             };
             return Err(self.missing(&names, &who));
         }
-        if round.last_progress.elapsed() >= self.timeout {
+        // A provider verifies a large blob before its first byte, and we make it durable after its last.
+        let largest = round.wants.iter().filter_map(|want| want.wanted.length()).max().unwrap_or(0);
+        if round.last_progress.elapsed() >= round.patience + Duration::from_secs(largest / VERIFY_BYTES_PER_SECOND_MIN) {
             let names: Vec<_> = round
                 .waiting
                 .iter()
@@ -188,7 +212,7 @@ impl Fetcher {
                 .chain(round.running.values().map(|(index, _)| *index))
                 .map(|index| round.wants[index].name.as_str())
                 .collect();
-            let mut who = format!("no progress for {} s", self.timeout.as_secs_f32());
+            let mut who = format!("no progress for {} s", round.patience.as_secs_f32());
             for (address, reason) in &peers.awaited {
                 who = format!(
                     "{who}; {address} does not answer{}",
@@ -222,8 +246,8 @@ impl Fetcher {
             Outcome::Done(bytes) => {
                 round.left -= 1;
                 self.unsteady.remove(&peer);
-                round.last_progress = Instant::now();
                 let _ = results.send(Fetched { index, bytes, peer }).await; // nobody listens any more: the caller gave up
+                round.last_progress = Instant::now(); // a slow taker is not a silent peer
                 return Ok(());
             }
             Outcome::NotHave => {
@@ -237,7 +261,7 @@ impl Fetcher {
             Outcome::Broken(reason) => {
                 debug!(%peer, reason, "stream broke");
                 round.last_break = Some(reason);
-                *self.unsteady.entry(peer).or_default() += 1;
+                self.pause(peer);
                 let breaks = round.breaks.entry((index, peer)).or_default();
                 *breaks += 1;
                 if *breaks > BREAKS_MAX {
@@ -248,6 +272,16 @@ impl Fetcher {
         }
         round.waiting.push_front(index);
         Ok(())
+    }
+
+    /// Leaves a peer alone for a while, longer each time; all jobs of one stream that break together count once.
+    fn pause(&mut self, peer: PeerId) {
+        let now = Instant::now();
+        let unsteady = self.unsteady.entry(peer).or_insert(Unsteady { breaks: 0, until: now });
+        if unsteady.until <= now {
+            unsteady.until = now + (PAUSE_FIRST * 2u32.pow(unsteady.breaks.min(8))).min(PAUSE_MAX);
+            unsteady.breaks += 1;
+        }
     }
 
     /// Drops a peer for good: `what` it did is told to the user.
@@ -271,10 +305,11 @@ impl Fetcher {
     ) -> Result<T, Failure> {
         let mut passed_over = HashSet::new();
         let mut refusal = None;
+        let mut patience = self.timeout;
         loop {
             let (results, mut queue) = mpsc::channel(1);
             let want = Want { wanted: Wanted::Unhashed(subject, bytes_max), name: name.to_owned() };
-            if let Err(failure) = self.fetch_except(vec![want], &passed_over, &results).await {
+            if let Err(failure) = self.fetch_except(vec![want], &passed_over, patience, &results).await {
                 return Err(refusal.unwrap_or(failure));
             }
             let fetched = queue.try_recv().expect("fetch has sent it");
@@ -283,6 +318,7 @@ impl Fetcher {
                 Err(failure) if failure.kind == Kind::Integrity => self.blame(fetched.peer, failure.message).await,
                 Err(failure) if failure.kind == Kind::Refused => {
                     passed_over.insert(fetched.peer);
+                    patience = patience.min(SECOND_OPINION);
                     refusal = Some(failure);
                 }
                 judged => return judged,

@@ -28,10 +28,11 @@ const PIECE_BYTES: usize = 16 << 10;
 /// For opening a stream and hearing that somebody reads it: other peers wait for this one's jobs meanwhile.
 const OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
 const OPEN_ATTEMPTS: u32 = 2;
+const OPEN_PAUSE: Duration = Duration::from_millis(50);
 /// Without progress for this long while bytes are owed, the stream counts as broken …
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// … and longer for a large blob, which its provider verifies at this speed or faster before it sends the first byte.
-const VERIFY_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
+pub(crate) const VERIFY_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
 
 /// Something to fetch, and where it goes.
 pub(crate) struct Job {
@@ -69,7 +70,7 @@ impl Wanted {
     }
 
     /// Its length, where that is known beforehand.
-    fn length(&self) -> Option<u64> {
+    pub(crate) fn length(&self) -> Option<u64> {
         match self {
             Self::Blob(blob) | Self::StoredBlob(blob, _) => Some(blob.length),
             Self::Unhashed(..) => None,
@@ -126,7 +127,10 @@ async fn open(peer: PeerId, mut streams: libp2p_stream::Control) -> io::Result<S
     for _ in 0..OPEN_ATTEMPTS {
         match timeout(OPEN_TIMEOUT, open_once(peer, &mut streams)).await {
             Ok(Ok(stream)) => return Ok(stream),
-            Ok(Err(error)) => last = error,
+            Ok(Err(error)) => {
+                last = error;
+                tokio::time::sleep(OPEN_PAUSE).await;
+            }
             Err(_) => last = io::ErrorKind::TimedOut.into(),
         }
     }
@@ -264,9 +268,15 @@ impl Link {
                 let _ = finished.send(Finished { peer, number, outcome }).await;
             }
             Step::Complete => {
-                // Making a large blob durable takes a while; the stream goes on meanwhile.
-                if let Some(active) = self.active.remove(at) {
-                    tokio::spawn(async move { finished.send(Finished { peer, number, outcome: active.conclude().await }).await });
+                let active = self.active.remove(at).expect("it is there: it has just taken an answer in");
+                let durable = matches!(active.taken, Taken::Store(..));
+                let conclude = async move { finished.send(Finished { peer, number, outcome: active.conclude().await }).await };
+                // Making a large blob durable takes a while, and the stream goes on meanwhile. What is in memory
+                // waits its turn here, so that no more of it comes than is taken.
+                if durable {
+                    tokio::spawn(conclude);
+                } else {
+                    let _ = conclude.await;
                 }
             }
         }

@@ -41,9 +41,10 @@ impl Provider {
 
     /// Opens a blob, or finds it open. Two streams that open the same one at once both verify it, and both are right.
     fn reader(&self, hash: ContentHash) -> Option<Arc<BlobReader>> {
-        let found = self.open_blobs().iter().find(|(open, _)| *open == hash).map(|(_, reader)| Arc::clone(reader));
-        if found.is_some() {
-            return found;
+        if let Some(found) = self.forget(hash) {
+            // To the back: what is in use stays open.
+            self.open_blobs().push_back((hash, Arc::clone(&found)));
+            return Some(found);
         }
         let reader = match self.store.reader(&hash, now_ms()) {
             Ok(reader) => Arc::new(reader?),
@@ -58,6 +59,13 @@ impl Provider {
         }
         open.push_back((hash, Arc::clone(&reader)));
         Some(reader)
+    }
+
+    /// Takes a blob out of those that are open.
+    fn forget(&self, hash: ContentHash) -> Option<Arc<BlobReader>> {
+        let mut open = self.open_blobs();
+        let at = open.iter().position(|(open, _)| *open == hash)?;
+        open.remove(at).map(|(_, reader)| reader)
     }
 
     fn open_blobs(&self) -> MutexGuard<'_, VecDeque<(ContentHash, Arc<BlobReader>)>> {
@@ -177,6 +185,7 @@ async fn blob_range(provider: &Arc<Provider>, hash: ContentHash, request: Reques
             Ok(()) => (answer, bytes),
             Err(error) => {
                 warn!(%hash, %error, "cannot serve a blob");
+                provider.forget(hash); // opened anew, it is verified anew
                 (Answer::NotHave, Vec::new())
             }
         }
