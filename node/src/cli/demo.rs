@@ -7,15 +7,14 @@ use std::time::Duration;
 
 use clap::Args;
 use inference::experts::ExpertUse;
-use inference::generate::{GenerateRequest, Progress};
-use inference::sampler::Sampling;
+use inference::generate::Progress;
 use inference::session::Session;
 use protocol::ModelId;
 use serde_json::json;
 use tokio::runtime::Runtime;
 
 use super::import::import_into;
-use super::run::{Answer, Prompt, answer, prompt_tokens};
+use super::run::{Answer, Prompt, answer, default_sampling, request};
 use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
 use crate::failure::{Failure, Kind};
@@ -42,6 +41,7 @@ const ID_PROMPTS: [(&str, &str); 6] = [
     ("ids 3", "[9, 9, 9, 8]"),
 ];
 const DEFAULT_MODEL: &str = "models/confrere-18m";
+/// The same on both nodes.
 const SEED: u64 = 1;
 const START_TIMEOUT: Duration = Duration::from_secs(20);
 
@@ -143,16 +143,7 @@ fn generate_one(
 ) -> Result<Row, Failure> {
     check_interrupted()?;
     let defaults = &found.manifest.generation;
-    let (tokens, stop_strings) = prompt_tokens(loaded, &Prompt::Raw(prompt), defaults)?;
-    // As the checkpoint's authors sample, and the same seed on both nodes.
-    let sampling = Sampling {
-        temperature: defaults.temperature,
-        top_k: defaults.top_k as usize,
-        top_p: defaults.top_p,
-        repetition_penalty: defaults.repetition_penalty,
-        seed: SEED,
-    };
-    let request = GenerateRequest { prompt: tokens, tokens_max, sampling, eos_token_ids: defaults.eos_token_ids.clone(), stop_strings };
+    let request = request(loaded, &Prompt::Raw(prompt), tokens_max, default_sampling(defaults, SEED), defaults)?;
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
     if show == Show::Everything {

@@ -70,32 +70,24 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let tokens_max =
         prompt.as_ref().map_or(usize::MAX, |prompt| prompt.len().saturating_add(args.max_tokens).saturating_add(TEMPLATE_TOKENS_MAX));
     let mut loaded = federation.load(&open, &found, context.memory_max, tokens_max)?;
+    let authors = default_sampling(defaults, args.seed);
     let sampling = Sampling {
-        temperature: args.temperature.unwrap_or(defaults.temperature),
-        top_k: args.top_k.unwrap_or(defaults.top_k as usize),
-        top_p: args.top_p.unwrap_or(defaults.top_p),
-        repetition_penalty: args.repetition_penalty.unwrap_or(defaults.repetition_penalty),
-        seed: args.seed,
+        temperature: args.temperature.unwrap_or(authors.temperature),
+        top_k: args.top_k.unwrap_or(authors.top_k),
+        top_p: args.top_p.unwrap_or(authors.top_p),
+        repetition_penalty: args.repetition_penalty.unwrap_or(authors.repetition_penalty),
+        ..authors
     };
     let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
     let messages = [Message { role: "user", content: prompt.clone() }];
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
-    let (tokens, stop_strings) = prompt_tokens(&loaded, &prompt, defaults)?;
-    let request = GenerateRequest {
-        prompt: tokens,
-        tokens_max: args.max_tokens,
-        sampling,
-        eos_token_ids: defaults.eos_token_ids.clone(),
-        stop_strings,
-    };
+    let request = request(&loaded, &prompt, args.max_tokens, sampling, defaults)?;
     let mut session = Session::new(&loaded.model);
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
     if context.json {
         print_json(&answer.json(&loaded))?;
-    } else if loaded.tokenizer.is_none() {
-        print(&format!("{}\n", json!(answer.generated.tokens)))?;
     } else {
-        print("\n")?;
+        end_line(&loaded, &answer)?;
     }
     note(&answer.summary(&loaded));
     if answer.generated.stop_reason == StopReason::Interrupted { Err(Failure::interrupted()) } else { Ok(()) }
@@ -106,6 +98,12 @@ fn show(progress: &Progress) -> Result<(), Failure> {
         Progress::Token(text, _) if !text.is_empty() => print(text),
         _ => Ok(()),
     }
+}
+
+/// Ends the line of a streamed answer; without a tokenizer the answer is its token ids.
+fn end_line(loaded: &Loaded, answer: &Answer) -> Result<(), Failure> {
+    let ids = if loaded.tokenizer.is_none() { json!(answer.generated.tokens).to_string() } else { String::new() };
+    print(&format!("{ids}\n"))
 }
 
 /// An answer and what it took.
@@ -187,24 +185,32 @@ pub(super) enum Prompt<'a> {
     Conversation(&'a [Message], &'a str),
 }
 
-/// The tokens of a prompt, and the texts at which its answer ends.
-pub(super) fn prompt_tokens(
+/// How the checkpoint's authors sample.
+pub(super) fn default_sampling(defaults: &GenerationDefaults, seed: u64) -> Sampling {
+    let GenerationDefaults { temperature, top_p, repetition_penalty, .. } = *defaults;
+    Sampling { temperature, top_k: defaults.top_k as usize, top_p, repetition_penalty, seed }
+}
+
+/// Turns a prompt into tokens, and into the rules at which its answer ends.
+pub(super) fn request(
     loaded: &Loaded,
     prompt: &Prompt<'_>,
+    tokens_max: usize,
+    sampling: Sampling,
     defaults: &GenerationDefaults,
-) -> Result<(Vec<u32>, Vec<String>), Failure> {
+) -> Result<GenerateRequest, Failure> {
     let (Prompt::Raw(text) | Prompt::Conversation(_, text)) = prompt;
-    let Some(tokenizer) = &loaded.tokenizer else { return Ok((parse_ids(text)?, Vec::new())) };
     let mut stop_strings = defaults.stop_strings.clone();
-    let tokens = match (prompt, &loaded.chat) {
-        (Prompt::Conversation(messages, _), Some(chat)) => {
+    let prompt = match (&loaded.tokenizer, prompt, &loaded.chat) {
+        (None, _, _) => parse_ids(text)?,
+        (Some(tokenizer), Prompt::Conversation(messages, _), Some(chat)) => {
             let text = chat.prompt(messages).map_err(|error| Failure::of(Kind::Other, &error))?;
             stop_strings.extend(chat.next_turn());
-            tokenizer.encode(&text, SpecialTokens::AsWritten)
+            tokenizer.encode(&text, SpecialTokens::AsWritten).map_err(|error| Failure::of(Kind::Other, &error))?
         }
-        _ => tokenizer.encode(text, SpecialTokens::Add),
+        (Some(tokenizer), _, _) => tokenizer.encode(text, SpecialTokens::Add).map_err(|error| Failure::of(Kind::Other, &error))?,
     };
-    Ok((tokens.map_err(|error| Failure::of(Kind::Other, &error))?, stop_strings))
+    Ok(GenerateRequest { prompt, tokens_max, sampling, eos_token_ids: defaults.eos_token_ids.clone(), stop_strings })
 }
 
 /// Reads token ids: a JSON array, or numbers with commas or spaces between.
@@ -263,20 +269,14 @@ impl Conversation {
         messages.push(Message { role: "user", content: line.to_owned() });
         let text = format!("{}{line}", self.text);
         let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
-        let (tokens, stop_strings) = prompt_tokens(loaded, &prompt, defaults)?;
+        let request = request(loaded, &prompt, args.max_tokens, sampling, defaults)?;
+        let tokens = &request.prompt;
         // The beginning that is the same as last time need not be taken in again; the last token always is.
         let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
         self.session.rewind(same);
         self.taken_in.truncate(self.session.tokens());
-        let request = GenerateRequest {
-            prompt: tokens,
-            tokens_max: args.max_tokens,
-            sampling,
-            eos_token_ids: defaults.eos_token_ids.clone(),
-            stop_strings,
-        };
         let answer = answer(loaded, &mut self.session, &request, show)?;
-        print("\n")?;
+        end_line(loaded, &answer)?;
         note(&answer.summary(loaded));
         if answer.generated.stop_reason == StopReason::Interrupted {
             return Err(Failure::interrupted());
