@@ -163,6 +163,7 @@ fn generate_one(
         }
         Ok(())
     })?;
+    check_interrupted()?; // half an answer proves nothing
     if show == Show::Everything {
         let ids = if loaded.tokenizer.is_none() { format!(" {:?}", generated.tokens) } else { String::new() };
         print(&format!("{ids}\n"))?;
