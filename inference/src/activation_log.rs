@@ -1,6 +1,6 @@
 //! Which experts each token used. Stays on this node: routing traces reveal text.
 
-use crate::router::Routing;
+use crate::router::Choice;
 
 /// The routing of every token and layer of some forward passes, in order of computation.
 #[derive(Debug, Default)]
@@ -15,8 +15,8 @@ pub struct Activation {
     pub position: usize,
     /// The transformer layer.
     pub layer: u32,
-    /// Its experts.
-    pub routing: Routing,
+    /// Its experts, likeliest first.
+    pub choices: Vec<Choice>,
 }
 
 impl ActivationLog {
@@ -25,7 +25,7 @@ impl ActivationLog {
         &self.entries
     }
 
-    pub(crate) fn record(&mut self, position: usize, layer: u32, routing: &Routing) {
-        self.entries.push(Activation { position, layer, routing: routing.clone() });
+    pub(crate) fn record(&mut self, position: usize, layer: u32, choices: &[Choice]) {
+        self.entries.push(Activation { position, layer, choices: choices.to_vec() });
     }
 }

@@ -1,29 +1,36 @@
-//! Bytes that start on a 64-byte border, so that weights are multiplied where they lie.
+//! Bytes that start on a page border: weights are multiplied where they lie, and read there past the page cache.
 
 use std::fmt;
 
-/// A buffer of fixed length, aligned to 64 bytes.
+const PAGE: usize = 4096;
+
+/// A buffer of fixed length, aligned to a page.
 #[derive(Clone)]
 pub struct AlignedBytes {
-    lines: Vec<Line>,
+    pages: Vec<Page>,
     length: usize,
 }
 
 #[derive(Clone, Copy)]
-#[repr(C, align(64))]
-struct Line([u8; 64]);
+#[repr(C, align(4096))]
+struct Page([u8; PAGE]);
 
-// SAFETY: 64 plain bytes without padding; any bit pattern is one.
+// SAFETY: plain bytes without padding; any bit pattern is one.
 #[expect(unsafe_code, reason = "bytemuck's derive would bring a macro crate for two empty impls")]
-unsafe impl bytemuck::Zeroable for Line {}
+unsafe impl bytemuck::Zeroable for Page {}
 // SAFETY: as above.
 #[expect(unsafe_code, reason = "bytemuck's derive would bring a macro crate for two empty impls")]
-unsafe impl bytemuck::Pod for Line {}
+unsafe impl bytemuck::Pod for Page {}
 
 impl AlignedBytes {
     /// A buffer of zeros.
     pub fn zeroed(length: usize) -> Self {
-        Self { lines: vec![Line([0; 64]); length.div_ceil(64)], length }
+        Self { pages: bytemuck::allocation::zeroed_vec(length.div_ceil(PAGE)), length }
+    }
+
+    /// All of its pages: what lies beyond its length is anybody's.
+    pub fn whole_pages(&mut self) -> &mut [u8] {
+        bytemuck::cast_slice_mut(&mut self.pages)
     }
 
     /// A copy of `bytes`.
@@ -38,13 +45,13 @@ impl std::ops::Deref for AlignedBytes {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        &bytemuck::cast_slice(&self.lines)[..self.length]
+        &bytemuck::cast_slice(&self.pages)[..self.length]
     }
 }
 
 impl std::ops::DerefMut for AlignedBytes {
     fn deref_mut(&mut self) -> &mut [u8] {
-        &mut bytemuck::cast_slice_mut(&mut self.lines)[..self.length]
+        &mut bytemuck::cast_slice_mut(&mut self.pages)[..self.length]
     }
 }
 

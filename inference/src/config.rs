@@ -9,6 +9,8 @@ use serde_json::Value;
 pub enum Family {
     /// `Qwen3MoeForCausalLM`: text only.
     Text,
+    /// `MixtralForCausalLM`: text only, no norms on queries and keys.
+    Mixtral,
     /// The thinker of a Qwen3-Omni, with its towers.
     Thinker,
     /// A whole Qwen3-Omni: thinker, talker and code2wav.
@@ -24,11 +26,12 @@ pub struct ConfigProblem(pub String);
 pub fn parse_config(json: &Value) -> Result<(ModelConfig, Family), ConfigProblem> {
     let model_type = json["model_type"].as_str().unwrap_or("");
     let (family, text) = match model_type {
+        "mixtral" => (Family::Mixtral, json),
         "qwen3_moe" => (Family::Text, json),
         "qwen3_omni_moe_thinker" => (Family::Thinker, &json["text_config"]),
         "qwen3_omni_moe" => (Family::Omni, &json["thinker_config"]["text_config"]),
         other => {
-            let known = "known: qwen3_moe, qwen3_omni_moe, qwen3_omni_moe_thinker";
+            let known = "known: qwen3_moe, qwen3_omni_moe, qwen3_omni_moe_thinker, mixtral";
             return Err(ConfigProblem(format!("model_type is {other:?}, which this engine does not implement ({known})")));
         }
     };
@@ -57,10 +60,11 @@ pub fn parse_config(json: &Value) -> Result<(ModelConfig, Family), ConfigProblem
         head_dim,
         num_experts,
         num_experts_per_tok: integer(text, "num_experts_per_tok")?,
-        moe_intermediate_size: integer(text, "moe_intermediate_size")?,
+        moe_intermediate_size: integer(text, if family == Family::Mixtral { "intermediate_size" } else { "moe_intermediate_size" })?,
         intermediate_size: if dense_layers.is_empty() { 0 } else { integer(text, "intermediate_size")? },
         dense_layers,
-        norm_topk_prob: boolean(text, "norm_topk_prob")?.unwrap_or(false),
+        qk_norm: family != Family::Mixtral,
+        norm_topk_prob: family == Family::Mixtral || boolean(text, "norm_topk_prob")?.unwrap_or(false),
         rope_theta: rope_field(text, "rope_theta").and_then(Value::as_f64).ok_or_else(|| wrong("rope_theta", "a number"))?,
         mrope_section: mrope_section(text)?,
         rms_norm_eps: text["rms_norm_eps"].as_f64().ok_or_else(|| wrong("rms_norm_eps", "a number"))?,
@@ -110,6 +114,10 @@ fn refuse_unimplemented(text: &Value) -> Result<(), ConfigProblem> {
         if text[field].as_bool() == Some(true) {
             return refuse(field, &text[field]);
         }
+    }
+    // Qwen3 names a window and says beside it that none is used; Mixtral means what it names.
+    if text["model_type"] == "mixtral" && !text["sliding_window"].is_null() {
+        return refuse("sliding_window", &text["sliding_window"]);
     }
     for group in ["rope_scaling", "rope_parameters"] {
         for field in ["rope_type", "type"] {
@@ -211,6 +219,19 @@ mod tests {
     }
 
     #[test]
+    fn mixtral_has_its_own_words() {
+        let mixtral = json!({"model_type": "mixtral", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96,
+               "rope_theta": 1e6, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": null});
+        let (config, family) = parse_config(&mixtral).expect("valid");
+        assert_eq!((family, config.moe_intermediate_size, config.head_dim, config.intermediate_size), (Family::Mixtral, 96, 16, 0));
+        assert!(config.norm_topk_prob && !config.qk_norm);
+        let mut windowed = mixtral;
+        windowed["sliding_window"] = json!(4096);
+        assert!(parse_config(&windowed).is_err());
+    }
+
+    #[test]
     fn dense_layers_come_from_list_and_step() {
         let dense = |change: fn(&mut Value)| parsed(change).map(|config| config.dense_layers);
         assert_eq!(dense(|_| {}), Ok(vec![]));
@@ -223,7 +244,7 @@ mod tests {
     #[test]
     fn refuses_what_it_does_not_implement() {
         let changes: [fn(&mut Value); 7] = [
-            |json| json["model_type"] = json!("mixtral"),
+            |json| json["model_type"] = json!("llama"),
             |json| json["hidden_act"] = json!("gelu"),
             |json| json["attention_bias"] = json!(true),
             |json| json["use_sliding_window"] = json!(true),

@@ -1,40 +1,22 @@
 //! An expert: a SwiGLU feed-forward network, multiplied in the bytes it was verified in.
 
-use protocol::BlobRef;
 use protocol::expert_blob::{ExpertBlobError, ExpertShape};
 
 use crate::aligned::AlignedBytes;
-use crate::kernels::{Matrix, matmul, silu_times};
+use crate::kernels::Matrix;
 
-/// A verified expert. There is no other way to make one than from bytes that match their hash.
+/// An expert of a known shape, ready to be multiplied.
 #[derive(Debug)]
 pub struct Expert {
     bytes: AlignedBytes,
     shape: ExpertShape,
 }
 
-/// Bytes that are not the expert that was asked for.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum ExpertError {
-    /// They do not match the hash in the manifest.
-    #[error("expert bytes do not match {0:?}")]
-    WrongBytes(BlobRef),
-    /// They match, and the manifest names something that is no expert of this model.
-    #[error(transparent)]
-    Blob(#[from] ExpertBlobError),
-}
-
 impl Expert {
-    /// Verifies `bytes` against the manifest's hash and against the model's shape.
-    pub fn verify(bytes: AlignedBytes, blob: BlobRef, expected: ExpertShape) -> Result<Self, ExpertError> {
-        if !blob.matches(&bytes) {
-            return Err(ExpertError::WrongBytes(blob));
-        }
+    /// Wraps bytes that the caller has matched with the hash in the manifest, if they are an expert of the model's shape.
+    pub fn from_verified(bytes: AlignedBytes, expected: ExpertShape) -> Result<Self, ExpertBlobError> {
         let shape = ExpertShape::of_blob(&bytes)?;
-        if shape != expected {
-            return Err(ExpertBlobError::Shape { found: shape, expected }.into());
-        }
-        Ok(Self { bytes, shape })
+        if shape == expected { Ok(Self { bytes, shape }) } else { Err(ExpertBlobError::Shape { found: shape, expected }) }
     }
 
     /// Bytes that it takes in memory.
@@ -42,14 +24,19 @@ impl Expert {
         self.bytes.len() as u64
     }
 
-    /// Returns down(silu(gate(x)) × up(x)) for every row of `x`, (rows, hidden_size).
-    pub fn forward(&self, x: &[f32]) -> Vec<f32> {
+    /// Gives the memory back.
+    pub(crate) fn into_bytes(self) -> AlignedBytes {
+        self.bytes
+    }
+
+    /// `gate_proj` and `up_proj`, (intermediate_size, hidden_size), and `down_proj`, (hidden_size, intermediate_size).
+    pub(crate) fn matrices(&self) -> [Matrix<'_>; 3] {
         let ExpertShape { precision, hidden_size, intermediate_size } = self.shape;
         let [gate_proj, up_proj, down_proj] = self.shape.planes();
-        let matrix = |place, rows, columns| Matrix::new(&self.bytes[place], precision, rows, columns);
-        let mut middle = matmul(matrix(gate_proj, intermediate_size, hidden_size), x); // (rows, intermediate_size)
-        let up = matmul(matrix(up_proj, intermediate_size, hidden_size), x); // (rows, intermediate_size)
-        silu_times(&mut middle, &up);
-        matmul(matrix(down_proj, hidden_size, intermediate_size), &middle)
+        [
+            Matrix::new(&self.bytes[gate_proj], precision, intermediate_size, hidden_size),
+            Matrix::new(&self.bytes[up_proj], precision, intermediate_size, hidden_size),
+            Matrix::new(&self.bytes[down_proj], precision, hidden_size, intermediate_size),
+        ]
     }
 }

@@ -1,109 +1,147 @@
-//! Verified experts in memory, bounded in bytes; the least recently used goes first.
+//! Experts in memory, bounded in bytes. Which goes first is the policy's to say; what a layer is using stays.
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
-use protocol::ExpertSlot;
-
+use crate::aligned::AlignedBytes;
+use crate::cache_policy::{CachePolicy, PolicyKind};
 use crate::expert::Expert;
 
-/// A cache of experts. It may forget any of them at any time; what a layer is using is held by the layer.
+/// A cache of experts of one size, by number of their slot. It may forget any that is not in use.
 #[derive(Debug)]
 pub struct ExpertCache {
-    bytes_max: u64,
-    bytes: u64,
-    clock: u64,
-    experts: HashMap<ExpertSlot, (Arc<Expert>, u64)>,
-    by_use: BTreeMap<u64, ExpertSlot>,
+    slots: Vec<Option<Arc<Expert>>>,
+    capacity: usize, // experts
+    expert_bytes: usize,
+    /// Buffers in the cache, empty or on their way here.
+    buffers: usize,
+    spare: Vec<AlignedBytes>,
+    policy: Box<dyn CachePolicy>,
 }
 
 impl ExpertCache {
-    /// An empty cache of at most `bytes_max` bytes.
-    pub fn new(bytes_max: u64) -> Self {
-        Self { bytes_max, bytes: 0, clock: 0, experts: HashMap::new(), by_use: BTreeMap::new() }
+    /// An empty cache of at most `bytes_max` bytes, for experts of `expert_bytes` bytes in `slots` slots.
+    pub fn new(slots: usize, expert_bytes: usize, bytes_max: u64, policy: PolicyKind) -> Self {
+        let capacity = usize::try_from(bytes_max / expert_bytes as u64).unwrap_or(usize::MAX).min(slots);
+        let policy = policy.build(slots, capacity.max(1));
+        Self { slots: vec![None; slots], capacity, expert_bytes, buffers: 0, spare: Vec::with_capacity(capacity), policy }
     }
 
     /// The expert in `slot`, if it is here; it counts as used.
-    pub fn get(&mut self, slot: ExpertSlot) -> Option<Arc<Expert>> {
-        self.clock += 1;
-        let (expert, used) = self.experts.get_mut(&slot)?;
-        self.by_use.remove(used);
-        *used = self.clock;
-        self.by_use.insert(self.clock, slot);
+    pub fn get(&mut self, slot: usize) -> Option<Arc<Expert>> {
+        let expert = self.slots[slot].as_ref()?;
+        self.policy.hit(slot);
         Some(Arc::clone(expert))
     }
 
-    /// Puts an expert in, and others out as needed. One that is larger than the whole cache is not kept.
-    pub fn insert(&mut self, slot: ExpertSlot, expert: Arc<Expert>) {
-        self.remove(slot);
-        if expert.bytes() > self.bytes_max {
-            return;
+    /// Memory for an expert: unused, or of one that is forgotten for it; beyond the limit when all are in use.
+    pub fn buffer(&mut self) -> AlignedBytes {
+        if let Some(buffer) = self.spare.pop() {
+            return buffer;
         }
-        while self.bytes + expert.bytes() > self.bytes_max {
-            let Some((_, oldest)) = self.by_use.first_key_value() else { break };
-            self.remove(*oldest);
+        if self.buffers >= self.capacity
+            && let Some(buffer) = self.evict()
+        {
+            return buffer;
         }
-        self.clock += 1;
-        self.bytes += expert.bytes();
-        self.by_use.insert(self.clock, slot);
-        self.experts.insert(slot, (expert, self.clock));
+        self.buffers += 1;
+        AlignedBytes::zeroed(self.expert_bytes)
+    }
+
+    /// Puts an expert in whose memory came from [`buffer`](Self::buffer).
+    pub fn insert(&mut self, slot: usize, expert: Arc<Expert>) {
+        // What was asked for beyond the limit is used and not kept.
+        while self.buffers > self.capacity {
+            self.buffers -= 1;
+            if self.spare.pop().is_none() && self.evict().is_none() {
+                return;
+            }
+        }
+        if self.slots[slot].is_none() {
+            self.policy.insert(slot);
+        }
+        self.slots[slot] = Some(expert);
+    }
+
+    /// Takes memory back that no expert came to fill.
+    pub fn give_back(&mut self, buffer: AlignedBytes) {
+        self.spare.push(buffer);
+    }
+
+    /// Notes that memory from [`buffer`](Self::buffer) will not come back.
+    pub fn lost(&mut self) {
+        self.buffers -= 1;
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> u64 {
-        self.bytes
+        (self.buffers * self.expert_bytes) as u64
     }
 
-    fn remove(&mut self, slot: ExpertSlot) {
-        if let Some((expert, used)) = self.experts.remove(&slot) {
-            self.by_use.remove(&used);
-            self.bytes -= expert.bytes();
-        }
+    /// Experts that fit.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    fn evict(&mut self) -> Option<AlignedBytes> {
+        let slots = &self.slots;
+        let in_use = |slot: usize| slots[slot].as_ref().is_none_or(|expert| Arc::strong_count(expert) > 1);
+        let slot = self.policy.evict(&in_use)?;
+        let expert = Arc::into_inner(self.slots[slot].take()?)?;
+        Some(expert.into_bytes())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::aligned::AlignedBytes;
     use proptest::prelude::*;
+    use protocol::Precision;
     use protocol::expert_blob::ExpertShape;
-    use protocol::{BlobRef, Precision};
 
-    fn expert(intermediate_size: usize) -> Arc<Expert> {
-        let shape = ExpertShape { precision: Precision::F32, hidden_size: 4, intermediate_size };
-        let mut bytes = AlignedBytes::zeroed(shape.blob_bytes());
-        bytes[..64].copy_from_slice(&shape.header());
-        let blob = BlobRef::of(&bytes);
-        Arc::new(Expert::verify(bytes, blob, shape).expect("it matches itself"))
-    }
+    const SHAPE: ExpertShape = ExpertShape { precision: Precision::F32, hidden_size: 4, intermediate_size: 4 };
 
-    fn slot(expert: u32) -> ExpertSlot {
-        ExpertSlot { layer: 0, expert }
+    fn filled(cache: &mut ExpertCache) -> Arc<Expert> {
+        let mut buffer = cache.buffer();
+        buffer[..64].copy_from_slice(&SHAPE.header());
+        Arc::new(Expert::from_verified(buffer, SHAPE).expect("it has its own header"))
     }
 
     #[test]
-    fn forgets_the_least_recently_used() {
-        let size = expert(4).bytes();
-        let mut cache = ExpertCache::new(2 * size);
-        cache.insert(slot(0), expert(4));
-        cache.insert(slot(1), expert(4));
-        assert!(cache.get(slot(0)).is_some());
-        cache.insert(slot(2), expert(4));
-        assert!(cache.get(slot(1)).is_none() && cache.get(slot(0)).is_some() && cache.get(slot(2)).is_some());
-        assert_eq!(cache.bytes(), 2 * size);
+    fn forgets_the_least_recently_used_but_not_what_is_in_use() {
+        let one = SHAPE.blob_bytes() as u64;
+        let mut cache = ExpertCache::new(10, one as usize, 2 * one + 5, PolicyKind::Lru);
+        for slot in [1, 2] {
+            let expert = filled(&mut cache);
+            cache.insert(slot, expert);
+        }
+        drop(cache.get(1));
+        let expert = filled(&mut cache);
+        cache.insert(3, expert);
+        assert!(cache.get(2).is_none() && cache.get(3).is_some());
+        let held = cache.get(1).expect("it was used last but one");
+        let expert = filled(&mut cache);
+        cache.insert(4, expert);
+        assert!(cache.get(1).is_some() && cache.get(3).is_none());
+        drop(held);
+        assert_eq!(cache.bytes(), 2 * one);
     }
 
     proptest! {
         #[test]
-        fn never_exceeds_its_bytes(bytes_max in 0u64..4000, steps in proptest::collection::vec((0u32..6, 1usize..20), 1..60)) {
-            let mut cache = ExpertCache::new(bytes_max);
-            for (number, size) in steps {
-                cache.insert(slot(number), expert(size));
-                cache.get(slot(number / 2));
-                prop_assert!(cache.bytes() <= bytes_max);
-                prop_assert_eq!(cache.bytes(), cache.experts.values().map(|(e, _)| e.bytes()).sum::<u64>());
-                prop_assert_eq!(cache.by_use.len(), cache.experts.len());
+        fn never_holds_more_than_its_limit_when_nothing_is_in_use(
+            slots in proptest::collection::vec(0usize..20, 1..200),
+            capacity in 0u64..6,
+            kind in 0usize..PolicyKind::ALL.len(),
+        ) {
+            let one = SHAPE.blob_bytes() as u64;
+            let mut cache = ExpertCache::new(20, one as usize, capacity * one, PolicyKind::ALL[kind]);
+            for slot in slots {
+                if cache.get(slot).is_none() {
+                    let expert = filled(&mut cache);
+                    cache.insert(slot, expert);
+                }
+                prop_assert!(cache.bytes() <= capacity.max(1) * one);
+                prop_assert!(cache.slots.iter().flatten().count() as u64 <= capacity);
             }
         }
     }

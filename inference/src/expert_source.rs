@@ -5,12 +5,25 @@ use protocol::{BlobRef, ExpertSlot};
 use crate::aligned::AlignedBytes;
 
 /// An expert that a layer needs.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Debug)]
 pub struct ExpertRequest {
     /// Where it stands in the model.
     pub slot: ExpertSlot,
     /// Its bytes.
     pub blob: BlobRef,
+    /// As many bytes of memory, to be filled.
+    pub buffer: AlignedBytes,
+}
+
+/// An expert that has come.
+#[derive(Debug)]
+pub struct Arrival {
+    /// Where it stands in the model.
+    pub slot: ExpertSlot,
+    /// Its bytes, which the source has matched with the hash that it was asked for.
+    pub bytes: AlignedBytes,
+    /// Where they were.
+    pub origin: Origin,
 }
 
 /// Where an expert's bytes came from.
@@ -22,13 +35,16 @@ pub enum Origin {
     Peer,
 }
 
-/// Takes an expert's bytes as they arrive; they are verified there once more.
-pub type Deliver<'a> = &'a mut dyn FnMut(ExpertSlot, AlignedBytes, Origin) -> Result<(), SourceError>;
-
-/// Gets experts.
+/// Gets experts. After an error the engine calls `cancel` and may ask again.
 pub trait ExpertSource: Send {
-    /// Hands each of `requests` to `deliver`, in any order, or says why it cannot.
-    fn fetch(&mut self, requests: &[ExpertRequest], deliver: Deliver<'_>) -> Result<(), SourceError>;
+    /// Begins to bring `requests`, and returns at once.
+    fn request(&mut self, requests: Vec<ExpertRequest>);
+
+    /// Waits for the next of those requested to come, in any order.
+    fn receive(&mut self) -> Result<Arrival, SourceError>;
+
+    /// Forgets what was requested and has not been received.
+    fn cancel(&mut self);
 }
 
 /// Why experts could not be had. The engine passes it on; what it means is known to who made the source.

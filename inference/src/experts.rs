@@ -1,15 +1,16 @@
 //! Brings together the experts that a layer needs, from memory or from the source, and counts where they were.
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
+use protocol::expert_blob::ExpertBlobError;
 use protocol::{ExpertSlot, ModelManifest};
 
-use crate::expert::{Expert, ExpertError};
+use crate::cache_policy::PolicyKind;
+use crate::expert::Expert;
 use crate::expert_cache::ExpertCache;
-use crate::expert_source::{ExpertRequest, ExpertSource, Origin, SourceError};
+use crate::expert_source::{Arrival, ExpertRequest, ExpertSource, Origin, SourceError};
 
-/// Where the experts of a run were when the model first needed each of them.
+/// Where the experts of a run were when the model first needed each of them, and how often they had to be brought.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct ExpertUse {
     /// Distinct slots that were needed.
@@ -22,6 +23,12 @@ pub struct ExpertUse {
     pub fetched: usize,
     /// Bytes of those.
     pub bytes_fetched: u64,
+    /// Uses of an expert by a layer, each time counted.
+    pub uses: u64,
+    /// Those that memory could serve.
+    pub hits: u64,
+    /// Bytes read from the store for the others.
+    pub bytes_read: u64,
 }
 
 /// Memory and source of experts, for one model.
@@ -30,7 +37,17 @@ pub struct Experts {
     cache: ExpertCache,
     source: Box<dyn ExpertSource>,
     usage: ExpertUse,
-    seen: HashSet<ExpertSlot>,
+    seen: Vec<bool>,
+    /// By layer, the number of its first slot; dense layers have none.
+    first_slots: Vec<usize>,
+    /// Requested and not yet received.
+    outstanding: usize,
+}
+
+impl std::fmt::Debug for Experts {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "experts of {} slots, {:?}", self.seen.len(), self.cache)
+    }
 }
 
 /// Why a layer did not get its experts.
@@ -39,20 +56,31 @@ pub enum ExpertsError {
     /// The source could not bring them.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The source brought something else.
+    /// The manifest names something that is no expert of this model.
     #[error("{slot}")]
     Expert {
         /// What was asked for.
         slot: ExpertSlot,
         /// What is wrong with what came.
-        source: ExpertError,
+        source: ExpertBlobError,
     },
 }
 
 impl Experts {
     /// Experts of the model of `manifest`, of which `bytes_max` bytes may stay in memory.
-    pub fn new(manifest: Arc<ModelManifest>, bytes_max: u64, source: Box<dyn ExpertSource>) -> Self {
-        Self { manifest, cache: ExpertCache::new(bytes_max), source, usage: ExpertUse::default(), seen: HashSet::new() }
+    pub fn new(manifest: Arc<ModelManifest>, bytes_max: u64, policy: PolicyKind, source: Box<dyn ExpertSource>) -> Self {
+        let config = &manifest.config;
+        let mut slots = 0;
+        let first_slots = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let first = slots;
+                slots += if config.is_moe(layer) { config.num_experts as usize } else { 0 };
+                first
+            })
+            .collect();
+        let bytes = config.expert_shape(manifest.expert_precision).blob_bytes();
+        let cache = ExpertCache::new(slots, bytes, bytes_max, policy);
+        Self { cache, source, usage: ExpertUse::default(), seen: vec![false; slots], first_slots, outstanding: 0, manifest }
     }
 
     /// What has been counted since the last [`start_counting`](Self::start_counting).
@@ -63,70 +91,84 @@ impl Experts {
     /// Starts a new count; what is in memory stays there.
     pub fn start_counting(&mut self) {
         self.usage = ExpertUse::default();
-        self.seen.clear();
+        self.seen.fill(false);
     }
 
-    /// Gives `compute` every expert of `wanted` in `layer`: first those in memory, then the others as they arrive.
-    pub(crate) fn for_each(
-        &mut self,
-        layer: u32,
-        wanted: &[u32],
-        mut compute: impl FnMut(&[(u32, Arc<Expert>)]),
-    ) -> Result<(), ExpertsError> {
-        let mut present = Vec::new();
-        let mut missing = Vec::new();
+    /// Bytes of experts in memory.
+    pub fn bytes(&self) -> u64 {
+        self.cache.bytes()
+    }
+
+    /// Experts that may be in use at a time without exceeding the limit.
+    pub(crate) fn capacity(&self) -> usize {
+        self.cache.capacity()
+    }
+
+    /// Looks for the experts `wanted` of `layer`: those in memory are put into `present` (in the order wanted), the others are
+    /// requested. Each must then be received, or all given up by `cancel`.
+    pub(crate) fn gather(&mut self, layer: u32, wanted: &[u32], present: &mut Vec<Option<Arc<Expert>>>) {
+        present.clear();
+        let mut missing = Vec::new(); // allocates only when something is
         for &expert in wanted {
-            let slot = ExpertSlot { layer, expert };
-            if let Some(found) = self.cache.get(slot) {
-                if self.seen.insert(slot) {
-                    self.usage.needed += 1;
-                    self.usage.ram += 1;
-                }
-                present.push((expert, found));
+            let number = self.first_slots[layer as usize] + expert as usize;
+            let found = self.cache.get(number);
+            self.usage.uses += 1;
+            if found.is_some() {
+                self.usage.hits += 1;
+                self.first_use(number, |usage| usage.ram += 1);
             } else {
-                let blob = self.manifest.expert(slot).expect("the router chooses among the layer's experts");
-                missing.push(ExpertRequest { slot, blob });
+                let slot = ExpertSlot { layer, expert };
+                missing.push((slot, self.manifest.expert(slot).expect("the router chooses among the layer's experts")));
             }
+            present.push(found);
         }
-        compute(&present);
-        drop(present);
-        if missing.is_empty() {
-            return Ok(());
+        if !missing.is_empty() {
+            self.outstanding += missing.len();
+            let requests = missing.into_iter().map(|(slot, blob)| ExpertRequest { slot, blob, buffer: self.cache.buffer() });
+            self.source.request(requests.collect());
         }
+    }
+
+    /// Waits for one of those requested.
+    pub(crate) fn receive(&mut self) -> Result<(u32, Arc<Expert>), ExpertsError> {
+        let Arrival { slot, bytes, origin } = self.source.receive()?;
+        self.outstanding -= 1;
+        let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
+        let length = bytes.len() as u64;
         let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
-        let Self { manifest, cache, source, usage, seen } = self;
-        let mut failed = None;
-        let mut arrived = 0;
-        let result = source.fetch(&missing, &mut |slot, bytes, origin| {
-            let blob = manifest.expert(slot).expect("only what was asked for is delivered");
-            let expert = match Expert::verify(bytes, blob, shape) {
-                Ok(expert) => Arc::new(expert),
-                Err(source) => {
-                    let text = source.to_string();
-                    failed = Some(ExpertsError::Expert { slot, source });
-                    return Err(SourceError(text.into()));
-                }
-            };
-            arrived += 1;
-            if seen.insert(slot) {
-                usage.needed += 1;
-                match origin {
-                    Origin::Disk => usage.disk += 1,
-                    Origin::Peer => {
-                        usage.fetched += 1;
-                        usage.bytes_fetched += blob.length;
-                    }
-                }
+        let expert = match Expert::from_verified(bytes, shape) {
+            Ok(expert) => Arc::new(expert),
+            Err(source) => {
+                self.cache.lost();
+                return Err(ExpertsError::Expert { slot, source });
             }
-            cache.insert(slot, Arc::clone(&expert));
-            compute(&[(slot.expert, expert)]);
-            Ok(())
-        });
-        if let Some(error) = failed {
-            return Err(error);
+        };
+        match origin {
+            Origin::Disk => {
+                self.usage.bytes_read += length;
+                self.first_use(number, |usage| usage.disk += 1);
+            }
+            Origin::Peer => self.first_use(number, |usage| {
+                usage.fetched += 1;
+                usage.bytes_fetched += length;
+            }),
         }
-        result?;
-        assert_eq!(arrived, missing.len(), "a source delivers each expert or fails");
-        Ok(())
+        self.cache.insert(number, Arc::clone(&expert));
+        Ok((slot.expert, expert))
+    }
+
+    /// Gives up what was requested and has not come.
+    pub(crate) fn cancel(&mut self) {
+        self.source.cancel();
+        for _ in 0..std::mem::take(&mut self.outstanding) {
+            self.cache.lost();
+        }
+    }
+
+    fn first_use(&mut self, number: usize, count: impl FnOnce(&mut ExpertUse)) {
+        if !std::mem::replace(&mut self.seen[number], true) {
+            self.usage.needed += 1;
+            count(&mut self.usage);
+        }
     }
 }

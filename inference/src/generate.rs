@@ -2,10 +2,10 @@
 
 use std::ops::ControlFlow;
 
-use crate::experts::{ExpertUse, Experts};
-use crate::model::Model;
+use crate::engine::{Engine, ForwardError};
+use crate::experts::ExpertUse;
 use crate::sampler::{NotFinite, Sampling, sample};
-use crate::session::{ForwardError, Session, logits};
+use crate::session::Session;
 use crate::tokenizer::{Tokenizer, TokenizerError};
 
 /// What to answer and when to stop.
@@ -85,10 +85,9 @@ pub enum GenerateError {
 
 /// Answers `request` in `session`; `on_progress` may break off after any token.
 pub fn generate(
-    model: &Model,
+    engine: &mut Engine,
     tokenizer: Option<&Tokenizer>,
     session: &mut Session,
-    experts: &mut Experts,
     request: &GenerateRequest,
     mut on_progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
@@ -96,14 +95,14 @@ pub fn generate(
     if total <= session.tokens() {
         return Err(GenerateError::EmptyPrompt);
     }
-    if total >= model.context() {
-        return Err(GenerateError::PromptTooLong { tokens: total, context: model.context() });
+    if total >= engine.context() {
+        return Err(GenerateError::PromptTooLong { tokens: total, context: engine.context() });
     }
-    let hidden_size = model.config.hidden_size as usize;
     let mut seen = request.prompt.clone();
-    let mut hidden = session.forward(model, &request.prompt[session.tokens()..], experts, None)?;
+    seen.reserve(request.tokens_max.min(engine.context()));
+    engine.forward(session, &request.prompt[session.tokens()..])?;
     let mut answer = Answer { tokens: Vec::new(), text: StopText::new(&request.stop_strings), stream: tokenizer.map(Tokenizer::stream) };
-    let mut go_on = on_progress(Progress::Prefilled(experts.usage()));
+    let mut go_on = on_progress(Progress::Prefilled(engine.experts().usage()));
     let stop_reason = loop {
         if go_on.is_break() {
             break StopReason::Interrupted;
@@ -111,21 +110,20 @@ pub fn generate(
         if answer.tokens.len() >= request.tokens_max {
             break StopReason::TokensMax;
         }
-        let last = &hidden[hidden.len() - hidden_size..];
-        let token = sample(&request.sampling, logits(model, last), &seen)?;
+        let token = sample(&request.sampling, engine.logits(0), &seen)?;
         if request.eos_token_ids.contains(&token) {
             break StopReason::EndOfText;
         }
         seen.push(token);
         let (text, stopped) = answer.push(token)?;
-        go_on = on_progress(Progress::Token(text, experts.usage()));
+        go_on = on_progress(Progress::Token(text, engine.experts().usage()));
         if stopped {
             break StopReason::StopString;
         }
-        if session.tokens() >= model.context() {
+        if session.tokens() >= engine.context() {
             break StopReason::ContextFull;
         }
-        hidden = session.forward(model, &[token], experts, None)?;
+        engine.forward(session, &[token])?;
     };
     let Answer { tokens, mut text, stream } = answer;
     let mut rest = String::new();
@@ -137,7 +135,7 @@ pub fn generate(
         rest.push_str(&text.release());
     }
     if !rest.is_empty() {
-        let _ = on_progress(Progress::Token(rest, experts.usage()));
+        let _ = on_progress(Progress::Token(rest, engine.experts().usage()));
     }
     Ok(Generated { tokens, text: text.shown, stop_reason: if stopped { StopReason::StopString } else { stop_reason } })
 }

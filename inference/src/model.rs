@@ -6,8 +6,7 @@ use protocol::manifest::TrunkTensor;
 use protocol::{BlobRef, ModelConfig, ModelManifest, Precision};
 
 use crate::aligned::AlignedBytes;
-use crate::kernels::Matrix;
-use crate::kv_cache::KvCache;
+use crate::kernels::{Forms, Matrix};
 use crate::rope::Rope;
 
 /// Everything of a model but its experts.
@@ -40,8 +39,8 @@ pub(crate) struct LayerWeights {
     pub(crate) k_proj: Weight,                     // (kv_heads × head_dim, hidden_size)
     pub(crate) v_proj: Weight,                     // (kv_heads × head_dim, hidden_size)
     pub(crate) o_proj: Weight,                     // (hidden_size, heads × head_dim)
-    pub(crate) q_norm: Vec<f32>,                   // (head_dim)
-    pub(crate) k_norm: Vec<f32>,                   // (head_dim)
+    pub(crate) q_norm: Option<Vec<f32>>,           // (head_dim)
+    pub(crate) k_norm: Option<Vec<f32>>,           // (head_dim)
     pub(crate) post_attention_layernorm: Vec<f32>, // (hidden_size)
     pub(crate) feed_forward: FeedForward,
 }
@@ -91,8 +90,7 @@ impl Model {
             if !blob.matches(&bytes) {
                 return Err(LoadError::WrongBytes(name.clone()));
             }
-            let columns = *spec.shape.last().expect("tensors have a shape") as usize;
-            let rows = spec.shape.iter().rev().skip(1).product::<u64>() as usize;
+            let (rows, columns) = spec.sides();
             Ok(Weight { bytes, precision: *precision, rows, columns })
         };
         let embed_tokens = next()?;
@@ -104,8 +102,8 @@ impl Model {
                 k_proj: next()?,
                 v_proj: next()?,
                 o_proj: next()?,
-                q_norm: next()?.vector(),
-                k_norm: next()?.vector(),
+                q_norm: if config.qk_norm { Some(next()?.vector()) } else { None },
+                k_norm: if config.qk_norm { Some(next()?.vector()) } else { None },
                 post_attention_layernorm: next()?.vector(),
                 feed_forward: if config.is_moe(layer) {
                     FeedForward::Moe { router: next()? }
@@ -129,47 +127,14 @@ impl Model {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
     }
 
+    /// The form of vectors that experts take.
+    pub(crate) fn expert_forms(&self) -> Forms {
+        Forms::of(self.manifest.expert_precision)
+    }
+
     pub(crate) fn eps(&self) -> f32 {
         self.config.rms_norm_eps as f32
     }
-}
-
-/// How a budget of memory is divided before a model is loaded. In bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MemoryPlan {
-    /// The trunk.
-    pub trunk: u64,
-    /// Keys and values of the longest sequence that is asked for.
-    pub kv_cache: u64,
-    /// What is left for experts.
-    pub experts: u64,
-}
-
-/// A budget that is too small.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{given} bytes of memory are not enough for this model: {needed} would do ({trunk} trunk, {kv_cache} keys and values, {experts} experts)"
-)]
-pub struct BudgetTooSmall {
-    given: u64,
-    needed: u64,
-    trunk: u64,
-    kv_cache: u64,
-    experts: u64,
-}
-
-/// Divides `budget` bytes for sequences of up to `tokens` tokens; layers × top-k experts are the least that is allowed.
-pub fn plan_memory(manifest: &ModelManifest, tokens: usize, budget: u64) -> Result<MemoryPlan, BudgetTooSmall> {
-    let config = &manifest.config;
-    let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
-    let kv_cache = KvCache::bytes(config, tokens.min(config.max_position_embeddings as usize));
-    let one = config.expert_shape(manifest.expert_precision).blob_bytes() as u64;
-    let least = config.moe_layers().count() as u64 * u64::from(config.num_experts_per_tok) * one;
-    let needed = trunk + kv_cache + least;
-    if budget < needed {
-        return Err(BudgetTooSmall { given: budget, needed, trunk, kv_cache, experts: least });
-    }
-    Ok(MemoryPlan { trunk, kv_cache, experts: budget - trunk - kv_cache })
 }
 
 impl Weight {
@@ -201,6 +166,7 @@ pub(crate) mod tests {
             moe_intermediate_size: 6,
             intermediate_size: 0,
             dense_layers: vec![],
+            qk_norm: true,
             norm_topk_prob: true,
             rope_theta: 1e6,
             mrope_section: None,

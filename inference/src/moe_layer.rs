@@ -1,74 +1,316 @@
 //! The feed-forward half of a layer: routed experts, or one dense network.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
-use rayon::prelude::*;
-
 use crate::activation_log::ActivationLog;
+use crate::engine::WorkSizes;
 use crate::expert::Expert;
 use crate::experts::{Experts, ExpertsError};
-use crate::kernels::{matmul, silu_times};
+use crate::kernels::math::{add_weighted, silu_times};
+use crate::kernels::{Kernels, Matrix, Operand, PANELS, Rows, TILE_MAX, Tile, TileOut, Vector, panels_at_a_time, project, tiles};
 use crate::model::{FeedForward, Model};
-use crate::router::{Routing, route};
+use crate::pool::Pool;
+use crate::router::{Choice, route};
+use protocol::precision::PANEL_ROWS;
 
-/// Returns the feed-forward output of layer `layer` for `x`, (tokens, hidden_size), the first of which stands at `past`.
+/// Experts of a prefill that are in use at a time.
+const WAVE: usize = 32;
+/// Tokens that are routed by a thread at a time.
+const ROUTED: usize = 16;
+
+/// The memory that this half works in.
+#[derive(Debug)]
+pub(crate) struct MoeWork {
+    router_operand: Operand,
+    logits: Rows,
+    probabilities: Vec<Vec<f32>>, // by thread
+    choices: Vec<Choice>,         // (tokens, k)
+    /// Tokens by expert, ascending, each with its weight.
+    assigned: Vec<(u32, f32)>,
+    /// Where each expert's begin in `assigned`; one more at the end.
+    starts: Vec<u32>,
+    wanted: Vec<u32>,
+    present: Vec<Option<Arc<Expert>>>,
+    jobs: Vec<Job>,
+    tiles: Vec<Tile>,
+    operand: Operand,
+    middle: Vec<f32>,
+    middle_operand: Operand,
+}
+
+/// An expert of a wave, and its share of the buffers.
+#[derive(Clone, Copy, Debug)]
+struct Job {
+    /// Its rows among those of the wave.
+    first: usize,
+    rows: usize,
+    /// Its tiles.
+    tiles_from: usize,
+    tiles_to: usize,
+}
+
+impl MoeWork {
+    pub(crate) fn new(sizes: &WorkSizes) -> Self {
+        let (assigned, middle) = (sizes.assigned, Self::middle(sizes));
+        Self {
+            router_operand: Operand::with_capacity(sizes.rows(), sizes.hidden(), sizes.trunk_forms()),
+            logits: Rows::with_capacity(sizes.rows(), sizes.experts),
+            probabilities: vec![vec![0.0; sizes.experts]; 1],
+            choices: vec![Choice::default(); assigned],
+            assigned: vec![(0, 0.0); assigned],
+            starts: vec![0; sizes.experts + 1],
+            wanted: Vec::with_capacity(sizes.experts),
+            present: Vec::with_capacity(WAVE),
+            jobs: Vec::with_capacity(WAVE),
+            tiles: Vec::with_capacity(assigned),
+            operand: Operand::with_capacity(assigned, sizes.hidden(), sizes.expert_forms),
+            middle: vec![0.0; middle],
+            middle_operand: Operand::with_capacity(assigned, sizes.intermediate, sizes.expert_forms),
+        }
+        .with_dense(sizes)
+    }
+
+    fn with_dense(mut self, sizes: &WorkSizes) -> Self {
+        if sizes.dense > 0 {
+            let wide = Operand::bytes(sizes.rows(), sizes.dense, sizes.trunk_forms());
+            if wide > Operand::bytes(sizes.assigned, sizes.intermediate, sizes.expert_forms) {
+                self.middle_operand = Operand::with_capacity(sizes.rows(), sizes.dense, sizes.trunk_forms().or(sizes.expert_forms));
+            }
+        }
+        self
+    }
+
+    fn middle(sizes: &WorkSizes) -> usize {
+        let padded = |width: usize| width.next_multiple_of(PANEL_ROWS);
+        (sizes.assigned * padded(sizes.intermediate)).max(sizes.rows() * padded(sizes.dense))
+    }
+
+    /// Bytes that all this takes.
+    pub(crate) fn bytes(sizes: &WorkSizes) -> u64 {
+        let rows = Operand::bytes(sizes.rows(), sizes.hidden(), sizes.trunk_forms()) + Rows::bytes(sizes.rows(), sizes.experts);
+        let routing = (sizes.assigned * 24 + sizes.experts * 16) as u64;
+        let dense = if sizes.dense > 0 { Operand::bytes(sizes.rows(), sizes.dense, sizes.trunk_forms().or(sizes.expert_forms)) } else { 0 };
+        let experts = Operand::bytes(sizes.assigned, sizes.hidden(), sizes.expert_forms)
+            + Operand::bytes(sizes.assigned, sizes.intermediate, sizes.expert_forms).max(dense);
+        rows + routing + experts + 4 * Self::middle(sizes) as u64
+    }
+}
+
+/// Where the activation log is, and how a row's position is found.
+pub(crate) type Logging<'a> = Option<(&'a mut ActivationLog, &'a dyn Fn(usize) -> usize)>;
+
+/// Writes the feed-forward output of layer `number` for `x`, cut into `token_tiles`, to `out`.
+#[expect(clippy::too_many_arguments, reason = "an engine's parts, lent one by one")]
 pub(crate) fn feed_forward(
+    pool: &mut Pool,
+    kernels: &Kernels,
     model: &Model,
-    layer: usize,
-    x: &[f32],
-    past: usize,
+    number: usize,
+    (x, token_tiles): (&Rows, &[Tile]),
     experts: &mut Experts,
-    log: Option<&mut ActivationLog>,
-) -> Result<Vec<f32>, ExpertsError> {
-    match &model.layers[layer].feed_forward {
+    work: &mut MoeWork,
+    out: &mut Rows,
+    log: Logging<'_>,
+) -> Result<(), ExpertsError> {
+    let hidden = model.config.hidden_size as usize;
+    let (data, tokens) = (x.data(), x.tokens());
+    match &model.layers[number].feed_forward {
         FeedForward::Dense { gate_proj, up_proj, down_proj } => {
-            let mut middle = matmul(gate_proj.view(), x); // (tokens, intermediate_size)
-            silu_times(&mut middle, &matmul(up_proj.view(), x));
-            Ok(matmul(down_proj.view(), &middle))
+            let (gate, up, down) = (gate_proj.view(), up_proj.view(), down_proj.view());
+            let forms = gate.forms().or(up.forms());
+            work.router_operand.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
+            let panels = gate.panels();
+            let middle = &mut work.middle[..panels * tokens * PANEL_ROWS];
+            let operand = &work.router_operand;
+            pool.chunks(middle, PANELS * tokens * PANEL_ROWS, |chunk, _, out| {
+                gate_and_up(kernels, [gate, up], operand, token_tiles, (0, tokens), chunk * PANELS, out);
+            });
+            let middle = &work.middle;
+            let columns = model.config.intermediate_size as usize;
+            work.middle_operand.fill(pool, columns, down.forms(), token_tiles, |row| Vector::of(middle, tokens, 0, row));
+            project(pool, kernels, &[down], &work.middle_operand, token_tiles, out);
+            Ok(())
         }
         FeedForward::Moe { router } => {
-            let config = &model.config;
-            let logits = matmul(router.view(), x); // (tokens, num_experts)
-            let routings: Vec<_> = logits
-                .chunks_exact(config.num_experts as usize)
-                .map(|logits| route(logits, config.num_experts_per_tok as usize, config.norm_topk_prob))
-                .collect();
-            if let Some(log) = log {
-                routings.iter().enumerate().for_each(|(i, routing)| log.record(past + i, layer as u32, routing));
+            let router = router.view();
+            work.router_operand.fill(pool, hidden, router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
+            work.logits.resize(tokens);
+            project(pool, kernels, &[router], &work.router_operand, token_tiles, &mut work.logits);
+            work.route(pool, model, tokens);
+            if let Some((log, position)) = log {
+                let k = model.config.num_experts_per_tok as usize;
+                for (row, choices) in work.choices[..tokens * k].chunks_exact(k).enumerate() {
+                    log.record(position(row), number as u32, choices);
+                }
             }
-            mix_experts(layer as u32, x, config.hidden_size as usize, &routings, experts)
+            work.mix(pool, kernels, model, number as u32, x, experts, out)
         }
     }
 }
 
-/// A token that an expert works on, and the weight of its result.
-struct Assignment {
-    token: usize,
-    weight: f32,
+impl MoeWork {
+    /// Chooses each token's experts and lists the tokens of each expert.
+    fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize) {
+        let (k, experts) = (model.config.num_experts_per_tok as usize, model.config.num_experts as usize);
+        let logits = &self.logits;
+        while self.probabilities.len() < pool.threads() {
+            self.probabilities.push(vec![0.0; experts]);
+        }
+        let choices = &mut self.choices[..tokens * k];
+        pool.chunks_with(choices, ROUTED * k, &mut self.probabilities, |chunk, probabilities, choices| {
+            for (i, choices) in choices.chunks_exact_mut(k).enumerate() {
+                logits.copy_token(chunk * ROUTED + i, 0, probabilities);
+                route(probabilities, model.config.norm_topk_prob, choices);
+            }
+        });
+        // A counting sort keeps tokens in order.
+        self.starts.fill(0);
+        for choice in &*choices {
+            self.starts[choice.expert as usize + 1] += 1;
+        }
+        self.wanted.clear();
+        for expert in 0..experts {
+            if self.starts[expert + 1] > 0 {
+                self.wanted.push(expert as u32);
+            }
+            self.starts[expert + 1] += self.starts[expert];
+        }
+        for (token, choices) in choices.chunks_exact(k).enumerate() {
+            for choice in choices {
+                let place = &mut self.starts[choice.expert as usize];
+                self.assigned[*place as usize] = (token as u32, choice.weight);
+                *place += 1;
+            }
+        }
+        self.starts.copy_within(0..experts, 1);
+        self.starts[0] = 0;
+    }
+
+    /// Runs each needed expert once, on all of its tokens, and adds results up by expert, ascending, whichever came first.
+    #[expect(clippy::too_many_arguments, reason = "an engine's parts, lent one by one")]
+    fn mix(
+        &mut self,
+        pool: &mut Pool,
+        kernels: &Kernels,
+        model: &Model,
+        layer: u32,
+        x: &Rows,
+        experts: &mut Experts,
+        out: &mut Rows,
+    ) -> Result<(), ExpertsError> {
+        out.data_mut().fill(0.0);
+        let wave = WAVE.min(experts.capacity() / 2).max(model.config.num_experts_per_tok as usize);
+        for from in (0..self.wanted.len()).step_by(wave) {
+            let to = (from + wave).min(self.wanted.len());
+            experts.gather(layer, &self.wanted[from..to], &mut self.present);
+            self.take_in(pool, kernels, model, (from, to), x);
+            if self.present.iter().any(Option::is_some) {
+                self.first_half(pool, kernels, model, None);
+            }
+            let missing = self.present.iter().filter(|expert| expert.is_none()).count();
+            for _ in 0..missing {
+                let (number, expert) = experts.receive()?;
+                let job = self.wanted[from..to].binary_search(&number).expect("only what was asked for comes");
+                self.present[job] = Some(expert);
+                self.first_half(pool, kernels, model, Some(job));
+            }
+            self.second_half(pool, kernels, model, from, out);
+            self.present.clear();
+        }
+        Ok(())
+    }
+
+    /// Gathers the tokens of a wave of experts.
+    fn take_in(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, (from, to): (usize, usize), x: &Rows) {
+        self.jobs.clear();
+        self.tiles.clear();
+        let base = self.starts[self.wanted[from] as usize];
+        for &expert in &self.wanted[from..to] {
+            let (start, end) = (self.starts[expert as usize], self.starts[expert as usize + 1]);
+            let (first, rows, tiles_from) = ((start - base) as usize, (end - start) as usize, self.tiles.len());
+            self.tiles.extend(tiles(first, rows, kernels.tile_rows()));
+            self.jobs.push(Job { first, rows, tiles_from, tiles_to: self.tiles.len() });
+        }
+        let (data, tokens) = (x.data(), x.tokens());
+        let (assigned, forms) = (&self.assigned[base as usize..], model.expert_forms());
+        self.operand
+            .fill(pool, model.config.hidden_size as usize, forms, &self.tiles, |row| Vector::of(data, tokens, 0, assigned[row].0 as usize));
+    }
+
+    /// Computes silu(gate) × up for the experts that are present, or for one of them.
+    fn first_half(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, only: Option<usize>) {
+        let panels = (model.config.moe_intermediate_size as usize).div_ceil(PANEL_ROWS);
+        let wanted = only.map_or(0..self.jobs.len(), |job| job..job + 1);
+        let count = wanted.len();
+        let at_a_time = panels_at_a_time(panels * count, pool.threads());
+        let per_job = panels.div_ceil(at_a_time);
+        let Self { jobs, present, operand, middle, tiles, .. } = self;
+        let range = |task: usize| {
+            let (job, chunk) = (jobs[wanted.start + task / per_job], task % per_job);
+            let start = (job.first * panels + chunk * at_a_time * job.rows) * PANEL_ROWS;
+            start..(job.first * panels + ((chunk + 1) * at_a_time).min(panels) * job.rows) * PANEL_ROWS
+        };
+        pool.parts(middle, count * per_job, range, |task, _, out| {
+            let (number, chunk) = (wanted.start + task / per_job, task % per_job);
+            let Some(expert) = &present[number] else { return };
+            let job = jobs[number];
+            let [gate, up, _] = expert.matrices();
+            gate_and_up(kernels, [gate, up], operand, &tiles[job.tiles_from..job.tiles_to], (job.first, job.rows), chunk * at_a_time, out);
+        });
+    }
+
+    /// Computes down · middle for all experts of a wave, and adds it to `out`, weighted.
+    fn second_half(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, from: usize, out: &mut Rows) {
+        let columns = model.config.moe_intermediate_size as usize;
+        let panels = columns.div_ceil(PANEL_ROWS);
+        let Self { jobs, present, middle, middle_operand, tiles, assigned, wanted, starts, .. } = self;
+        let middle = &middle[..];
+        let base = starts[wanted[from] as usize] as usize;
+        let assigned = &assigned[base..];
+        let job_of = |row: usize| jobs[jobs.partition_point(|job| job.first + job.rows <= row)];
+        middle_operand.fill(pool, columns, model.expert_forms(), tiles, |row| {
+            let job = job_of(row);
+            Vector::of(&middle[job.first * panels * PANEL_ROWS..][..job.rows * panels * PANEL_ROWS], job.rows, 0, row - job.first)
+        });
+        let tokens = out.tokens();
+        let at_a_time = panels_at_a_time(out.panels(), pool.threads());
+        pool.chunks(out.data_mut(), at_a_time * tokens * PANEL_ROWS, |chunk, _, out| {
+            let mut results: TileOut = [[0.0; PANEL_ROWS]; TILE_MAX];
+            for (job, expert) in jobs.iter().zip(&*present) {
+                let [_, _, down] = expert.as_ref().expect("all have come").matrices();
+                for &tile in &tiles[job.tiles_from..job.tiles_to] {
+                    for (i, out) in out.chunks_exact_mut(tokens * PANEL_ROWS).enumerate() {
+                        down.times(kernels, chunk * at_a_time + i, middle_operand, tile, &mut results);
+                        for (&(token, weight), result) in assigned[tile.first..].iter().zip(&results[..tile.rows]) {
+                            let out = &mut out[token as usize * PANEL_ROWS..][..PANEL_ROWS];
+                            add_weighted(out, weight, result);
+                        }
+                    }
+                }
+            }
+        });
+    }
 }
 
-/// Runs each needed expert once, on all of its tokens, and adds the results up by expert, ascending, whichever came first.
-fn mix_experts(layer: u32, x: &[f32], hidden_size: usize, routings: &[Routing], experts: &mut Experts) -> Result<Vec<f32>, ExpertsError> {
-    let mut assignments: BTreeMap<u32, Vec<Assignment>> = BTreeMap::new();
-    for (token, routing) in routings.iter().enumerate() {
-        for (&expert, &weight) in routing.experts.iter().zip(&routing.weights) {
-            assignments.entry(expert).or_default().push(Assignment { token, weight });
+/// Writes silu(gate) × up for some panels, (panels, rows, 16), of rows that begin at `first` in the operand.
+fn gate_and_up(
+    kernels: &Kernels,
+    [gate, up]: [Matrix<'_>; 2],
+    operand: &Operand,
+    tiles: &[Tile],
+    (first, rows): (usize, usize),
+    first_panel: usize,
+    out: &mut [f32],
+) {
+    let mut results: [TileOut; 2] = [[[0.0; PANEL_ROWS]; TILE_MAX]; 2];
+    for &tile in tiles {
+        for (i, out) in out.chunks_exact_mut(rows * PANEL_ROWS).enumerate() {
+            let [gates, ups] = &mut results;
+            gate.times(kernels, first_panel + i, operand, tile, gates);
+            up.times(kernels, first_panel + i, operand, tile, ups);
+            let gates = gates[..tile.rows].as_flattened_mut();
+            silu_times(gates, ups[..tile.rows].as_flattened());
+            out[(tile.first - first) * PANEL_ROWS..][..gates.len()].copy_from_slice(gates);
         }
     }
-    let wanted: Vec<u32> = assignments.keys().copied().collect();
-    let mut results: BTreeMap<u32, Vec<f32>> = BTreeMap::new(); // each (assignments, hidden_size)
-    let run = |(number, expert): &(u32, Arc<Expert>)| {
-        let rows: Vec<f32> = assignments[number].iter().flat_map(|a| &x[a.token * hidden_size..][..hidden_size]).copied().collect();
-        (*number, expert.forward(&rows))
-    };
-    experts.for_each(layer, &wanted, |present| results.par_extend(present.par_iter().map(run)))?;
-    let mut out = vec![0.0; x.len()];
-    for (number, rows) in &results {
-        for (assignment, row) in assignments[number].iter().zip(rows.chunks_exact(hidden_size)) {
-            let out = &mut out[assignment.token * hidden_size..][..hidden_size];
-            out.iter_mut().zip(row).for_each(|(out, value)| *out += assignment.weight * value);
-        }
-    }
-    Ok(out)
 }

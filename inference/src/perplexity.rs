@@ -3,14 +3,9 @@
 //! The byte 0x1e separates documents. Each is cut into windows of the model's context length that do not overlap; the
 //! first token of each window is not scored. Bytes are those of the scored tokens.
 
-use crate::experts::Experts;
-use crate::model::Model;
+use crate::engine::{Engine, ForwardError};
 use crate::sampler::NotFinite;
-use crate::session::{ForwardError, Session, logits};
 use crate::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
-
-/// Tokens whose logits stand in memory together.
-const LOGITS_TOKENS: usize = 64;
 
 /// The sum over all scored tokens.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
@@ -57,18 +52,17 @@ pub enum PerplexityError {
 
 /// Scores `text`; `on_progress` is told the bytes dealt with and answers whether to go on.
 pub fn perplexity(
-    model: &Model,
+    engine: &mut Engine,
     tokenizer: &Tokenizer,
     text: &str,
-    experts: &mut Experts,
     mut on_progress: impl FnMut(u64) -> bool,
 ) -> Result<PerplexityReport, PerplexityError> {
     let mut report = PerplexityReport::default();
     let mut done = 0;
     for document in text.split('\u{1e}') {
         let tokens = tokenizer.encode(document, SpecialTokens::AsWritten)?;
-        for window in tokens.chunks(model.context()) {
-            score(model, tokenizer, window, experts, &mut report)?;
+        for window in tokens.chunks(engine.context()) {
+            score(engine, tokenizer, window, &mut report)?;
             if !on_progress(done + window.iter().map(|&token| tokenizer.token_bytes(token) as u64).sum::<u64>()) {
                 return Err(PerplexityError::Interrupted);
             }
@@ -78,34 +72,25 @@ pub fn perplexity(
     if report.tokens == 0 { Err(PerplexityError::TooShort) } else { Ok(report) }
 }
 
-fn score(
-    model: &Model,
-    tokenizer: &Tokenizer,
-    window: &[u32],
-    experts: &mut Experts,
-    report: &mut PerplexityReport,
-) -> Result<(), PerplexityError> {
+fn score(engine: &mut Engine, tokenizer: &Tokenizer, window: &[u32], report: &mut PerplexityReport) -> Result<(), PerplexityError> {
     if window.len() < 2 {
         return Ok(());
     }
-    let vocab_size = model.config.vocab_size;
+    let vocab_size = engine.model().config.vocab_size;
     if let Some(&token) = window.iter().find(|&&token| token >= vocab_size) {
         return Err(ForwardError::Token { token, vocab_size }.into());
     }
-    let hidden_size = model.config.hidden_size as usize;
-    let hidden = Session::new(model).forward(model, &window[..window.len() - 1], experts, None)?;
-    for (hidden, targets) in hidden.chunks(LOGITS_TOKENS * hidden_size).zip(window[1..].chunks(LOGITS_TOKENS)) {
-        let logits = logits(model, hidden);
-        for (logits, &target) in logits.chunks_exact(vocab_size as usize).zip(targets) {
-            if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
-                return Err(NotFinite { token }.into());
-            }
-            report.nats += negative_log_likelihood(logits, target);
-            report.tokens += 1;
-            report.bytes += tokenizer.token_bytes(target) as u64;
+    let mut session = engine.session();
+    engine.forward_each(&mut session, &window[..window.len() - 1], |place, logits| {
+        if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
+            return Err(PerplexityError::from(NotFinite { token }));
         }
-    }
-    Ok(())
+        let target = window[place + 1];
+        report.nats += negative_log_likelihood(logits, target);
+        report.tokens += 1;
+        report.bytes += tokenizer.token_bytes(target) as u64;
+        Ok(())
+    })
 }
 
 /// ln Σ exp(logits) − logit of `target`, summed in f64.

@@ -59,7 +59,10 @@ impl Reference<'_> {
         let frequencies: Vec<f32> = exponents.iter().map(|e| (config.rope_theta as f32).powf(-e)).collect();
         let positions = Tensor::arange(0u32, tokens as u32, &Device::Cpu)?.to_dtype(DType::F32)?.reshape((tokens, 1))?;
         let angles = positions.matmul(&Tensor::new(frequencies, &Device::Cpu)?.reshape((1, head_dim / 2))?)?;
-        let mut turn = |x: &Tensor, part: &str| rope(&rms_norm(x, &self.trunk(&name(part))?, eps)?, &angles.cos()?, &angles.sin()?);
+        let mut turn = |x: &Tensor, part: &str| {
+            let normed = if config.qk_norm { rms_norm(x, &self.trunk(&name(part))?, eps)? } else { x.clone() };
+            rope(&normed, &angles.cos()?, &angles.sin()?)
+        };
         let (q, k) = (turn(&q, "self_attn.q_norm")?, turn(&k, "self_attn.k_norm")?);
         let groups = (config.num_attention_heads / config.num_key_value_heads) as usize;
         let spread = |x: Tensor| -> Result<Tensor> {
@@ -111,7 +114,10 @@ impl Reference<'_> {
         let (tensor, spec) = found.ok_or_else(|| candle_core::Error::Msg(format!("no tensor {name}")))?;
         let bytes = (self.read)(tensor.blob).map_err(candle_core::Error::Msg)?;
         let shape: Vec<usize> = spec.shape.iter().map(|&side| side as usize).collect();
-        Tensor::from_vec(widen(&bytes, tensor.precision), shape, &Device::Cpu)
+        {
+            let (rows, columns) = spec.sides();
+            Tensor::from_vec(widen(&bytes, tensor.precision, rows, columns), shape, &Device::Cpu)
+        }
     }
 
     fn expert(&mut self, slot: ExpertSlot) -> Result<[Tensor; 3]> {
@@ -120,7 +126,8 @@ impl Reference<'_> {
         let shape = ExpertShape::of_blob(&bytes).map_err(candle_core::Error::wrap)?;
         let (hidden, middle) = (shape.hidden_size, shape.intermediate_size);
         let [gate, up, down] = shape.planes();
-        let plane = |place, rows, columns| Tensor::from_vec(widen(&bytes[place], shape.precision), (rows, columns), &Device::Cpu);
+        let plane =
+            |place, rows, columns| Tensor::from_vec(widen(&bytes[place], shape.precision, rows, columns), (rows, columns), &Device::Cpu);
         Ok([plane(gate, middle, hidden)?, plane(up, middle, hidden)?, plane(down, hidden, middle)?])
     }
 }
@@ -130,10 +137,26 @@ fn swiglu(x: &Tensor, gate: &Tensor, up: &Tensor, down: &Tensor) -> Result<Tenso
     (gate * x.matmul(&up.t()?)?)?.matmul(&down.t()?)
 }
 
-fn widen(bytes: &[u8], precision: Precision) -> Vec<f32> {
+fn widen(bytes: &[u8], precision: Precision, rows: usize, columns: usize) -> Vec<f32> {
     match precision {
         Precision::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
         Precision::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         Precision::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
+        Precision::Q8 | Precision::Q4 => (0..rows * columns).map(|i| unpack(bytes, precision, columns, i / columns, i % columns)).collect(),
     }
+}
+
+/// One weight of a packed matrix, read as `docs/expert-function.md` draws it.
+fn unpack(bytes: &[u8], precision: Precision, columns: usize, row: usize, column: usize) -> f32 {
+    let (block_bytes, bits) = if precision == Precision::Q4 { (288, 4) } else { (544, 8) };
+    let block = &bytes[(row / 16 * columns.div_ceil(32) + column / 32) * block_bytes..][..block_bytes];
+    let (row, column) = (row % 16, column % 32);
+    let scale = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
+    let byte = |column: usize| block[32 + column / 4 * 64 + 4 * row + column % 4];
+    let integer = match (bits, column) {
+        (8, _) => i32::from(byte(column)) - 128,
+        (_, 0..16) => i32::from(byte(column) & 15) - 8,
+        _ => i32::from(byte(column - 16) >> 4) - 8,
+    };
+    scale * integer as f32
 }

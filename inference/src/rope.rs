@@ -34,6 +34,7 @@ pub(crate) struct Rope {
 }
 
 /// Cosine and sine of every frequency at one position.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Rotation {
     pairs: Vec<(f32, f32)>, // head_dim / 2
 }
@@ -41,7 +42,7 @@ pub(crate) struct Rotation {
 impl Rope {
     pub(crate) fn new(config: &ModelConfig) -> Self {
         let base = config.rope_theta as f32;
-        let frequency = |i: u32| 1.0 / base.powf((2 * i) as f32 / config.head_dim as f32);
+        let frequency = |i: u32| 1.0 / libm::powf(base, (2 * i) as f32 / config.head_dim as f32);
         // Interleaved: starting from time, height takes 1, 4, 7 … and width 2, 5, 8 …, each below three times its share.
         let axis = |i: u32| match (config.mrope_section, i % 3) {
             (Some([_, height, _]), 1) if i < 3 * height => Axis::Height,
@@ -51,16 +52,19 @@ impl Rope {
         Self { frequencies: (0..config.head_dim / 2).map(|i| (frequency(i), axis(i))).collect() }
     }
 
-    pub(crate) fn at(&self, position: Position) -> Rotation {
-        let angle = |&(frequency, axis): &(f32, Axis)| {
+    /// Writes the rotation of `position`.
+    pub(crate) fn at(&self, position: Position, rotation: &mut Rotation) {
+        rotation.pairs.clear();
+        rotation.pairs.extend(self.frequencies.iter().map(|&(frequency, axis)| {
             let position = match axis {
                 Axis::Time => position.time,
                 Axis::Height => position.height,
                 Axis::Width => position.width,
             };
-            position as f32 * frequency
-        };
-        Rotation { pairs: self.frequencies.iter().map(angle).map(|angle| (angle.cos(), angle.sin())).collect() }
+            // Not the platform's functions, whose last bit differs from one to the next.
+            let angle = position as f32 * frequency;
+            (libm::cosf(angle), libm::sinf(angle))
+        }));
     }
 }
 
@@ -79,12 +83,18 @@ mod tests {
     use super::*;
     use crate::model::tests::tiny_config;
 
+    fn rotation(rope: &Rope, position: Position) -> Rotation {
+        let mut rotation = Rotation::default();
+        rope.at(position, &mut rotation);
+        rotation
+    }
+
     #[test]
     fn for_text_mrope_is_rope_bit_for_bit() {
         let plain = Rope::new(&tiny_config());
         let sections = Rope::new(&ModelConfig { mrope_section: Some([2, 1, 1]), ..tiny_config() });
         for n in [0, 1, 7, 1000, 30_000] {
-            let (a, b) = (plain.at(Position::of_text(n)), sections.at(Position::of_text(n)));
+            let (a, b) = (rotation(&plain, Position::of_text(n)), rotation(&sections, Position::of_text(n)));
             assert_eq!(a.pairs, b.pairs);
         }
     }
@@ -102,8 +112,8 @@ mod tests {
             };
             assert_eq!(format!("{axis:?}"), expected, "pair {i}");
         }
-        let moved = rope.at(Position { time: 5, height: 9, width: 5 });
-        let text = rope.at(Position::of_text(5));
+        let moved = rotation(&rope, Position { time: 5, height: 9, width: 5 });
+        let text = rotation(&rope, Position::of_text(5));
         let changed: Vec<_> = (0..64).filter(|&i| moved.pairs[i] != text.pairs[i]).collect();
         assert!(changed.iter().all(|i| i % 3 == 1 && *i < 60) && changed.len() == 20);
     }

@@ -2,7 +2,7 @@
 
 use protocol::ContentHash;
 
-use crate::kernels::softmax;
+use crate::kernels::math::softmax;
 
 /// How tokens are chosen.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -32,8 +32,8 @@ impl Sampling {
     pub const GREEDY: Self = Self { temperature: 0.0, top_k: 0, top_p: 1.0, repetition_penalty: 1.0, seed: 0 };
 }
 
-/// Returns the next token after `before`. Ties go to the lower id.
-pub fn sample(sampling: &Sampling, mut logits: Vec<f32>, before: &[u32]) -> Result<u32, NotFinite> {
+/// Returns the next token after `before`. Ties go to the lower id. A repetition penalty changes the logits.
+pub fn sample(sampling: &Sampling, logits: &mut [f32], before: &[u32]) -> Result<u32, NotFinite> {
     if let Some(token) = logits.iter().position(|logit| !logit.is_finite()) {
         return Err(NotFinite { token });
     }
@@ -47,10 +47,10 @@ pub fn sample(sampling: &Sampling, mut logits: Vec<f32>, before: &[u32]) -> Resu
         }
     }
     let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
-    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     if sampling.temperature <= 0.0 {
-        return Ok(order.into_iter().min_by(likelier).expect("a vocabulary has tokens"));
+        return Ok((0..logits.len() as u32).min_by(likelier).expect("a vocabulary has tokens"));
     }
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
     let kept = if sampling.top_k == 0 { order.len() } else { sampling.top_k.min(order.len()) };
     if kept < order.len() {
         order.select_nth_unstable_by(kept - 1, likelier);
@@ -99,13 +99,13 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_likeliest_and_breaks_ties_downwards() {
-        assert_eq!(sample(&Sampling::GREEDY, vec![0.0, 2.0, 2.0, 1.0], &[]), Ok(1));
+        assert_eq!(sample(&Sampling::GREEDY, &mut [0.0, 2.0, 2.0, 1.0], &[]), Ok(1));
     }
 
     #[test]
     fn never_samples_from_what_is_not_finite() {
         for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            assert_eq!(sample(&Sampling::GREEDY, vec![0.0, bad], &[]), Err(NotFinite { token: 1 }));
+            assert_eq!(sample(&Sampling::GREEDY, &mut [0.0, bad], &[]), Err(NotFinite { token: 1 }));
         }
     }
 
@@ -115,7 +115,7 @@ mod tests {
         let count = |sampling: Sampling| {
             let mut counts = [0; 3];
             for seed in 0..4000 {
-                counts[sample(&Sampling { seed, ..sampling }, logits.clone(), &[]).expect("finite") as usize] += 1;
+                counts[sample(&Sampling { seed, ..sampling }, &mut logits.clone(), &[]).expect("finite") as usize] += 1;
             }
             counts
         };
@@ -131,13 +131,13 @@ mod tests {
     #[test]
     fn the_smallest_temperature_is_greedy() {
         let sampling = Sampling { temperature: f32::MIN_POSITIVE / 8.0, ..Sampling::GREEDY };
-        assert_eq!(sample(&sampling, vec![1.0, 9.0, -3.0, 8.9], &[]), Ok(1));
+        assert_eq!(sample(&sampling, &mut [1.0, 9.0, -3.0, 8.9], &[]), Ok(1));
     }
 
     #[test]
     fn repetition_penalty_pushes_down_on_both_sides_of_zero() {
         let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::GREEDY };
-        assert_eq!(sample(&sampling, vec![3.0, 2.0], &[0, 0]), Ok(1));
-        assert_eq!(sample(&sampling, vec![-1.0, -1.5], &[0]), Ok(1));
+        assert_eq!(sample(&sampling, &mut [3.0, 2.0], &[0, 0]), Ok(1));
+        assert_eq!(sample(&sampling, &mut [-1.0, -1.5], &[0]), Ok(1));
     }
 }

@@ -4,11 +4,12 @@ use std::fmt;
 
 use inference::checkpoint::CheckpointError;
 use inference::checkpoint::import::ImportError;
+use inference::convert::RequantizeError;
+use inference::engine::{BudgetTooSmall, ForwardError};
 use inference::experts::ExpertsError;
 use inference::generate::GenerateError;
-use inference::model::{BudgetTooSmall, LoadError};
+use inference::model::LoadError;
 use inference::perplexity::PerplexityError;
-use inference::session::ForwardError;
 use protocol::manifest::ManifestError;
 use store::{LockError, StoreError};
 
@@ -108,6 +109,16 @@ impl From<ImportError> for Failure {
             ImportError::Interrupted => Self::interrupted(),
             ImportError::Manifest(error) => error.into(),
             ImportError::Sink(_) => Self::of(Kind::Other, &error),
+        }
+    }
+}
+
+impl From<RequantizeError<Failure>> for Failure {
+    fn from(error: RequantizeError<Failure>) -> Self {
+        match error {
+            RequantizeError::Read(what, failure) => failure.about(what),
+            RequantizeError::Import(error) => error.into(),
+            RequantizeError::Packed(_) | RequantizeError::Same => Self::of(Kind::Usage, &error),
         }
     }
 }

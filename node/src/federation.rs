@@ -6,9 +6,11 @@ use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use inference::aligned::AlignedBytes;
+use inference::cache_policy::PolicyKind;
 use inference::chat::ChatTemplate;
+use inference::engine::{Engine, EngineOptions, plan_memory};
 use inference::experts::Experts;
-use inference::model::{Model, plan_memory};
+use inference::model::Model;
 use inference::tokenizer::Tokenizer;
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
@@ -153,14 +155,14 @@ impl<'a> Federation<'a> {
     }
 
     /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach.
-    pub(crate) fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, tokens: usize) -> Result<Loaded, Failure> {
+    pub(crate) fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, options: EngineOptions) -> Result<Loaded, Failure> {
         let manifest = &found.manifest;
-        let memory = plan_memory(manifest, tokens, memory_max)?;
+        // Before anything is fetched: no budget is large enough by what only the process itself would save.
+        plan_memory(manifest, &options, 0, memory_max)?;
         let fetched = self.bring(&open.store, &trunk_parts(manifest), "trunk")?;
         if fetched > 0 {
             note(&format!("fetched the trunk, {}", human_bytes(fetched)));
         }
-        let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
         let text = |blob: BlobRef| -> Result<String, Failure> {
             let bytes = self.read_part(&open.store, blob)?.to_vec();
             String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Integrity, format!("{} is not UTF-8", blob.hash)))
@@ -173,11 +175,15 @@ impl<'a> Federation<'a> {
             let (bos_token, eos_token) = (manifest.chat.bos_token.clone(), manifest.chat.eos_token.clone());
             Ok::<_, Failure>(ChatTemplate { source: text(blob)?, bos_token, eos_token })
         });
+        let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
+        let memory = plan_memory(manifest, &options, resident_bytes() + HEADROOM, memory_max)?;
+        let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
         let providers = Providers::default();
         let peers = self.fetcher.clone().map(|fetcher| (fetcher, self.runtime.handle().clone()));
         let source = PeerExperts::new(Arc::clone(&open.store), peers, Arc::clone(&providers));
-        let experts = Experts::new(Arc::clone(manifest), memory.experts, Box::new(source));
-        Ok(Loaded { model, tokenizer: tokenizer.transpose()?, chat: chat.transpose()?, experts, providers })
+        let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
+        let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
+        Ok(Loaded { engine, tokenizer, chat, providers })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
@@ -221,10 +227,9 @@ impl<'a> Federation<'a> {
 
 /// A model ready to run.
 pub(crate) struct Loaded {
-    pub(crate) model: Model,
+    pub(crate) engine: Engine,
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) chat: Option<ChatTemplate>,
-    pub(crate) experts: Experts,
     providers: Providers,
 }
 
@@ -245,6 +250,17 @@ pub(crate) fn trunk_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
 /// The experts with the names that errors give them.
 pub(crate) fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
     manifest.config.expert_slots().zip(&manifest.experts).map(|(slot, blob)| (*blob, slot.to_string())).collect()
+}
+
+/// What a process comes to need beyond what it has when a model is loaded: stacks, queues, what allocators keep.
+const HEADROOM: u64 = 24 << 20;
+
+/// Memory that this process has now, as the operating system counts it.
+pub(crate) fn resident_bytes() -> u64 {
+    const FALLBACK: u64 = 64 << 20;
+    let Ok(text) = std::fs::read_to_string("/proc/self/status") else { return FALLBACK };
+    let resident = text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
+    resident.map_or(FALLBACK, |kilobytes| kilobytes * 1024)
 }
 
 /// Memory that models may use when the user says nothing: three quarters of what is free now.

@@ -1,16 +1,19 @@
 //! Where the engine's experts come from: this node's store, else its peers. What peers send is kept as long as there is room.
+//!
+//! Reading, verifying and fetching go on beside the engine's work; what is ready is handed over through one queue.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
+use std::time::Duration;
 
-use inference::aligned::AlignedBytes;
-use inference::expert_source::{Deliver, ExpertRequest, ExpertSource, Origin, SourceError};
+use inference::expert_source::{Arrival, ExpertRequest, ExpertSource, Origin, SourceError};
 use protocol::BlobRef;
 use store::{BlobStore, StoreError};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
 
-use crate::clock::{interrupted, now_ms, until_interrupted};
+use crate::clock::{interrupted, now_ms};
 use crate::failure::{Failure, Kind};
 use crate::net::PeerId;
 use crate::net::fetcher::{Fetched, Fetcher, Want};
@@ -19,9 +22,16 @@ use crate::output::note;
 
 const RESULTS_MAX: usize = 8;
 const SAVES_MAX: usize = 8;
+/// Threads that read and verify: while one hashes, another's read is under way.
+const READERS: usize = 2;
+/// How often a wait looks for Ctrl-C.
+const LOOK_UP: Duration = Duration::from_millis(100);
 
 /// A fetcher that several parts of a command use in turn.
 pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
+
+/// Who has sent experts so far, shared with whoever reports it.
+pub(crate) type Providers = Arc<Mutex<BTreeSet<PeerId>>>;
 
 /// The experts of one model.
 pub(crate) struct PeerExperts {
@@ -29,75 +39,167 @@ pub(crate) struct PeerExperts {
     peers: Option<(SharedFetcher, Handle)>,
     saver: Saver,
     providers: Providers,
+    reads: std_mpsc::Sender<(u64, ExpertRequest)>,
+    happened: std_mpsc::Receiver<(u64, Event)>,
+    happening: std_mpsc::Sender<(u64, Event)>,
+    /// What was asked for before the last `cancel` is of an earlier round, and nobody's.
+    round: u64,
+    reading: usize,
+    /// Not in the store, and not asked for yet.
+    missing: Vec<ExpertRequest>,
+    fetching: Option<Fetching>,
 }
 
-/// Who has sent experts so far, shared with whoever reports it.
-pub(crate) type Providers = Arc<Mutex<BTreeSet<PeerId>>>;
+/// Experts on their way from peers.
+struct Fetching {
+    task: JoinHandle<()>,
+    requests: Vec<Option<ExpertRequest>>,
+}
+
+enum Event {
+    /// Read and verified.
+    Read(ExpertRequest),
+    /// The store has it no more.
+    Missing(ExpertRequest),
+    /// It cannot be read, and no peer would help.
+    Failed(Failure),
+    /// A peer has sent it.
+    Fetched(Fetched),
+    /// The peers have sent all, or this is why not.
+    FetchEnded(Result<(), Failure>),
+}
 
 impl PeerExperts {
     /// Experts from `store`, and from `peers` if there are any.
     pub(crate) fn new(store: Arc<BlobStore>, peers: Option<(SharedFetcher, Handle)>, providers: Providers) -> Self {
-        Self { saver: Saver::start(Arc::clone(&store)), store, peers, providers }
-    }
-
-    /// Delivers what the store has; returns the rest.
-    fn deliver_from_store(&self, requests: &[ExpertRequest], deliver: Deliver<'_>) -> Result<Vec<ExpertRequest>, SourceError> {
-        let mut missing = Vec::new();
-        for request in requests {
-            let mut bytes = AlignedBytes::zeroed(request.blob.length as usize);
-            match self.store.read_into(&request.blob.hash, &mut bytes, now_ms()) {
-                Ok(true) => deliver(request.slot, bytes, Origin::Disk)?,
-                Ok(false) => missing.push(*request),
-                // A disk that cannot read it any more is as good as one that has lost it.
-                Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
-                    note(&format!("warning: {}: {error}; fetching it again", request.slot));
-                    missing.push(*request);
+        let (reads, queue) = std_mpsc::channel();
+        let (happening, happened) = std_mpsc::channel();
+        let queue = Arc::new(Mutex::new(queue));
+        for _ in 0..READERS {
+            let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(&store));
+            std::thread::spawn(move || {
+                // Ends when the sender is dropped.
+                while let Ok((round, request)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
+                    if happening.send((round, read(&store, request))).is_err() {
+                        break;
+                    }
                 }
-                Err(error) => return Err(source_error(Failure::from(error).about(request.slot))),
-            }
+            });
         }
-        Ok(missing)
+        let saver = Saver::start(Arc::clone(&store));
+        Self { store, peers, saver, providers, reads, happened, happening, round: 0, reading: 0, missing: Vec::new(), fetching: None }
     }
 
-    fn deliver_from_peers(&self, requests: &[ExpertRequest], deliver: Deliver<'_>) -> Result<(), SourceError> {
+    /// Asks the peers for what the store lacks.
+    fn fetch_missing(&mut self) -> Result<(), SourceError> {
+        let requests = std::mem::take(&mut self.missing);
         let Some((fetcher, runtime)) = &self.peers else {
             let names: Vec<_> = requests.iter().map(|request| request.slot.to_string()).collect();
             return Err(source_error(Failure::new(Kind::NoPeers, format!("missing {}: no peer is known (--peer ADDR)", names.join(", ")))));
         };
         let wants = requests.iter().map(|request| Want { wanted: Wanted::Blob(request.blob), name: request.slot.to_string() }).collect();
-        let (results, mut arrivals) = mpsc::channel(RESULTS_MAX);
-        let fetcher = Arc::clone(fetcher);
-        let fetching = runtime.spawn(async move { fetcher.lock().await.fetch(wants, &results).await });
-        let next = |arrivals: &mut mpsc::Receiver<Fetched>| {
-            runtime.block_on(async {
-                tokio::select! {
-                    arrival = arrivals.recv() => arrival,
-                    () = until_interrupted() => None,
+        let (fetcher, happening, round) = (Arc::clone(fetcher), self.happening.clone(), self.round);
+        let task = runtime.spawn(async move {
+            let (results, mut arrivals) = mpsc::channel(RESULTS_MAX);
+            let mut fetcher = fetcher.lock().await;
+            let fetch = async {
+                let result = fetcher.fetch(wants, &results).await;
+                drop(results);
+                result
+            };
+            let forward = async {
+                while let Some(fetched) = arrivals.recv().await {
+                    let _ = happening.send((round, Event::Fetched(fetched)));
                 }
-            })
-        };
-        while let Some(Fetched { index, bytes, peer }) = next(&mut arrivals) {
-            let request = requests[index];
-            self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
-            let aligned = AlignedBytes::copy_of(&bytes);
-            self.saver.save(request.blob, bytes);
-            deliver(request.slot, aligned, Origin::Peer)?;
+            };
+            let (result, ()) = tokio::join!(fetch, forward);
+            let _ = happening.send((round, Event::FetchEnded(result)));
+        });
+        self.fetching = Some(Fetching { task, requests: requests.into_iter().map(Some).collect() });
+        Ok(())
+    }
+
+    /// Hands over what a peer has sent.
+    fn take(&mut self, Fetched { index, bytes, peer }: Fetched) -> Option<Arrival> {
+        let mut request = self.fetching.as_mut()?.requests.get_mut(index)?.take()?;
+        self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+        request.buffer.copy_from_slice(&bytes);
+        self.saver.save(request.blob, bytes);
+        Some(Arrival { slot: request.slot, bytes: request.buffer, origin: Origin::Peer })
+    }
+}
+
+fn read(store: &BlobStore, mut request: ExpertRequest) -> Event {
+    let length = request.buffer.len();
+    match store.read_pages(&request.blob.hash, request.buffer.whole_pages(), length, now_ms()) {
+        Ok(true) => Event::Read(request),
+        Ok(false) => Event::Missing(request),
+        // A disk that cannot read it any more is as good as one that has lost it.
+        Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
+            note(&format!("warning: {}: {error}; fetching it again", request.slot));
+            Event::Missing(request)
         }
-        if interrupted() {
-            fetching.abort();
-            return Err(source_error(Failure::interrupted()));
-        }
-        match runtime.block_on(fetching) {
-            Ok(result) => result.map_err(source_error),
-            Err(error) => Err(source_error(Failure::new(Kind::Other, error.to_string()))),
-        }
+        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
     }
 }
 
 impl ExpertSource for PeerExperts {
-    fn fetch(&mut self, requests: &[ExpertRequest], deliver: Deliver<'_>) -> Result<(), SourceError> {
-        let missing = self.deliver_from_store(requests, deliver)?;
-        if missing.is_empty() { Ok(()) } else { self.deliver_from_peers(&missing, deliver) }
+    fn request(&mut self, requests: Vec<ExpertRequest>) {
+        for request in requests {
+            if self.store.contains(&request.blob.hash) {
+                self.reading += 1;
+                let _ = self.reads.send((self.round, request)); // the readers live as long as this does
+            } else {
+                self.missing.push(request);
+            }
+        }
+    }
+
+    fn receive(&mut self) -> Result<Arrival, SourceError> {
+        loop {
+            // What peers send can come while the disk reads.
+            if self.fetching.is_none() && !self.missing.is_empty() {
+                self.fetch_missing()?;
+            }
+            if self.reading == 0 && self.fetching.is_none() {
+                return Err(source_error(Failure::new(Kind::Other, "an expert was awaited that nobody asked for")));
+            }
+            let event = match self.happened.recv_timeout(LOOK_UP) {
+                Ok((round, event)) if round == self.round => event,
+                Ok(_) => continue,
+                Err(_) if interrupted() => return Err(source_error(Failure::interrupted())),
+                Err(_) => continue,
+            };
+            match event {
+                Event::Read(request) => {
+                    self.reading -= 1;
+                    return Ok(Arrival { slot: request.slot, bytes: request.buffer, origin: Origin::Disk });
+                }
+                Event::Missing(request) => {
+                    self.reading -= 1;
+                    self.missing.push(request);
+                }
+                Event::Failed(failure) => return Err(source_error(failure)),
+                Event::Fetched(fetched) => {
+                    if let Some(arrival) = self.take(fetched) {
+                        return Ok(arrival);
+                    }
+                }
+                Event::FetchEnded(result) => {
+                    self.fetching = None;
+                    result.map_err(source_error)?;
+                }
+            }
+        }
+    }
+
+    fn cancel(&mut self) {
+        self.round += 1;
+        self.reading = 0;
+        self.missing.clear();
+        if let Some(fetching) = self.fetching.take() {
+            fetching.task.abort();
+        }
     }
 }
 

@@ -59,22 +59,25 @@ pub enum ExpertBlobError {
 }
 
 impl ExpertShape {
-    /// Bytes of one of the three planes, without padding.
-    pub const fn plane_bytes(&self) -> usize {
-        self.hidden_size * self.intermediate_size * self.precision.bytes()
+    /// Bytes of `gate_proj`, `up_proj` and `down_proj`, without padding.
+    const fn plane_bytes(&self) -> [usize; 3] {
+        let up = self.precision.matrix_bytes(self.intermediate_size, self.hidden_size);
+        [up, up, self.precision.matrix_bytes(self.hidden_size, self.intermediate_size)]
     }
 
     /// Where `gate_proj`, `up_proj` and `down_proj` lie in the blob.
     pub const fn planes(&self) -> [Range<usize>; 3] {
-        let bytes = self.plane_bytes();
-        let stride = bytes.next_multiple_of(HEADER_BYTES);
-        let (a, b, c) = (HEADER_BYTES, HEADER_BYTES + stride, HEADER_BYTES + 2 * stride);
-        [a..a + bytes, b..b + bytes, c..c + bytes]
+        let [gate, up, down] = self.plane_bytes();
+        let a = HEADER_BYTES;
+        let b = a + gate.next_multiple_of(HEADER_BYTES);
+        let c = b + up.next_multiple_of(HEADER_BYTES);
+        [a..a + gate, b..b + up, c..c + down]
     }
 
     /// Bytes of the whole blob; the last plane is padded as the others are.
     pub const fn blob_bytes(&self) -> usize {
-        HEADER_BYTES + 3 * self.plane_bytes().next_multiple_of(HEADER_BYTES)
+        let [_, _, down] = self.planes();
+        down.end.next_multiple_of(HEADER_BYTES)
     }
 
     /// Returns the header.
@@ -86,7 +89,7 @@ impl ExpertShape {
         header[7] = ACTIVATION_SILU;
         header[8..12].copy_from_slice(&(self.hidden_size as u32).to_le_bytes());
         header[12..16].copy_from_slice(&(self.intermediate_size as u32).to_le_bytes());
-        // 16..20 is the group size: 0 where weights have no groups. The rest is 0.
+        header[16..20].copy_from_slice(&(self.precision.group_columns() as u32).to_le_bytes()); // the rest is 0
         header
     }
 
@@ -112,7 +115,7 @@ impl ExpertShape {
                 return Err(unknown(what, side as u32));
             }
         }
-        if u32_at(16) != 0 {
+        if u32_at(16) as usize != precision.group_columns() {
             return Err(unknown("group size", u32_at(16)));
         }
         let shape = Self { precision, hidden_size, intermediate_size };
@@ -147,6 +150,22 @@ mod tests {
     }
 
     #[test]
+    fn packed_planes_are_whole_panels_and_groups() {
+        let shape = ExpertShape { precision: Precision::Q4, hidden_size: 64, intermediate_size: 48 };
+        // 3 panels × 2 groups, and 4 panels × 2 groups, of 288 bytes.
+        assert_eq!(shape.planes(), [64..64 + 1728, 1792..1792 + 1728, 3520..3520 + 2304]);
+        assert_eq!(shape.blob_bytes(), 5824);
+        assert_eq!(shape.header()[..20], *b"CFXP\x01\x00\x04\x00\x40\x00\x00\x00\x30\x00\x00\x00\x20\x00\x00\x00");
+        let odd = ExpertShape { precision: Precision::Q8, hidden_size: 7, intermediate_size: 17 };
+        assert_eq!(odd.planes(), [64..64 + 1088, 1152..1152 + 1088, 2240..2240 + 544]);
+        let mut blob = vec![0; odd.blob_bytes()];
+        blob[..64].copy_from_slice(&odd.header());
+        assert_eq!(ExpertShape::of_blob(&blob), Ok(odd));
+        blob[16] = 0;
+        assert!(ExpertShape::of_blob(&blob).is_err());
+    }
+
+    #[test]
     fn refuses_other_lengths_versions_and_sides() {
         let mut blob = vec![0; SHAPE.blob_bytes()];
         blob[..64].copy_from_slice(&SHAPE.header());
@@ -162,10 +181,12 @@ mod tests {
 
     proptest! {
         #[test]
-        fn accepted_bytes_hold_every_plane(bytes in proptest::collection::vec(any::<u8>(), 64..400), side in 1u8..6) {
+        fn accepted_bytes_hold_every_plane(bytes in proptest::collection::vec(any::<u8>(), 64..4000), side in 1u8..6, number in 0u8..5) {
             let mut bytes = bytes;
-            bytes[..16].copy_from_slice(&[b'C', b'F', b'X', b'P', 1, 0, 0, 0, side, 0, 0, 0, 2, 0, 0, 0]);
-            bytes[16..20].fill(0);
+            bytes[..16].copy_from_slice(&[b'C', b'F', b'X', b'P', 1, 0, number, 0, side, 0, 0, 0, 2, 0, 0, 0]);
+            bytes[16..20].copy_from_slice(&[if number < 3 { 0 } else { 32 }, 0, 0, 0]);
+            let shape = ExpertShape { precision: Precision::ALL[number as usize], hidden_size: side as usize, intermediate_size: 2 };
+            bytes.resize(shape.blob_bytes().min(bytes.len()), 0);
             if let Ok(shape) = ExpertShape::of_blob(&bytes) {
                 prop_assert!(shape.planes().iter().all(|plane| plane.end <= bytes.len()));
             }

@@ -36,7 +36,7 @@ impl fmt::Display for ExpertSlot {
     }
 }
 
-/// One tensor of the trunk: its plain little-endian bytes, row by row.
+/// One tensor of the trunk: its plain little-endian bytes, row by row, or its panels.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct TrunkTensor {
     /// Its name in a text-only checkpoint.
@@ -105,7 +105,7 @@ pub struct ModelManifest {
 }
 
 /// The format that this program reads and writes.
-pub const VERSION: u16 = 1;
+pub const VERSION: u16 = 2;
 
 /// Why bytes are not the manifest they should be.
 #[derive(Debug, thiserror::Error)]
@@ -153,6 +153,10 @@ impl ModelManifest {
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, ManifestError> {
         if bytes.len() > MANIFEST_BYTES_MAX {
             return Err(ManifestError::TooLong(bytes.len()));
+        }
+        // The version comes first: what follows may have changed with it.
+        if let Some(&version) = bytes.first_chunk().filter(|version| u16::from_le_bytes(**version) != VERSION) {
+            return Err(ManifestError::Version(u16::from_le_bytes(version)));
         }
         let manifest: Self = codec::from_bytes(bytes)?;
         manifest.validate()?;
@@ -213,7 +217,9 @@ impl ModelManifest {
             return part(format!("{} trunk tensors, the config makes {}", self.trunk.len(), expected.len()));
         }
         for (tensor, spec) in self.trunk.iter().zip(&expected) {
-            let bytes = spec.shape.iter().product::<u64>() * tensor.precision.bytes() as u64;
+            let Some(bytes) = spec.bytes(tensor.precision) else {
+                return part(format!("trunk tensor {} is {}, which routers and norms never are", tensor.name, tensor.precision));
+            };
             if tensor.name != spec.name || tensor.blob.length != bytes {
                 return part(format!(
                     "trunk tensor {} of {} bytes stands where {} of {bytes} belongs",
@@ -309,10 +315,11 @@ mod tests {
     #[test]
     fn refuses_parts_that_do_not_fit_the_shape() {
         type Break = fn(&mut ModelManifest);
-        let breaks: [Break; 8] = [
+        let breaks: [Break; 9] = [
             |p| drop(p.trunk.pop()),
             |p| p.trunk.swap(0, 1),
             |p| p.trunk[3].blob.length += 2,
+            |p| p.trunk[1].precision = Precision::Q8,
             |p| p.experts.truncate(1),
             |p| p.experts[5].length = u64::MAX,
             |p| p.tokenizer = Some(BlobRef { hash: ContentHash::of(b""), length: SIDE_FILE_BYTES_MAX + 1 }),

@@ -10,7 +10,7 @@ use crate::expert_blob::{ExpertShape, SIDE_MAX};
 use crate::manifest::ExpertSlot;
 use crate::precision::Precision;
 
-/// The text path of a Qwen3-MoE or of a Qwen3-Omni thinker.
+/// The text path of a Qwen3-MoE, of a Qwen3-Omni thinker, or of a Mixtral.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct ModelConfig {
     /// Tokens that have an embedding.
@@ -35,6 +35,8 @@ pub struct ModelConfig {
     pub intermediate_size: u32,
     /// Layers without experts, ascending (`mlp_only_layers` and `decoder_sparse_step`, normalised).
     pub dense_layers: Vec<u32>,
+    /// Whether each head's queries and keys are normed.
+    pub qk_norm: bool,
     /// Whether the weights of the chosen experts are scaled to sum to 1.
     pub norm_topk_prob: bool,
     /// RoPE's base.
@@ -56,6 +58,24 @@ pub struct TensorSpec {
     pub name: String,
     /// Its shape, outermost first.
     pub shape: Vec<u64>,
+    /// Whether it may be packed: matrices may, routers may not.
+    pub packable: bool,
+}
+
+impl TensorSpec {
+    /// Rows and columns; a vector is one row.
+    pub fn sides(&self) -> (usize, usize) {
+        match self.shape[..] {
+            [rows, columns] => (rows as usize, columns as usize),
+            _ => (1, self.shape.iter().product::<u64>() as usize),
+        }
+    }
+
+    /// Bytes of this tensor at `precision`; nothing where it cannot be written so.
+    pub fn bytes(&self, precision: Precision) -> Option<u64> {
+        let (rows, columns) = self.sides();
+        (self.packable || !precision.is_packed()).then(|| precision.matrix_bytes(rows, columns) as u64)
+    }
 }
 
 /// A value in a configuration that makes no sense or is beyond a limit.
@@ -147,7 +167,10 @@ impl ModelConfig {
         let keys = u64::from(self.num_key_value_heads) * head_dim;
         let (experts, dense) = (u64::from(self.num_experts), u64::from(self.intermediate_size));
         let mut tensors = Vec::new();
-        let mut push = |name: String, shape: &[u64]| tensors.push(TensorSpec { name, shape: shape.to_vec() });
+        let mut push = |name: String, shape: &[u64]| {
+            let packable = shape.len() == 2 && !name.ends_with("mlp.gate.weight");
+            tensors.push(TensorSpec { name, shape: shape.to_vec(), packable });
+        };
         push("model.embed_tokens.weight".into(), &[vocab, hidden]);
         for layer in 0..self.num_hidden_layers {
             let mut tensor = |name: &str, shape: &[u64]| push(format!("model.layers.{layer}.{name}.weight"), shape);
@@ -156,8 +179,10 @@ impl ModelConfig {
             tensor("self_attn.k_proj", &[keys, hidden]);
             tensor("self_attn.v_proj", &[keys, hidden]);
             tensor("self_attn.o_proj", &[hidden, queries]);
-            tensor("self_attn.q_norm", &[head_dim]);
-            tensor("self_attn.k_norm", &[head_dim]);
+            if self.qk_norm {
+                tensor("self_attn.q_norm", &[head_dim]);
+                tensor("self_attn.k_norm", &[head_dim]);
+            }
             tensor("post_attention_layernorm", &[hidden]);
             if self.is_moe(layer) {
                 tensor("mlp.gate", &[experts, hidden]);
@@ -192,6 +217,7 @@ pub(crate) mod tests {
             moe_intermediate_size: 6,
             intermediate_size: 10,
             dense_layers: vec![1],
+            qk_norm: true,
             norm_topk_prob: true,
             rope_theta: 1e4,
             mrope_section: None,
@@ -211,6 +237,7 @@ pub(crate) mod tests {
         names.sort();
         names.dedup();
         assert_eq!(names.len(), 31);
+        assert_eq!(ModelConfig { qk_norm: false, ..config }.trunk_tensors().len(), 31 - 6);
     }
 
     #[test]

@@ -14,14 +14,57 @@ pub enum Precision {
     F16 = 1,
     /// The upper half of a single.
     Bf16 = 2,
+    /// Integers of 8 bits, packed in panels with a scale for each row and group.
+    Q8 = 3,
+    /// Integers of 4 bits, packed the same way.
+    Q4 = 4,
 }
 
+/// Rows of a panel of packed weights.
+pub const PANEL_ROWS: usize = 16;
+/// Columns of a group: packed weights of a row and group share a scale.
+pub const GROUP_COLUMNS: usize = 32;
+/// Bytes of the scales that begin a block of packed weights: 16 × f16.
+pub const BLOCK_SCALE_BYTES: usize = 2 * PANEL_ROWS;
+
 impl Precision {
-    /// Bytes that one weight takes.
-    pub const fn bytes(self) -> usize {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::F32, Self::F16, Self::Bf16, Self::Q8, Self::Q4];
+
+    /// Bytes of a single weight, where weights stand alone.
+    pub const fn plain_bytes(self) -> Option<usize> {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => Some(4),
+            Self::F16 | Self::Bf16 => Some(2),
+            Self::Q8 | Self::Q4 => None,
+        }
+    }
+
+    /// Bytes of a block of 16 rows and 32 columns, where weights are packed.
+    pub const fn block_bytes(self) -> Option<usize> {
+        match self {
+            Self::Q8 => Some(BLOCK_SCALE_BYTES + PANEL_ROWS * GROUP_COLUMNS),
+            Self::Q4 => Some(BLOCK_SCALE_BYTES + PANEL_ROWS * GROUP_COLUMNS / 2),
+            Self::F32 | Self::F16 | Self::Bf16 => None,
+        }
+    }
+
+    /// Says whether weights are packed in panels.
+    pub const fn is_packed(self) -> bool {
+        self.block_bytes().is_some()
+    }
+
+    /// Columns of a group, 0 where weights have none.
+    pub const fn group_columns(self) -> usize {
+        if self.is_packed() { GROUP_COLUMNS } else { 0 }
+    }
+
+    /// Bytes of a matrix.
+    pub const fn matrix_bytes(self, rows: usize, columns: usize) -> usize {
+        match (self.block_bytes(), self.plain_bytes()) {
+            (Some(block), _) => rows.div_ceil(PANEL_ROWS) * columns.div_ceil(GROUP_COLUMNS) * block,
+            (None, Some(weight)) => rows * columns * weight,
+            (None, None) => 0, // no precision is neither
         }
     }
 
@@ -31,25 +74,22 @@ impl Precision {
             Self::F32 => "f32",
             Self::F16 => "f16",
             Self::Bf16 => "bf16",
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
         }
     }
 }
 
 /// A precision that this program does not know.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("unknown precision {0} (known: f32, f16, bf16)")]
+#[error("unknown precision {0} (known: f32, f16, bf16, q8, q4)")]
 pub struct UnknownPrecision(String);
 
 impl TryFrom<u8> for Precision {
     type Error = UnknownPrecision;
 
     fn try_from(number: u8) -> Result<Self, UnknownPrecision> {
-        match number {
-            0 => Ok(Self::F32),
-            1 => Ok(Self::F16),
-            2 => Ok(Self::Bf16),
-            other => Err(UnknownPrecision(other.to_string())),
-        }
+        Self::ALL.into_iter().find(|precision| *precision as u8 == number).ok_or_else(|| UnknownPrecision(number.to_string()))
     }
 }
 
@@ -57,7 +97,7 @@ impl FromStr for Precision {
     type Err = UnknownPrecision;
 
     fn from_str(text: &str) -> Result<Self, UnknownPrecision> {
-        [Self::F32, Self::F16, Self::Bf16].into_iter().find(|p| p.name() == text).ok_or_else(|| UnknownPrecision(text.to_owned()))
+        Self::ALL.into_iter().find(|p| p.name() == text).ok_or_else(|| UnknownPrecision(text.to_owned()))
     }
 }
 

@@ -212,6 +212,20 @@ impl BlobStore {
         Ok(true)
     }
 
+    /// The same, in one piece and past the page cache where the filesystem can: `pages` are whole pages, on page borders, that the
+    /// blob's `length` bytes fit into.
+    pub fn read_pages(&self, hash: &ContentHash, pages: &mut [u8], length: usize, now_ms: u64) -> Result<bool, StoreError> {
+        let Some((file, found)) = self.open_as(hash, |disk, path| disk.open_uncached(path))? else { return Ok(false) };
+        if length as u64 != found {
+            self.reader(hash, now_ms)?;
+            return Err(StoreError::WrongBytes { expected: *hash, length: length as u64, found });
+        }
+        let read = file.read_pages(pages);
+        let matches = read.as_ref().is_ok_and(|&read| read == length) && ContentHash::of(&pages[..length]) == *hash;
+        self.judge(hash, found, read.map(drop), matches, now_ms)?;
+        Ok(true)
+    }
+
     /// Reads a whole blob and verifies it. A damaged one goes into quarantine.
     pub fn read(&self, hash: &ContentHash, now_ms: u64) -> Result<Option<Vec<u8>>, StoreError> {
         let Some(length) = self.length(hash) else { return Ok(None) };
@@ -280,9 +294,17 @@ impl BlobStore {
     }
 
     fn open_file(&self, hash: &ContentHash) -> Result<Option<OpenFile>, StoreError> {
+        self.open_as(hash, |disk, path| disk.open(path))
+    }
+
+    fn open_as(
+        &self,
+        hash: &ContentHash,
+        open: impl Fn(&dyn Disk, &Path) -> io::Result<Box<dyn DiskFile>>,
+    ) -> Result<Option<OpenFile>, StoreError> {
         let Some(entry) = self.index().get(hash) else { return Ok(None) };
         let path = self.path(hash);
-        match self.disk.open(&path).and_then(|file| file.length().map(|length| (file, length))) {
+        match open(&*self.disk, &path).and_then(|file| file.length().map(|length| (file, length))) {
             Ok((file, length)) if length == entry.length => Ok(Some((file, length))),
             Ok(_) => {
                 self.quarantine(hash)?;

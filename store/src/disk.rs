@@ -13,6 +13,10 @@ pub trait Disk: Send + Sync {
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
     /// Opens a file to read.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+    /// Opens a file to be read once, past the page cache where the filesystem can: buffers are then aligned to pages.
+    fn open_uncached(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        self.open(path)
+    }
     /// Moves a file, replacing what is there.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
     /// Makes a directory's entries durable.
@@ -44,7 +48,15 @@ pub trait DiskFile: Send + Sync {
     fn length(&self) -> io::Result<u64>;
     /// Fills `buffer` from `offset` on.
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Reads from the beginning until the file ends or `buffer`, of whole pages, is full; returns how much was read.
+    fn read_pages(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.length()?.min(buffer.len() as u64) as usize;
+        self.read_exact_at(&mut buffer[..length], 0)?;
+        Ok(length)
+    }
 }
+
+const PAGE: usize = 4096;
 
 /// The operating system's filesystem.
 #[derive(Debug, Clone, Copy, Default)]
@@ -61,6 +73,17 @@ impl Disk for RealDisk {
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         Ok(Box::new(File::open(path)?))
+    }
+
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    fn open_uncached(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        use rustix::fs::{Mode, OFlags};
+        match rustix::fs::open(path, OFlags::RDONLY | OFlags::DIRECT | OFlags::CLOEXEC, Mode::empty()) {
+            Ok(file) => Ok(Box::new(File::from(file))),
+            // Not every filesystem can: those in memory, for one.
+            Err(rustix::io::Errno::INVAL) => self.open(path),
+            Err(error) => Err(error.into()),
+        }
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -108,6 +131,23 @@ impl DiskFile for File {
 
     fn read_exact_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         FileExt::read_exact_at(self, buffer, offset)
+    }
+
+    fn read_pages(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let mut read = 0;
+        while read < buffer.len() {
+            match FileExt::read_at(self, &mut buffer[read..], read as u64) {
+                Ok(0) => break,
+                Ok(count) => read += count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+            // Only the end of a file cuts a page.
+            if !read.is_multiple_of(PAGE) {
+                break;
+            }
+        }
+        Ok(read)
     }
 }
 

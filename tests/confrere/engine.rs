@@ -1,57 +1,102 @@
-//! Properties of the engine, bit for bit: batches, caches, threads and orders of arrival change nothing.
+//! Properties of the engine, bit for bit: batches, caches, threads, kernels and orders of arrival change nothing.
 
-use inference::experts::Experts;
-use inference::model::Model;
-use inference::session::{Session, logits};
+use inference::engine::{Engine, EngineOptions, ForwardError, Sequence};
+use inference::kernels::Kernels;
+use inference::kv_cache::KvPrecision;
+use inference::session::Session;
 use protocol::Precision;
 
 use crate::support::{Imported, checkpoint, ids, read_safetensors, vectors};
-
-const PRECISIONS: [Precision; 3] = [Precision::F32, Precision::F16, Precision::Bf16];
 
 fn prompt() -> Vec<u32> {
     ids(&read_safetensors(&vectors("reference/moe_text.safetensors"))["greedy"])
 }
 
+fn imported(name: &str, precision: Precision) -> Imported {
+    Imported::from_dir(&checkpoint(name), Some(precision)).expect("it imports")
+}
+
 /// Logits of `tokens` taken in by `parts` at a time, as bits.
-fn bits(model: &Model, experts: &mut Experts, tokens: &[u32], parts: usize) -> Vec<u32> {
-    let mut session = Session::new(model);
+fn bits(engine: &mut Engine, tokens: &[u32], parts: usize) -> Vec<u32> {
+    let mut session = engine.session();
     let mut all = Vec::new();
     for part in tokens.chunks(parts) {
-        let hidden = session.forward(model, part, experts, None).expect("it runs");
-        all.extend(logits(model, &hidden).into_iter().map(f32::to_bits));
+        let each = |_, logits: &mut [f32]| {
+            all.extend(logits.iter().map(|logit| logit.to_bits()));
+            Ok::<_, ForwardError>(())
+        };
+        engine.forward_each(&mut session, part, each).expect("it runs");
     }
     all
 }
 
 #[test]
 fn a_batch_equals_single_steps_and_prefill_equals_decode() {
-    for precision in PRECISIONS {
-        let imported = Imported::from_dir(&checkpoint("tiny-qwen3-moe"), Some(precision)).expect("it imports");
-        let model = imported.model();
-        let mut experts = imported.experts(u64::MAX, 1);
-        let single = bits(&model, &mut experts, &prompt(), 1);
-        for parts in [2, 3, 7, 40] {
-            assert!(bits(&model, &mut experts, &prompt(), parts) == single, "{precision} by {parts}");
+    for precision in Precision::ALL {
+        let imported = imported("tiny-qwen3-moe", precision);
+        for kv in [KvPrecision::F32, KvPrecision::F16, KvPrecision::Q8] {
+            // Longer than a piece of keys, so that pieces are merged.
+            let tokens: Vec<u32> = prompt().into_iter().cycle().take(300).collect();
+            let mut engine = imported.engine_with(u64::MAX, 1, EngineOptions { kv, ..imported.options() });
+            let single = bits(&mut engine, &tokens, 1);
+            for parts in [3, 7, 40, 300] {
+                assert!(bits(&mut engine, &tokens, parts) == single, "{precision} by {parts}, keys and values {kv}");
+            }
         }
     }
 }
 
 #[test]
-fn neither_cache_size_nor_order_of_arrival_nor_threads_change_a_bit() {
-    for precision in PRECISIONS {
-        let imported = Imported::from_dir(&checkpoint("tiny-qwen3-omni"), Some(precision)).expect("it imports");
-        let model = imported.model();
-        let expected = bits(&model, &mut imported.experts(u64::MAX, 1), &prompt(), 10);
+fn neither_cache_size_nor_order_of_arrival_nor_threads_nor_kernels_change_a_bit() {
+    for precision in Precision::ALL {
+        let imported = imported("tiny-qwen3-omni", precision);
+        let expected = bits(&mut imported.engine(u64::MAX, 1), &prompt(), 10);
         let one = imported.manifest.experts[0].length;
         for (cached, seed) in [(0, 2), (1, 3), (3, 4), (20, 5), (1000, 6)] {
-            let mut experts = imported.experts(cached * one, seed);
-            assert!(bits(&model, &mut experts, &prompt(), 10) == expected, "{precision} with {cached} experts cached");
+            let found = bits(&mut imported.engine(cached * one, seed), &prompt(), 10);
+            assert!(found == expected, "{precision} with {cached} experts cached");
         }
-        for threads in [1, 2, 5] {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
-            let found = pool.install(|| bits(&model, &mut imported.experts(u64::MAX, 7), &prompt(), 10));
-            assert!(found == expected, "{precision} on {threads} threads");
+        for (threads, batch_tokens) in [(1, 512), (2, 3), (5, 512)] {
+            let options = EngineOptions { threads, batch_tokens, ..imported.options() };
+            let found = bits(&mut imported.engine_with(u64::MAX, 7, options), &prompt(), 10);
+            assert!(found == expected, "{precision} on {threads} threads, {batch_tokens} tokens at a time");
+        }
+        for kernels in Kernels::available() {
+            let found = bits(&mut imported.engine_with(u64::MAX, 7, EngineOptions { kernels, ..imported.options() }), &prompt(), 10);
+            assert!(found == expected, "{precision} with {} kernels", kernels.name);
+        }
+    }
+}
+
+#[test]
+fn sequences_decoded_together_are_as_each_alone() {
+    for (precision, kv) in [(Precision::Q4, KvPrecision::F16), (Precision::Q8, KvPrecision::Q8), (Precision::Bf16, KvPrecision::F32)] {
+        let imported = imported("tiny-qwen3-omni", precision);
+        let mut engine = imported.engine_with(u64::MAX, 1, EngineOptions { kv, ..imported.options() });
+        let tokens = prompt();
+        for count in [1, 4, 8, 16] {
+            // Sequence i begins with i tokens of its own, so that all stand at different places.
+            let mut sessions: Vec<Session> = (0..count).map(|_| engine.session()).collect();
+            for (i, session) in sessions.iter_mut().enumerate() {
+                engine.forward(session, &tokens[..=i % 12]).expect("it runs");
+            }
+            for step in 0..4 {
+                let next: Vec<u32> = (0..count).map(|i| tokens[(i * 5 + step) % tokens.len()]).collect();
+                let mut batch: Vec<_> = sessions
+                    .iter_mut()
+                    .zip(&next)
+                    .map(|(session, token)| Sequence { session, tokens: std::slice::from_ref(token) })
+                    .collect();
+                engine.decode(&mut batch).expect("it runs");
+                let together: Vec<Vec<f32>> = (0..count).map(|i| engine.logits(i).to_vec()).collect();
+                for (i, together) in together.iter().enumerate() {
+                    let own: Vec<u32> =
+                        tokens[..=i % 12].iter().copied().chain((0..=step).map(|step| tokens[(i * 5 + step) % tokens.len()])).collect();
+                    let mut session = engine.session();
+                    let alone = engine.forward(&mut session, &own).expect("it runs");
+                    assert!(alone == together, "{precision}: sequence {i} of {count}, step {step}");
+                }
+            }
         }
     }
 }
@@ -59,27 +104,27 @@ fn neither_cache_size_nor_order_of_arrival_nor_threads_change_a_bit() {
 #[test]
 fn counts_each_slot_once_and_by_where_it_was() {
     let imported = Imported::of("tiny-qwen3-moe");
-    let model = imported.model();
-    let mut experts = imported.experts(u64::MAX, 1);
-    bits(&model, &mut experts, &prompt(), 5);
-    let first = experts.usage();
+    let mut engine = imported.engine(u64::MAX, 1);
+    bits(&mut engine, &prompt(), 5);
+    let first = engine.experts().usage();
     assert_eq!((first.ram, first.fetched, first.disk), (0, 0, first.needed));
-    experts.start_counting();
-    bits(&model, &mut experts, &prompt(), 40);
-    let second = experts.usage();
+    engine.experts().start_counting();
+    bits(&mut engine, &prompt(), 40);
+    let second = engine.experts().usage();
     assert_eq!((second.needed, second.ram, second.disk), (first.needed, first.needed, 0));
+    assert_eq!((second.uses, second.bytes_read), (second.hits, 0));
 }
 
 #[test]
 fn a_sequence_ends_at_the_context_and_a_failed_step_leaves_no_trace() {
     let imported = Imported::of("variant-tied");
-    let model = imported.model();
-    let mut experts = imported.experts(u64::MAX, 1);
-    let mut session = Session::new(&model);
-    assert!(session.forward(&model, &[1, u32::MAX], &mut experts, None).is_err());
-    assert!(session.forward(&model, &vec![1; model.context() + 1], &mut experts, None).is_err());
+    let mut engine = imported.engine(u64::MAX, 1);
+    let mut session = engine.session();
+    assert!(engine.forward(&mut session, &[1, u32::MAX]).is_err());
+    let context = engine.context();
+    assert!(engine.forward(&mut session, &vec![1; context + 1]).is_err());
     assert_eq!(session.tokens(), 0);
-    let hidden = session.forward(&model, &[5, 6], &mut experts, None).expect("it runs");
-    let fresh = Session::new(&model).forward(&model, &[5, 6], &mut experts, None).expect("it runs");
-    assert_eq!(hidden, fresh);
+    let logits = engine.forward(&mut session, &[5, 6]).expect("it runs").to_vec();
+    let mut fresh = engine.session();
+    assert_eq!(engine.forward(&mut fresh, &[5, 6]).expect("it runs"), logits);
 }

@@ -4,12 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use inference::activation_log::ActivationLog;
+use inference::engine::{Engine, ForwardError};
 use inference::generate::{GenerateRequest, generate};
 use inference::reference::reference_logits;
-use inference::router::route;
+use inference::router::{Choice, route};
 use inference::sampler::Sampling;
-use inference::session::{Session, logits};
-use protocol::ModelManifest;
+use protocol::{ModelManifest, Precision};
 
 use crate::support::{Imported, Tensor, floats, ids, read_safetensors, vectors};
 
@@ -42,19 +42,30 @@ fn worst(found: &[f32], expected: &[f32]) -> f32 {
     found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max) / deviation
 }
 
+/// Logits after each of `tokens`.
+fn all_logits(engine: &mut Engine, tokens: &[u32]) -> Vec<f32> {
+    let mut all = Vec::new();
+    let mut session = engine.session();
+    let each = |_, logits: &mut [f32]| {
+        all.extend_from_slice(logits);
+        Ok::<_, ForwardError>(())
+    };
+    engine.forward_each(&mut session, tokens, each).expect("it runs");
+    all
+}
+
 #[test]
 fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
     for (checkpoint, name) in CASES {
         let reference = reference(name);
         let imported = Imported::of(checkpoint);
-        let model = imported.model();
         let config = &imported.manifest.config;
-        let mut experts = imported.experts(u64::MAX, 1);
+        let mut engine = imported.engine(u64::MAX, 1);
         let prompt = ids(&reference["input_ids"]);
 
-        let mut log = ActivationLog::default();
-        let hidden = Session::new(&model).forward(&model, &prompt, &mut experts, Some(&mut log)).expect("it runs");
-        let error = worst(&logits(&model, &hidden), &floats(&reference["logits"]));
+        engine.log = Some(ActivationLog::default());
+        let error = worst(&all_logits(&mut engine, &prompt), &floats(&reference["logits"]));
+        let log = engine.log.take().expect("it was there");
         println!("{checkpoint}: largest error {error:.2e} standard deviations");
         assert!(error < TOLERANCE, "{checkpoint}: {error}");
 
@@ -63,8 +74,10 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
             let found: Vec<_> = log.entries().iter().filter(|entry| entry.layer == layer).collect();
             assert_eq!(found.len(), prompt.len());
             for (entry, row) in found.iter().zip(expected.chunks_exact(config.num_experts as usize)) {
-                let expected = route(row, config.num_experts_per_tok as usize, config.norm_topk_prob);
-                assert_eq!(entry.routing.experts, expected.experts, "{checkpoint} layer {layer} token {}", entry.position);
+                let mut expected = vec![Choice::default(); config.num_experts_per_tok as usize];
+                route(&mut row.to_vec(), config.norm_topk_prob, &mut expected);
+                let experts = |choices: &[Choice]| choices.iter().map(|choice| choice.expert).collect::<Vec<_>>();
+                assert_eq!(experts(&entry.choices), experts(&expected), "{checkpoint} layer {layer} token {}", entry.position);
             }
         }
 
@@ -76,8 +89,8 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
             eos_token_ids: vec![],
             stop_strings: vec![],
         };
-        let mut session = Session::new(&model);
-        let answer = generate(&model, None, &mut session, &mut experts, &request, |_| std::ops::ControlFlow::Continue(()));
+        let mut session = engine.session();
+        let answer = generate(&mut engine, None, &mut session, &request, |_| std::ops::ControlFlow::Continue(()));
         assert_eq!(answer.expect("it runs").tokens, greedy[prompt.len()..], "{checkpoint}");
     }
 }
@@ -103,9 +116,7 @@ fn each_thing_broken_on_purpose_is_noticed() {
     for (what, damage) in breaks {
         let mut imported = Imported::of("variant-faint");
         damage(Arc::make_mut(&mut imported.manifest));
-        let model = imported.model();
-        let hidden = Session::new(&model).forward(&model, &prompt, &mut imported.experts(u64::MAX, 1), None).expect("it runs");
-        let error = worst(&logits(&model, &hidden), &floats(&reference["logits"]));
+        let error = worst(&all_logits(&mut imported.engine(u64::MAX, 1), &prompt), &floats(&reference["logits"]));
         println!("{what} broken: largest error {error:.2e} standard deviations");
         assert!(error > 3.0 * TOLERANCE, "{what} broken goes unnoticed: {error}");
     }
@@ -124,5 +135,22 @@ fn the_reference_engine_agrees_with_transformers_too() {
         let found = reference_logits(&imported.manifest, &ids(&reference["input_ids"]), &mut |blob| Ok(imported.blobs.get(blob)));
         let error = worst(&found.expect("it runs"), &floats(&reference["logits"]));
         assert!(error < TOLERANCE, "{checkpoint}: {error}");
+    }
+}
+
+/// Packed weights against the reference engine, which widens them and multiplies in f32: what is left is the rounding of activations.
+#[test]
+fn packed_models_compute_what_their_weights_say() {
+    for precision in [Precision::Q8, Precision::Q4] {
+        for checkpoint in ["tiny-qwen3-moe", "variant-dense"] {
+            let imported = Imported::from_dir(&crate::support::checkpoint(checkpoint), Some(precision)).expect("it imports");
+            let prompt: Vec<u32> = (1..25).collect();
+            let expected = reference_logits(&imported.manifest, &prompt, &mut |blob| Ok(imported.blobs.get(blob))).expect("it runs");
+            let found = all_logits(&mut imported.engine(u64::MAX, 1), &prompt);
+            let square = |pairs: &mut dyn Iterator<Item = f32>| pairs.map(|x| x * x).sum::<f32>().sqrt();
+            let error = square(&mut found.iter().zip(&expected).map(|(a, b)| a - b)) / square(&mut expected.iter().copied());
+            println!("{checkpoint} at {precision}: root mean square error {error:.2e} of the logits'");
+            assert!(error < 0.05, "{checkpoint} at {precision}: {error}");
+        }
     }
 }

@@ -6,10 +6,14 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use inference::aligned::AlignedBytes;
+use inference::cache_policy::PolicyKind;
 use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, ImportError, import};
-use inference::expert_source::{Deliver, ExpertRequest, ExpertSource, Origin, SourceError};
+use inference::convert::Target;
+use inference::engine::{Engine, EngineOptions};
+use inference::expert_source::{Arrival, ExpertRequest, ExpertSource, Origin, SourceError};
 use inference::experts::Experts;
+use inference::kv_cache::KvPrecision;
 use inference::model::Model;
 use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
@@ -60,7 +64,7 @@ impl Imported {
     pub(crate) fn from_dir(dir: &Path, precision: Option<Precision>) -> Result<Self, ImportError> {
         let checkpoint = Checkpoint::open(dir).map_err(ImportError::Refused)?;
         let blobs = Arc::new(MemoryBlobs::default());
-        let manifest = Arc::new(import(&checkpoint, precision, &*blobs)?);
+        let manifest = Arc::new(import(&checkpoint, Target::all(precision), &*blobs)?);
         Ok(Self { manifest, blobs })
     }
 
@@ -73,26 +77,46 @@ impl Imported {
         Model::load(Arc::clone(&self.manifest), read).expect("the trunk is there")
     }
 
+    /// The model ready to run, as it is by default but with keys and values in f32.
+    pub(crate) fn engine(&self, bytes_max: u64, seed: u64) -> Engine {
+        self.engine_with(bytes_max, seed, self.options())
+    }
+
+    pub(crate) fn engine_with(&self, bytes_max: u64, seed: u64, options: EngineOptions) -> Engine {
+        Engine::new(self.model(), self.experts(bytes_max, seed), options)
+    }
+
+    pub(crate) fn options(&self) -> EngineOptions {
+        EngineOptions { kv: KvPrecision::F32, ..EngineOptions::for_model(&self.manifest) }
+    }
+
     /// Experts from memory, of which `bytes_max` bytes are cached, delivered in an order that `seed` decides.
     pub(crate) fn experts(&self, bytes_max: u64, seed: u64) -> Experts {
-        let source = Shuffled { blobs: Arc::clone(&self.blobs), state: seed };
-        Experts::new(Arc::clone(&self.manifest), bytes_max, Box::new(source))
+        let source = Shuffled { blobs: Arc::clone(&self.blobs), state: seed, requests: Vec::new() };
+        Experts::new(Arc::clone(&self.manifest), bytes_max, PolicyKind::Lru, Box::new(source))
     }
 }
 
 struct Shuffled {
     blobs: Arc<MemoryBlobs>,
     state: u64,
+    requests: Vec<ExpertRequest>,
 }
 
 impl ExpertSource for Shuffled {
-    fn fetch(&mut self, requests: &[ExpertRequest], deliver: Deliver<'_>) -> Result<(), SourceError> {
-        let mut order: Vec<_> = requests.to_vec();
-        for i in (1..order.len()).rev() {
-            self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            order.swap(i, (self.state >> 33) as usize % (i + 1));
-        }
-        order.iter().try_for_each(|request| deliver(request.slot, AlignedBytes::copy_of(&self.blobs.get(request.blob)), Origin::Disk))
+    fn request(&mut self, requests: Vec<ExpertRequest>) {
+        self.requests.extend(requests);
+    }
+
+    fn receive(&mut self) -> Result<Arrival, SourceError> {
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let ExpertRequest { slot, blob, mut buffer } = self.requests.swap_remove((self.state >> 33) as usize % self.requests.len());
+        buffer.copy_from_slice(&self.blobs.get(blob));
+        Ok(Arrival { slot, bytes: buffer, origin: Origin::Disk })
+    }
+
+    fn cancel(&mut self) {
+        self.requests.clear();
     }
 }
 

@@ -6,12 +6,13 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use half::{bf16, f16};
 use protocol::manifest::{ChatFormat, ManifestError, TrunkTensor, VERSION};
+use protocol::model_config::TensorSpec;
 use protocol::{BlobRef, ModelManifest, Precision};
 use rayon::prelude::*;
 
 use super::{Checkpoint, ExpertTensors, Problem, TensorSource};
+use crate::convert::{Target, convert_expert, convert_matrix};
 
 /// Largest magnitude that a weight may have: the largest of f16, beyond anything that training leaves.
 pub const WEIGHT_MAGNITUDE_MAX: f32 = 65504.0;
@@ -41,17 +42,15 @@ pub enum ImportError {
     Manifest(#[from] ManifestError),
 }
 
-/// Imports `checkpoint`, its weights as they are or converted to `precision`. Routers and norms keep their format.
-pub fn import(checkpoint: &Checkpoint, precision: Option<Precision>, sink: &dyn BlobSink) -> Result<ModelManifest, ImportError> {
+/// Imports `checkpoint`, its weights as they are or converted. Routers and norms keep their format.
+pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> Result<ModelManifest, ImportError> {
     let work = Import { checkpoint, sink, done: AtomicU64::new(0), problems: Mutex::new(Vec::new()) };
     work.check_tied_head();
     let specs = checkpoint.config.trunk_tensors();
-    let trunk = checkpoint.trunk.iter().zip(&specs).map(|(tensor, spec)| {
-        let matrix = spec.shape.len() > 1 && !spec.name.ends_with("mlp.gate.weight");
-        work.trunk_tensor(tensor, &spec.name, precision.filter(|_| matrix).unwrap_or(tensor.precision))
-    });
+    let trunk =
+        checkpoint.trunk.iter().zip(&specs).map(|(tensor, spec)| work.trunk_tensor(tensor, spec, target.of_tensor(spec, tensor.precision)));
     let trunk: Vec<_> = trunk.collect::<Result<_, _>>()?;
-    let target = precision.unwrap_or(checkpoint.expert_precision);
+    let target = target.experts.unwrap_or(checkpoint.expert_precision);
     let experts: Vec<_> = checkpoint.experts.par_iter().map(|expert| work.expert(expert, target)).collect::<Result<_, _>>()?;
     let mut problems = work.problems.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !problems.is_empty() {
@@ -101,9 +100,9 @@ struct Converted<T> {
 }
 
 impl Import<'_> {
-    fn trunk_tensor(&self, tensor: &TensorSource, name: &str, target: Precision) -> Result<Converted<TrunkTensor>, ImportError> {
+    fn trunk_tensor(&self, tensor: &TensorSource, spec: &TensorSpec, target: Precision) -> Result<Converted<TrunkTensor>, ImportError> {
         let bytes = self.checkpoint.bytes(tensor);
-        let entry = |precision, blob| TrunkTensor { name: name.to_owned(), precision, blob };
+        let entry = |precision, blob| TrunkTensor { name: spec.name.clone(), precision, blob };
         // The blob of a refused tensor is never named by a manifest.
         let source = BlobRef::of(bytes);
         let blob = if !self.check(tensor) {
@@ -111,8 +110,7 @@ impl Import<'_> {
         } else if target == tensor.precision {
             self.sink.put(bytes).map_err(ImportError::Sink)?
         } else {
-            let mut converted = vec![0; bytes.len() / tensor.precision.bytes() * target.bytes()];
-            convert(bytes, tensor.precision, &mut converted, target);
+            let converted = convert_matrix(bytes, tensor.precision, target, spec.sides());
             self.sink.put(&converted).map_err(ImportError::Sink)?
         };
         self.advance(bytes.len())?;
@@ -137,12 +135,7 @@ impl Import<'_> {
 
     fn blob(&self, planes: [&TensorSource; 3], target: Precision) -> Vec<u8> {
         let shape = self.checkpoint.config.expert_shape(target);
-        let mut blob = vec![0; shape.blob_bytes()];
-        blob[..protocol::expert_blob::HEADER_BYTES].copy_from_slice(&shape.header());
-        for (tensor, place) in planes.into_iter().zip(shape.planes()) {
-            convert(self.checkpoint.bytes(tensor), tensor.precision, &mut blob[place], target);
-        }
-        blob
+        convert_expert(planes.map(|tensor| (self.checkpoint.bytes(tensor), tensor.precision)), shape)
     }
 
     /// Says whether all weights are finite and within bounds; notes the tensor when not.
@@ -151,7 +144,7 @@ impl Import<'_> {
         let Some((count, first)) = out_of_bounds(bytes, tensor.precision) else { return true };
         let what = format!(
             "{count} of {} weights are not finite or beyond ±{WEIGHT_MAGNITUDE_MAX}, the first at index {first}",
-            bytes.len() / tensor.precision.bytes()
+            bytes.len() / tensor.precision.matrix_bytes(1, 1)
         );
         self.note(tensor, what);
         false
@@ -183,8 +176,9 @@ fn out_of_bounds(bytes: &[u8], precision: Precision) -> Option<(usize, usize)> {
         Precision::F32 => read32(bytes, i) & 0x7fff_ffff > WEIGHT_MAGNITUDE_MAX.to_bits(),
         Precision::Bf16 => read16(bytes, i) & 0x7fff > (WEIGHT_MAGNITUDE_MAX.to_bits() >> 16) as u16,
         Precision::F16 => read16(bytes, i) & 0x7fff >= 0x7c00,
+        Precision::Q8 | Precision::Q4 => unreachable!("checkpoints hold plain weights"),
     };
-    let weights = bytes.len() / precision.bytes();
+    let weights = bytes.len() / precision.matrix_bytes(1, 1);
     let count = (0..weights).filter(|&i| bad(i)).count();
     (count > 0).then(|| (count, (0..weights).find(|&i| bad(i)).unwrap_or(0)))
 }
@@ -197,28 +191,10 @@ fn read32(bytes: &[u8], i: usize) -> u32 {
     u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]])
 }
 
-/// Rewrites weights in another format, to the nearest even where it is narrower.
-fn convert(source: &[u8], from: Precision, out: &mut [u8], to: Precision) {
-    if from == to {
-        return out.copy_from_slice(source);
-    }
-    let value = |i: usize| match from {
-        Precision::F32 => f32::from_bits(read32(source, i)),
-        Precision::F16 => f16::from_bits(read16(source, i)).to_f32(),
-        Precision::Bf16 => bf16::from_bits(read16(source, i)).to_f32(),
-    };
-    for (i, weight) in out.chunks_exact_mut(to.bytes()).enumerate() {
-        match to {
-            Precision::F32 => weight.copy_from_slice(&value(i).to_le_bytes()),
-            Precision::F16 => weight.copy_from_slice(&f16::from_f32(value(i)).to_le_bytes()),
-            Precision::Bf16 => weight.copy_from_slice(&bf16::from_f32(value(i)).to_le_bytes()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use half::{bf16, f16};
 
     #[test]
     fn bounds_hold_at_their_edges_in_every_format() {

@@ -268,7 +268,7 @@ impl<'a> Collector<'a> {
             start: (entry.range.start + start) as usize,
             end: (entry.range.start + start + bytes) as usize,
         };
-        let plane = hidden * middle * precision.bytes() as u64;
+        let plane = hidden * middle * precision.matrix_bytes(1, 1) as u64;
         let whole = source(0, entry.range.end - entry.range.start);
         match role {
             Role::Trunk(index) => self.trunk[index] = Some(whole),

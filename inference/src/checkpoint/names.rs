@@ -57,8 +57,16 @@ impl Names {
         }
         let name = match (self.family, name.strip_prefix("thinker.")) {
             (Family::Omni, Some(rest)) => rest,
-            (Family::Omni, None) | (Family::Text | Family::Thinker, Some(_)) => return Role::Unexpected,
-            (Family::Text | Family::Thinker, None) => name,
+            (Family::Omni, None) | (Family::Text | Family::Mixtral | Family::Thinker, Some(_)) => return Role::Unexpected,
+            (Family::Text | Family::Mixtral | Family::Thinker, None) => name,
+        };
+        let own;
+        let name = if self.family == Family::Mixtral {
+            let Some(name) = from_mixtral(name) else { return Role::Unexpected };
+            own = name;
+            &own
+        } else {
+            name
         };
         if let Some(&index) = self.trunk.get(name) {
             return Role::Trunk(index);
@@ -73,7 +81,7 @@ impl Names {
         if name.ends_with("rotary_emb.inv_freq") {
             return Some("RoPE frequencies, which follow from the configuration");
         }
-        if self.family == Family::Text {
+        if matches!(self.family, Family::Text | Family::Mixtral) {
             return None;
         }
         let inner = name.strip_prefix("thinker.").unwrap_or(name);
@@ -108,6 +116,21 @@ impl Names {
         };
         Some(Role::Expert(ExpertSlot { layer, expert }, projection))
     }
+}
+
+/// Mixtral's word for a tensor in Qwen3-MoE's words; a name in those words is none of Mixtral's.
+fn from_mixtral(name: &str) -> Option<String> {
+    if name.contains(".mlp.") {
+        return None;
+    }
+    let Some((layer, rest)) = name.split_once(".block_sparse_moe.") else { return Some(name.to_owned()) };
+    let rest = match rest.split_once(".w") {
+        Some((expert, "1.weight")) => format!("{expert}.gate_proj.weight"),
+        Some((expert, "3.weight")) => format!("{expert}.up_proj.weight"),
+        Some((expert, "2.weight")) => format!("{expert}.down_proj.weight"),
+        _ => rest.to_owned(),
+    };
+    Some(format!("{layer}.mlp.{rest}"))
 }
 
 /// A decimal number without sign or leading zeros: `01` would be a second name for the same tensor.

@@ -6,13 +6,14 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use clap::Args;
+use inference::convert::Target;
 use inference::experts::ExpertUse;
 use inference::generate::Progress;
-use inference::session::Session;
 use protocol::ModelId;
 use serde_json::json;
 use tokio::runtime::Runtime;
 
+use super::EngineArgs;
 use super::import::import_into;
 use super::run::{Answer, Prompt, answer, default_sampling, request};
 use crate::clock::{check_interrupted, instant};
@@ -74,7 +75,7 @@ pub(super) fn demo(runtime: &Runtime, args: &DemoArgs, as_json: bool) -> Result<
 
     note(&format!("node A imports {} …", checkpoint.display()));
     let (rich, poor) = (DataDir::open(&workplace.path.join("a"))?, DataDir::open(&workplace.path.join("b"))?);
-    let model = import_into(&mut rich.lock(u64::MAX)?, &checkpoint, Some("demo"), None)?;
+    let model = import_into(&mut rich.lock(u64::MAX)?, &checkpoint, Some("demo"), Target::default())?;
     let experts = model.manifest.experts.len();
 
     note("node A answers alone, for comparison …");
@@ -127,8 +128,8 @@ fn generate_all(
         PeerOptions { peers: peer.into_iter().collect(), mdns: false, timeout: Duration::from_secs(10), publishers: Publishers::Trusted };
     let federation = Federation::connect(runtime, dir, &options, false)?;
     let found = federation.find(&mut open, &model.to_string(), Some("demo"))?;
-    let context = found.manifest.config.max_position_embeddings as usize;
-    let mut loaded = federation.load(&open, &found, default_memory(), context)?;
+    let options = EngineArgs::default().options(&found.manifest, None);
+    let mut loaded = federation.load(&open, &found, default_memory(), options)?;
     let prompts = if loaded.tokenizer.is_some() { PROMPTS } else { ID_PROMPTS };
     prompts.iter().map(|(domain, prompt)| generate_one(&mut loaded, &found, domain, prompt, tokens_max, show)).collect()
 }
@@ -149,7 +150,7 @@ fn generate_one(
     if show == Show::Everything {
         print(&format!("{bold}{prompt}{plain}"))?;
     }
-    let mut session = Session::new(&loaded.model);
+    let mut session = loaded.engine.session();
     let mut fetched = 0;
     let Answer { generated, prefill, experts, tokens_per_second } = answer(loaded, &mut session, &request, |progress| {
         let (Progress::Prefilled(usage) | Progress::Token(_, usage)) = progress;

@@ -6,19 +6,18 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Subcommand};
 use inference::perplexity::perplexity;
 use inference::reference::reference_logits;
-use inference::session::{Session, logits as head};
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::{Context, PeerArgs};
+use super::{Context, EngineArgs, PeerArgs};
 use crate::clock::{check_interrupted, interrupted, now_ms};
 use crate::data_dir::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
 use crate::output::{byte_bar, note, print_json, print_line};
 
-/// Tokens whose logits are computed together.
-const LOGITS_TOKENS: usize = 64;
+/// Tokens of a window of a text, unless the model's context is shorter or `--context` says otherwise.
+const WINDOW_DEFAULT: u32 = 2048;
 
 #[derive(Subcommand)]
 pub(super) enum EvalCommand {
@@ -42,6 +41,8 @@ pub(super) struct LogitsArgs {
     #[arg(long)]
     reference: bool,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     peers: PeerArgs,
 }
 
@@ -51,6 +52,8 @@ pub(super) struct PerplexityArgs {
     model: String,
     /// A text file; the byte 0x1e separates documents
     file: PathBuf,
+    #[command(flatten)]
+    engine: EngineArgs,
     #[command(flatten)]
     peers: PeerArgs,
 }
@@ -80,14 +83,15 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
         };
         reference_logits(&found.manifest, &tokens, &mut read).map_err(|error| Failure::new(Kind::Other, error))?
     } else {
-        let mut loaded = federation.load(&open, &found, context.memory_max, tokens.len())?;
-        let hidden = Session::new(&loaded.model).forward(&loaded.model, &tokens, &mut loaded.experts, None)?;
-        let rows = hidden.chunks(LOGITS_TOKENS * found.manifest.config.hidden_size as usize);
+        let options = args.engine.options(&found.manifest, Some(tokens.len()));
+        let mut engine = federation.load(&open, &found, context.memory_max, options)?.engine;
         let mut values = Vec::with_capacity(tokens.len() * vocab_size);
-        for rows in rows {
+        let mut session = engine.session();
+        engine.forward_each(&mut session, &tokens, |_, logits| {
             check_interrupted()?;
-            values.extend(head(&loaded.model, rows));
-        }
+            values.extend_from_slice(logits);
+            Ok::<_, Failure>(())
+        })?;
         values
     };
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
@@ -110,11 +114,13 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
     let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
-    let mut loaded = federation.load(&open, &found, context.memory_max, usize::MAX)?;
+    let window = found.manifest.config.max_position_embeddings.min(WINDOW_DEFAULT) as usize;
+    let options = args.engine.options(&found.manifest, Some(window));
+    let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
     let tokenizer = loaded.tokenizer.as_ref().ok_or_else(missing)?;
     let bar = byte_bar(text.len() as u64, "perplexity");
-    let report = perplexity(&loaded.model, tokenizer, &text, &mut loaded.experts, |done| {
+    let report = perplexity(&mut loaded.engine, tokenizer, &text, |done| {
         bar.set_position(done);
         !interrupted()
     })?;

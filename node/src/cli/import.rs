@@ -1,20 +1,22 @@
 //! `confrere import`: a published checkpoint becomes blobs in the store and a signed manifest.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 use indicatif::ProgressBar;
 use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, import as import_checkpoint};
-use protocol::{BlobRef, ContentHash, Precision};
+use inference::convert::{self, Target};
+use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
 use serde_json::json;
 use store::{BlobStore, PutOutcome, StoreError};
 
-use super::Context;
+use super::{Context, PeerArgs};
 use crate::clock::{interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
+use crate::federation::{Federation, expert_parts, trunk_parts};
 use crate::output::{byte_bar, human_bytes, note, print_json, print_line};
 
 #[derive(Args)]
@@ -24,14 +26,61 @@ pub(super) struct ImportArgs {
     /// What to call the model here [default: the directory's name]
     #[arg(long)]
     name: Option<String>,
-    /// Convert the weights: f32, f16 or bf16 [default: as they are]
+    /// Convert the weights: f32, f16, bf16, q8 or q4 [default: as they are]
     #[arg(long)]
     precision: Option<Precision>,
+    /// Convert the trunk's weights to another precision than the experts'
+    #[arg(long, value_name = "PRECISION")]
+    trunk_precision: Option<Precision>,
+}
+
+#[derive(Args)]
+pub(super) struct RequantizeArgs {
+    /// A name, an id or the beginning of an id
+    model: String,
+    /// What to convert the weights to: q8, q4, or a plain format
+    precision: Precision,
+    /// Convert the trunk's weights to another precision than the experts'
+    #[arg(long, value_name = "PRECISION")]
+    trunk_precision: Option<Precision>,
+    /// What to call the new model here [default: the old name and the precision]
+    #[arg(long)]
+    name: Option<String>,
+    #[command(flatten)]
+    peers: PeerArgs,
 }
 
 pub(super) fn import(context: &Context, args: &ImportArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let model = import_into(&mut open, &args.path, args.name.as_deref(), args.precision)?;
+    let target = Target { experts: args.precision, trunk: args.trunk_precision.or(args.precision) };
+    let model = import_into(&mut open, &args.path, args.name.as_deref(), target)?;
+    report(context, &open, &model)
+}
+
+/// `confrere requantize`: a model that is here becomes another, of narrower weights.
+pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(), Failure> {
+    let mut open = context.lock()?;
+    if let Some(name) = &args.name {
+        open.check_name(name, None)?;
+    }
+    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let found = federation.find(&mut open, &args.model, None)?;
+    let manifest = Arc::clone(&found.manifest);
+    let parts = [trunk_parts(&manifest), expert_parts(&manifest)].concat();
+    federation.bring(&open.store, &parts, "model")?;
+    let target = Target { experts: Some(args.precision), trunk: args.trunk_precision.or(Some(args.precision)) };
+    let store = Arc::clone(&open.store);
+    let read = |blob: BlobRef| -> Result<Vec<u8>, Failure> {
+        let gone = || Failure::new(Kind::Other, format!("{} has gone from the store", blob.hash));
+        store.read(&blob.hash, now_ms())?.ok_or_else(gone)
+    };
+    let suggested = Some(format!("{}-{}", found.name, args.precision));
+    let made = |sink: &dyn BlobSink| convert::requantize(&manifest, target, &read, sink).map_err(Failure::from);
+    let model = make_model(&mut open, (args.name.as_deref(), suggested), manifest.total_bytes(), "requantize", made)?;
+    report(context, &open, &model)
+}
+
+fn report(context: &Context, open: &OpenDataDir, model: &LocalModel) -> Result<(), Failure> {
     if context.json {
         let experts = model.manifest.experts.len();
         return print_json(
@@ -42,12 +91,7 @@ pub(super) fn import(context: &Context, args: &ImportArgs) -> Result<(), Failure
 }
 
 /// Imports the checkpoint at `path`. One that is refused leaves nothing behind; one that is interrupted can go on.
-pub(super) fn import_into(
-    open: &mut OpenDataDir,
-    path: &Path,
-    name: Option<&str>,
-    precision: Option<Precision>,
-) -> Result<LocalModel, Failure> {
+pub(super) fn import_into(open: &mut OpenDataDir, path: &Path, name: Option<&str>, target: Target) -> Result<LocalModel, Failure> {
     if let Some(name) = name {
         open.check_name(name, None)?;
     }
@@ -61,39 +105,51 @@ pub(super) fn import_into(
     if checkpoint.tokenizer.is_none() {
         note("warning: the checkpoint has no tokenizer.json; prompts are token ids, such as [1, 2, 3]");
     }
-    let bar = byte_bar(checkpoint.total_bytes(), "import");
-    let sink = StoreSink { store: &open.store, bar, written: Mutex::default(), failed: Mutex::default() };
-    let imported = import_checkpoint(&checkpoint, precision, &sink);
+    let suggested = directory_name(path).map(|name| target.experts.map_or(name.clone(), |precision| format!("{name}-{precision}")));
+    let make = |sink: &dyn BlobSink| Ok(import_checkpoint(&checkpoint, target, sink)?);
+    make_model(open, (name, suggested), checkpoint.total_bytes(), "import", make)
+}
+
+/// Makes a model of new blobs and keeps it under the name that is wanted, else under the one suggested if that is free. When it fails, the
+/// blobs go; when it is interrupted, they stay.
+fn make_model(
+    open: &mut OpenDataDir,
+    (name, suggested): (Option<&str>, Option<String>),
+    bytes: u64,
+    what: &str,
+    make: impl FnOnce(&dyn BlobSink) -> Result<ModelManifest, Failure>,
+) -> Result<LocalModel, Failure> {
+    let store = Arc::clone(&open.store);
+    let sink = StoreSink { store: &store, bar: byte_bar(bytes, what), written: Mutex::default(), failed: Mutex::default() };
+    let made = make(&sink);
     sink.bar.finish_and_clear();
     let StoreSink { written, failed, .. } = sink;
-    let named = imported.map_err(|error| match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+    let made = made.map_err(|failure| match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(cause) => Failure::from(cause),
-        None => error.into(),
+        None => failure,
     });
-    let named = named.and_then(|manifest| name.map_or(Ok(()), |name| open.check_name(name, Some(manifest.id()))).map(|()| manifest));
-    open.store.flush();
+    let named = made.and_then(|manifest| name.map_or(Ok(()), |name| open.check_name(name, Some(manifest.id()))).map(|()| manifest));
+    store.flush();
     let manifest = match named {
         Ok(manifest) => manifest,
         Err(failure) if failure.kind == Kind::Interrupted => return Err(failure),
         Err(failure) => {
             for hash in written.into_inner().unwrap_or_else(PoisonError::into_inner) {
-                open.store.remove(&hash)?;
+                store.remove(&hash)?;
             }
             return Err(failure);
         }
     };
     let envelope = manifest.seal(&open.dir.key()?);
-    let suggested = name.map(str::to_owned).or_else(|| free_name(open, path, &manifest.id()));
-    let model = open.keep(suggested.as_deref(), manifest, &envelope)?;
-    note(&format!("imported {} ({} experts, {})", model.name, model.manifest.experts.len(), human_bytes(model.manifest.total_bytes())));
+    let suggested = suggested.filter(|name| open.check_name(name, Some(manifest.id())).is_ok());
+    let model = open.keep(name.or(suggested.as_deref()), manifest, &envelope)?;
+    let size = human_bytes(model.manifest.total_bytes());
+    note(&format!("{} is here: {} experts at {}, {size}", model.name, model.manifest.experts.len(), model.manifest.expert_precision));
     Ok(model)
 }
 
-/// The directory's name, if it can name this model.
-fn free_name(open: &OpenDataDir, path: &Path, id: &protocol::ModelId) -> Option<String> {
-    let path = path.canonicalize().ok()?;
-    let name = path.file_name()?.to_str()?;
-    open.check_name(name, Some(*id)).is_ok().then(|| name.to_owned())
+fn directory_name(path: &Path) -> Option<String> {
+    Some(path.canonicalize().ok()?.file_name()?.to_str()?.to_owned())
 }
 
 struct StoreSink<'a> {

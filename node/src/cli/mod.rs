@@ -15,7 +15,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
-use protocol::NodeId;
+use inference::engine::EngineOptions;
+use inference::kernels::Kernels;
+use inference::kv_cache::KvPrecision;
+use protocol::{ModelManifest, NodeId};
 use tokio::runtime::Runtime;
 
 use crate::clock::watch_for_interrupts;
@@ -67,6 +70,8 @@ enum Command {
     Demo(demo::DemoArgs),
     /// Import a checkpoint directory into the store
     Import(import::ImportArgs),
+    /// Make a model of narrower weights from one that is here
+    Requantize(import::RequantizeArgs),
     /// Trust a node and learn what it has, from the ticket that its `serve` prints
     Join(join::JoinArgs),
     /// Keep the list of those whose models you run
@@ -115,6 +120,46 @@ struct PeerArgs {
     /// Accept models from publishers that you do not trust
     #[arg(long)]
     allow_unsigned: bool,
+}
+
+/// How a command computes.
+#[derive(Args, Clone, Default)]
+struct EngineArgs {
+    /// Threads that compute [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "CONFRERE_THREADS")]
+    threads: Option<u16>,
+    /// Kernels to compute with [default: the fastest that this processor has]
+    #[arg(long, value_name = "NAME", value_parser = parse_kernels)]
+    kernels: Option<&'static Kernels>,
+    /// Number format of keys and values: f32, f16 or q8 [default: f16 for q8 and q4 models, else f32]
+    #[arg(long, value_name = "FORMAT")]
+    kv: Option<KvPrecision>,
+    /// Most tokens of prompt and answer together [default: what this prompt needs; 8192 for a conversation]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    context: Option<u32>,
+}
+
+/// Context of a conversation, unless told otherwise: keys and values of a model's whole context can be larger than the model.
+const CONTEXT_DEFAULT: usize = 8192;
+
+impl EngineArgs {
+    /// Options for a model whose sequences will have up to `tokens` tokens, where that is known.
+    fn options(&self, manifest: &ModelManifest, tokens: Option<usize>) -> EngineOptions {
+        let own = EngineOptions::for_model(manifest);
+        let context = self.context.map_or(tokens.unwrap_or(CONTEXT_DEFAULT), |context| context as usize);
+        EngineOptions {
+            threads: self.threads.map_or(own.threads, usize::from),
+            kernels: self.kernels.unwrap_or(own.kernels),
+            kv: self.kv.unwrap_or(own.kv),
+            context: context.min(own.context),
+            ..own
+        }
+    }
+}
+
+fn parse_kernels(name: &str) -> Result<&'static Kernels, String> {
+    let known: Vec<_> = Kernels::available().map(|kernels| kernels.name).collect();
+    Kernels::named(name).ok_or_else(|| format!("this processor has no kernels called {name} (it has {})", known.join(", ")))
 }
 
 impl PeerArgs {
@@ -169,6 +214,7 @@ pub(crate) fn main() -> Result<(), Failure> {
     match cli.command {
         Command::Demo(_) => unreachable!("handled above: it has data directories of its own"),
         Command::Import(args) => import::import(&context, &args),
+        Command::Requantize(args) => import::requantize(&context, &args),
         Command::Join(args) => join::join(&context, &args),
         Command::Publishers(command) => keys::publishers(&context, &command),
         Command::Id => keys::id(&context),

@@ -14,7 +14,7 @@ use inference::tokenizer::SpecialTokens;
 use protocol::manifest::GenerationDefaults;
 use serde_json::{Value, json};
 
-use super::{Context, PeerArgs};
+use super::{Context, EngineArgs, PeerArgs};
 use crate::clock::{instant, interrupted, while_waiting_for_input};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, Loaded};
@@ -53,6 +53,8 @@ pub(super) struct RunArgs {
     #[arg(long)]
     raw: bool,
     #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
     peers: PeerArgs,
 }
 
@@ -67,9 +69,9 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         None => Some(read_stdin()?),
     };
     // A token stands for a byte or more; a conversation may fill the context.
-    let tokens_max =
-        prompt.as_ref().map_or(usize::MAX, |prompt| prompt.len().saturating_add(args.max_tokens).saturating_add(TEMPLATE_TOKENS_MAX));
-    let mut loaded = federation.load(&open, &found, context.memory_max, tokens_max)?;
+    let tokens_max = prompt.as_ref().map(|prompt| prompt.len().saturating_add(args.max_tokens).saturating_add(TEMPLATE_TOKENS_MAX));
+    let options = args.engine.options(&found.manifest, tokens_max);
+    let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let authors = default_sampling(defaults, args.seed);
     let sampling = Sampling {
         temperature: args.temperature.unwrap_or(authors.temperature),
@@ -82,7 +84,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let messages = [Message { role: "user", content: prompt.clone() }];
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
     let request = request(&loaded, &prompt, args.max_tokens, sampling, defaults)?;
-    let mut session = Session::new(&loaded.model);
+    let mut session = loaded.engine.session();
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
     if context.json {
         print_json(&answer.json(&loaded))?;
@@ -123,11 +125,11 @@ pub(super) fn answer(
     request: &GenerateRequest,
     mut on_progress: impl FnMut(&Progress) -> Result<(), Failure>,
 ) -> Result<Answer, Failure> {
-    loaded.experts.start_counting();
+    loaded.engine.experts().start_counting();
     let mut decoding_since: Option<Instant> = None;
     let mut prefill = ExpertUse::default();
     let mut failed = None;
-    let generated = generate(&loaded.model, loaded.tokenizer.as_ref(), session, &mut loaded.experts, request, |progress| {
+    let generated = generate(&mut loaded.engine, loaded.tokenizer.as_ref(), session, request, |progress| {
         if let Progress::Prefilled(usage) = progress {
             (decoding_since, prefill) = (Some(instant()), usage);
         }
@@ -141,12 +143,12 @@ pub(super) fn answer(
     }
     let seconds = decoding_since.map_or(0.0, |since| (instant() - since).as_secs_f64());
     let tokens_per_second = if seconds > 0.0 { generated.tokens.len() as f64 / seconds } else { 0.0 };
-    Ok(Answer { generated, prefill, experts: loaded.experts.usage(), tokens_per_second })
+    Ok(Answer { generated, prefill, experts: loaded.engine.experts().usage(), tokens_per_second })
 }
 
 impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched } = self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, .. } = self.experts;
         let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
@@ -164,7 +166,7 @@ impl Answer {
 
     /// The line after an answer.
     fn summary(&self, loaded: &Loaded) -> String {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched } = self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, .. } = self.experts;
         let providers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         let from = if providers.is_empty() { String::new() } else { format!(" from {}", providers.join(", ")) };
         let tokens = self.generated.tokens.len();
@@ -229,7 +231,7 @@ fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
 fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &GenerationDefaults) -> Result<(), Failure> {
     note("Ctrl-D ends the conversation");
     let mut conversation =
-        Conversation { session: Session::new(&loaded.model), taken_in: Vec::new(), messages: Vec::new(), text: String::new() };
+        Conversation { session: loaded.engine.session(), taken_in: Vec::new(), messages: Vec::new(), text: String::new() };
     loop {
         print("> ")?;
         let mut line = String::new();

@@ -1,0 +1,333 @@
+//! The engine's threads: they wait for work without sleeping for a moment, and share it out in small pieces as they go.
+//!
+//! A layer hands over work several times; waking a sleeping thread would cost more than the work. So a worker watches for a
+//! while, then yields, then sleeps. Tasks are taken one by one, so a worker whose core is busy elsewhere just takes fewer.
+//! Nothing is allocated and no lock is taken to run. Does not know what the tasks compute.
+
+#![expect(unsafe_code, reason = "threads write disjoint parts of one slice")]
+
+use std::cell::UnsafeCell;
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+/// Tasks of one run at most: they are counted in 20 bits.
+const TASKS_MAX: usize = (1 << 20) - 1;
+/// How long an idle worker watches before it lets others have the core now and then, and before it sleeps.
+const WATCH: Duration = Duration::from_micros(50);
+const AWAKE: Duration = Duration::from_millis(2);
+const WATCHES_PER_LOOK_AT_THE_CLOCK: u32 = 64;
+
+type Task<'a> = &'a (dyn Fn(usize, usize) + Sync);
+
+/// A fixed number of threads, the caller's among them.
+pub(crate) struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<JoinHandle<()>>,
+}
+
+struct Shared {
+    /// Generation (24 bits), tasks (20), next task (20). Whoever counts up the last holds the task, and with it the job.
+    state: AtomicU64,
+    done: AtomicUsize,
+    panicked: AtomicBool,
+    job: UnsafeCell<Option<Task<'static>>>,
+    asleep: AtomicUsize,
+    stop: AtomicBool,
+}
+
+// SAFETY: `job` is written only between runs, by the caller alone: a run ends when all its tasks are done, and a worker reads the
+// job only while it holds a task that is not done. The state's release and acquire order the two.
+unsafe impl Sync for Shared {}
+// SAFETY: as above; the job is a shared reference to something Sync.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn claim(&self) -> Option<usize> {
+        let mut state = self.state.load(Ordering::Acquire);
+        loop {
+            let (tasks, next) = ((state >> 20) as usize & TASKS_MAX, state as usize & TASKS_MAX);
+            if next >= tasks {
+                return None;
+            }
+            match self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire) {
+                Ok(_) => return Some(next),
+                Err(now) => state = now,
+            }
+        }
+    }
+
+    /// Does tasks until none is left.
+    fn work(&self, worker: usize) {
+        while let Some(task) = self.claim() {
+            // SAFETY: we hold a task of this run, so the caller is still waiting and the job alive; see `Sync`.
+            let job = unsafe { (*self.job.get()).expect("a run has a job") };
+            if catch_unwind(AssertUnwindSafe(|| job(task, worker))).is_err() {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            self.done.fetch_add(1, Ordering::Release);
+        }
+    }
+
+    fn idle(&self, mut seen: u64) -> Option<u64> {
+        let start = Instant::now();
+        let mut watches = 0u32;
+        loop {
+            let state = self.state.load(Ordering::Acquire);
+            if self.stop.load(Ordering::Relaxed) {
+                return None;
+            }
+            if state >> 40 != seen {
+                return Some(state >> 40);
+            }
+            std::hint::spin_loop();
+            watches += 1;
+            if watches.is_multiple_of(WATCHES_PER_LOOK_AT_THE_CLOCK) {
+                let waited = start.elapsed();
+                if waited > AWAKE {
+                    seen = self.sleep(seen)?;
+                    return Some(seen);
+                } else if waited > WATCH {
+                    std::thread::yield_now();
+                }
+            }
+        }
+    }
+
+    fn sleep(&self, seen: u64) -> Option<u64> {
+        self.asleep.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let generation = loop {
+            let state = self.state.load(Ordering::SeqCst);
+            if self.stop.load(Ordering::SeqCst) {
+                break None;
+            }
+            if state >> 40 != seen {
+                break Some(state >> 40);
+            }
+            std::thread::park();
+        };
+        self.asleep.fetch_sub(1, Ordering::SeqCst);
+        generation
+    }
+}
+
+impl Pool {
+    /// A pool of `threads` threads (at least one: the caller's).
+    pub(crate) fn new(threads: usize) -> Self {
+        let shared = Arc::new(Shared {
+            state: AtomicU64::new(0),
+            done: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            job: UnsafeCell::new(None),
+            asleep: AtomicUsize::new(0),
+            stop: AtomicBool::new(false),
+        });
+        let start = |worker: usize| {
+            let shared = Arc::clone(&shared);
+            let run = move || {
+                let mut seen = 0;
+                while let Some(generation) = shared.idle(seen) {
+                    seen = generation;
+                    shared.work(worker);
+                }
+            };
+            std::thread::Builder::new().name(format!("engine-{worker}")).spawn(run)
+        };
+        // A machine that has no more threads to give still computes, with fewer.
+        let workers = (1..threads.max(1)).map_while(|worker| start(worker).ok()).collect();
+        Self { shared, workers }
+    }
+
+    /// Threads that share the work.
+    pub(crate) fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Runs `task(number, worker)` for every number below `tasks`, on all threads; returns when all are done.
+    pub(crate) fn run(&mut self, tasks: usize, task: Task<'_>) {
+        if self.workers.is_empty() || tasks <= 1 {
+            return (0..tasks).for_each(|number| task(number, 0));
+        }
+        assert!(tasks <= TASKS_MAX, "a run has at most {TASKS_MAX} tasks");
+        let shared = &*self.shared;
+        // SAFETY: the job lives until this function returns, and it returns when all tasks are done. Nobody reads the job now: the
+        // last run's tasks are all done, so no worker holds one.
+        unsafe {
+            *shared.job.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task));
+        }
+        shared.done.store(0, Ordering::Relaxed);
+        let generation = (shared.state.load(Ordering::Relaxed) >> 40).wrapping_add(1) & 0xff_ffff;
+        shared.state.store(generation << 40 | (tasks as u64) << 20, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if shared.asleep.load(Ordering::SeqCst) > 0 {
+            self.workers.iter().map(JoinHandle::thread).for_each(Thread::unpark);
+        }
+        shared.work(0);
+        let mut watches = 0u32;
+        while shared.done.load(Ordering::Acquire) < tasks {
+            std::hint::spin_loop();
+            watches += 1;
+            // A worker that holds the last task may have lost its core: let it have this one.
+            if watches > 2000 {
+                std::thread::yield_now();
+            }
+        }
+        if shared.panicked.swap(false, Ordering::Relaxed) {
+            resume_unwind(Box::new("a task of the engine panicked"));
+        }
+    }
+
+    /// Runs `task(number, worker, part)` for `tasks` parts of `out`: those that `range` names, one behind the other.
+    pub(crate) fn parts<T: Send>(
+        &mut self,
+        out: &mut [T],
+        tasks: usize,
+        range: impl Fn(usize) -> Range<usize> + Sync,
+        task: impl Fn(usize, usize, &mut [T]) + Sync,
+    ) {
+        let mut end = 0;
+        for number in 0..tasks {
+            let range = range(number);
+            assert!(end <= range.start && range.start <= range.end && range.end <= out.len(), "parts lie one behind the other");
+            end = range.end;
+        }
+        let out = Parts(out.as_mut_ptr());
+        self.run(tasks, &|number, worker| {
+            let range = range(number);
+            // SAFETY: parts of different numbers do not overlap, lie within `out`, and each number is run once.
+            let part = unsafe { std::slice::from_raw_parts_mut(out.at(range.start), range.len()) };
+            task(number, worker, part);
+        });
+    }
+
+    /// The same for all of `out`, in equal parts of `length` (the last may be shorter).
+    pub(crate) fn chunks<T: Send>(&mut self, out: &mut [T], length: usize, task: impl Fn(usize, usize, &mut [T]) + Sync) {
+        let (all, tasks) = (out.len(), out.len().div_ceil(length.max(1)));
+        let out = Parts(out.as_mut_ptr());
+        self.run(tasks, &|number, worker| {
+            let start = number * length;
+            // SAFETY: as in `parts`.
+            let part = unsafe { std::slice::from_raw_parts_mut(out.at(start), length.min(all - start)) };
+            task(number, worker, part);
+        });
+    }
+
+    /// As [`parts`](Self::parts), and each thread has an element of `scratch` to itself.
+    pub(crate) fn parts_with<T: Send, S: Send>(
+        &mut self,
+        out: &mut [T],
+        tasks: usize,
+        range: impl Fn(usize) -> Range<usize> + Sync,
+        scratch: &mut [S],
+        task: impl Fn(usize, &mut S, &mut [T]) + Sync,
+    ) {
+        assert!(scratch.len() >= self.threads(), "each thread has its scratch");
+        let scratch = Parts(scratch.as_mut_ptr());
+        self.parts(out, tasks, range, |number, worker, part| {
+            // SAFETY: workers are numbered below `threads`, and one does one task at a time.
+            task(number, unsafe { &mut *scratch.at(worker) }, part);
+        });
+    }
+
+    /// As [`chunks`](Self::chunks), and each thread has an element of `scratch` to itself.
+    pub(crate) fn chunks_with<T: Send, S: Send>(
+        &mut self,
+        out: &mut [T],
+        length: usize,
+        scratch: &mut [S],
+        task: impl Fn(usize, &mut S, &mut [T]) + Sync,
+    ) {
+        assert!(scratch.len() >= self.threads(), "each thread has its scratch");
+        let scratch = Parts(scratch.as_mut_ptr());
+        self.chunks(out, length, |number, worker, part| {
+            // SAFETY: workers are numbered below `threads`, and one does one task at a time.
+            task(number, unsafe { &mut *scratch.at(worker) }, part);
+        });
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::SeqCst);
+        for worker in self.workers.drain(..) {
+            worker.thread().unpark();
+            let _ = worker.join();
+        }
+    }
+}
+
+impl std::fmt::Debug for Pool {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "pool of {} threads", self.threads())
+    }
+}
+
+/// A pointer that threads may share: what they do with it is on those who call `at`.
+struct Parts<T>(*mut T);
+
+// SAFETY: each use states why what it makes of the pointer is its own.
+unsafe impl<T: Send> Sync for Parts<T> {}
+
+impl<T> Parts<T> {
+    /// # Safety
+    /// `index` must lie within the slice that this was made from.
+    unsafe fn at(&self, index: usize) -> *mut T {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.add(index) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_is_run_once_also_after_a_sleep() {
+        for threads in [1, 2, 5] {
+            let mut pool = Pool::new(threads);
+            for round in 0..200 {
+                let counts: Vec<AtomicUsize> = (0..round).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(round, &|task, worker| {
+                    assert!(worker < threads);
+                    counts[task].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                if round % 50 == 0 {
+                    std::thread::sleep(AWAKE * 2);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn parts_are_disjoint_and_complete() {
+        let mut pool = Pool::new(3);
+        let mut out = vec![0; 1000];
+        let ranges = [0..10, 10..10, 20..700, 700..1000];
+        pool.parts(&mut out, 4, |task| ranges[task].clone(), |task, _, part| part.fill(task + 1));
+        assert!(out[..10].iter().all(|&x| x == 1) && out[10..20].iter().all(|&x| x == 0));
+        assert!(out[20..700].iter().all(|&x| x == 3) && out[700..].iter().all(|&x| x == 4));
+        let mut scratch = vec![0; 3];
+        pool.chunks_with(&mut out, 64, &mut scratch, |task, mine, part| {
+            *mine += part.len();
+            part.fill(task);
+        });
+        assert_eq!((scratch.iter().sum::<usize>(), out[63], out[64], out[999]), (1000, 0, 1, 15));
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        let mut pool = Pool::new(2);
+        let failed = catch_unwind(AssertUnwindSafe(|| pool.run(100, &|task, _| assert!(task != 50, "fifty"))));
+        assert!(failed.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.run(10, &|task, _| {
+            sum.fetch_add(task, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+    }
+}
