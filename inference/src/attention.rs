@@ -16,6 +16,7 @@ pub(crate) const TOKENS: usize = 8;
 const QUERIES: usize = 8;
 
 /// The shape of attention in a model.
+#[expect(clippy::struct_field_names, reason = "the field's standard words")]
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Heads {
     pub(crate) heads: usize,
@@ -272,7 +273,6 @@ per_instruction_set! {
 }
 
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 fn add_values_body(weights: &[f32], values: &[f32], out: &mut [f32]) {
     const WIDE: usize = 4 * BLOCK;
     let width = out.len();

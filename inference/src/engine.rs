@@ -130,6 +130,13 @@ impl Engine {
         &self.options
     }
 
+    /// Bytes that trunk, experts in memory and working memory take; sequences have their own.
+    pub fn bytes(&self) -> u64 {
+        let trunk: u64 = self.model.manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
+        let work = WorkSizes::new(&self.model.manifest, &self.options, self.pool.threads()).bytes();
+        trunk + work + self.experts.bytes()
+    }
+
     /// An empty sequence.
     pub fn session(&self) -> Session {
         Session::new(&self.model, self.options.kv)

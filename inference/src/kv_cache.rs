@@ -107,6 +107,16 @@ impl KvCache {
         (per_token * tokens.next_multiple_of(PIECE)) as u64
     }
 
+    /// Bytes of the pieces there are.
+    pub(crate) fn allocated_bytes(&self) -> u64 {
+        let bytes = |numbers: &Numbers| match numbers {
+            Numbers::F32(all) => 4 * all.len(),
+            Numbers::F16(all) => 2 * all.len(),
+            Numbers::Q8 { numbers, scales } => numbers.len() + 4 * scales.len(),
+        };
+        self.layers.iter().flatten().map(|piece| (bytes(&piece.keys) + bytes(&piece.values)) as u64).sum()
+    }
+
     /// Makes room for `tokens` tokens in all.
     pub(crate) fn reserve(&mut self, tokens: usize) {
         let Shape { precision, heads, padded, .. } = self.shape;
@@ -135,9 +145,15 @@ impl KvCache {
             let keys_at = (head * PIECE / BLOCK + block) * padded * BLOCK;
             let values_at = (head * PIECE + token) * padded;
             match &mut piece.keys {
-                Numbers::F32(all) => key.iter().enumerate().for_each(|(i, &x)| all[keys_at + i * BLOCK + lane] = x),
+                Numbers::F32(all) => {
+                    for (i, &x) in key.iter().enumerate() {
+                        all[keys_at + i * BLOCK + lane] = x;
+                    }
+                }
                 Numbers::F16(all) => {
-                    key.iter().enumerate().for_each(|(i, &x)| all[keys_at + i * BLOCK + lane] = f16::from_f32(x).to_bits())
+                    for (i, &x) in key.iter().enumerate() {
+                        all[keys_at + i * BLOCK + lane] = f16::from_f32(x).to_bits();
+                    }
                 }
                 Numbers::Q8 { numbers, scales } => {
                     let scales_at = (head * PIECE / BLOCK + block) * groups * BLOCK;

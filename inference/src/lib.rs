@@ -25,6 +25,7 @@ pub mod model;
 mod moe_layer;
 pub mod perplexity;
 mod pool;
+pub mod probe;
 pub mod reference;
 mod rope;
 pub mod router;

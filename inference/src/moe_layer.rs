@@ -7,7 +7,7 @@ use crate::engine::WorkSizes;
 use crate::expert::Expert;
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add_weighted, silu_times};
-use crate::kernels::{Kernels, Matrix, Operand, PANELS, Rows, TILE_MAX, Tile, TileOut, Vector, panels_at_a_time, project, tiles};
+use crate::kernels::{Kernels, Matrix, Operand, Rows, TILE_MAX, Tile, TileOut, Vector, panels_at_a_time, project, tiles};
 use crate::model::{FeedForward, Model};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
@@ -122,8 +122,9 @@ pub(crate) fn feed_forward(
             let panels = gate.panels();
             let middle = &mut work.middle[..panels * tokens * PANEL_ROWS];
             let operand = &work.router_operand;
-            pool.chunks(middle, PANELS * tokens * PANEL_ROWS, |chunk, _, out| {
-                gate_and_up(kernels, [gate, up], operand, token_tiles, (0, tokens), chunk * PANELS, out);
+            let at_a_time = panels_at_a_time(panels, pool.threads());
+            pool.chunks(middle, at_a_time * tokens * PANEL_ROWS, |chunk, _, out| {
+                gate_and_up(kernels, [gate, up], operand, token_tiles, (0, tokens), chunk * at_a_time, out);
             });
             let middle = &work.middle;
             let columns = model.config.intermediate_size as usize;
@@ -242,7 +243,7 @@ impl MoeWork {
         let panels = (model.config.moe_intermediate_size as usize).div_ceil(PANEL_ROWS);
         let wanted = only.map_or(0..self.jobs.len(), |job| job..job + 1);
         let count = wanted.len();
-        let at_a_time = panels_at_a_time(panels * count, pool.threads());
+        let at_a_time = panels_at_a_time(panels * count, pool.threads()).min(panels);
         let per_job = panels.div_ceil(at_a_time);
         let Self { jobs, present, operand, middle, tiles, .. } = self;
         let range = |task: usize| {

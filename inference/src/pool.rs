@@ -9,17 +9,16 @@
 use std::cell::UnsafeCell;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, Thread};
-use std::time::{Duration, Instant};
 
 /// Tasks of one run at most: they are counted in 20 bits.
 const TASKS_MAX: usize = (1 << 20) - 1;
-/// How long an idle worker watches before it lets others have the core now and then, and before it sleeps.
-const WATCH: Duration = Duration::from_micros(50);
-const AWAKE: Duration = Duration::from_millis(2);
-const WATCHES_PER_LOOK_AT_THE_CLOCK: u32 = 64;
+/// How often an idle worker looks for work before it lets others have the core now and then (about 50 µs), and how often it does that
+/// before it sleeps (about 2 ms).
+const WATCHES: u32 = 2_000;
+const GIVE_UP: u32 = WATCHES + 4_000;
 
 type Task<'a> = &'a (dyn Fn(usize, usize) + Sync);
 
@@ -27,6 +26,7 @@ type Task<'a> = &'a (dyn Fn(usize, usize) + Sync);
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
+    pinned: bool,
 }
 
 struct Shared {
@@ -72,9 +72,8 @@ impl Shared {
         }
     }
 
-    fn idle(&self, mut seen: u64) -> Option<u64> {
-        let start = Instant::now();
-        let mut watches = 0u32;
+    fn idle(&self, seen: u64) -> Option<u64> {
+        let mut watches = 0;
         loop {
             let state = self.state.load(Ordering::Acquire);
             if self.stop.load(Ordering::Relaxed) {
@@ -83,16 +82,11 @@ impl Shared {
             if state >> 40 != seen {
                 return Some(state >> 40);
             }
-            std::hint::spin_loop();
             watches += 1;
-            if watches.is_multiple_of(WATCHES_PER_LOOK_AT_THE_CLOCK) {
-                let waited = start.elapsed();
-                if waited > AWAKE {
-                    seen = self.sleep(seen)?;
-                    return Some(seen);
-                } else if waited > WATCH {
-                    std::thread::yield_now();
-                }
+            match watches {
+                ..WATCHES => std::hint::spin_loop(),
+                WATCHES..GIVE_UP => std::thread::yield_now(),
+                _ => return self.sleep(seen),
             }
         }
     }
@@ -118,6 +112,7 @@ impl Shared {
 impl Pool {
     /// A pool of `threads` threads (at least one: the caller's).
     pub(crate) fn new(threads: usize) -> Self {
+        static POOLS: AtomicUsize = AtomicUsize::new(0);
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             done: AtomicUsize::new(0),
@@ -126,9 +121,22 @@ impl Pool {
             asleep: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
+        // Left to itself, a scheduler may keep two threads that hand work to each other on one core. Each gets its own, the caller too.
+        let allowed = allowed_cores();
+        let pinned = threads > 1 && allowed.len() >= threads;
+        // Pools that live at the same time do not all begin with the same core.
+        let shift = POOLS.fetch_add(threads, Ordering::Relaxed);
+        let core = |worker: usize| if pinned { &allowed[(shift + worker) % allowed.len()..][..1] } else { &[] };
+        if pinned {
+            stay_on(core(0));
+        }
         let start = |worker: usize| {
             let shared = Arc::clone(&shared);
+            let core = core(worker);
             let run = move || {
+                if pinned {
+                    stay_on(core);
+                }
                 let mut seen = 0;
                 while let Some(generation) = shared.idle(seen) {
                     seen = generation;
@@ -139,7 +147,7 @@ impl Pool {
         };
         // A machine that has no more threads to give still computes, with fewer.
         let workers = (1..threads.max(1)).map_while(|worker| start(worker).ok()).collect();
-        Self { shared, workers }
+        Self { shared, workers, pinned }
     }
 
     /// Threads that share the work.
@@ -169,12 +177,9 @@ impl Pool {
         shared.work(0);
         let mut watches = 0u32;
         while shared.done.load(Ordering::Acquire) < tasks {
-            std::hint::spin_loop();
             watches += 1;
             // A worker that holds the last task may have lost its core: let it have this one.
-            if watches > 2000 {
-                std::thread::yield_now();
-            }
+            if watches < WATCHES { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         if shared.panicked.swap(false, Ordering::Relaxed) {
             resume_unwind(Box::new("a task of the engine panicked"));
@@ -250,8 +255,35 @@ impl Pool {
     }
 }
 
+/// The cores that threads of this process may run on, as they were before any was pinned.
+fn allowed_cores() -> &'static [usize] {
+    static ALLOWED: OnceLock<Vec<usize>> = OnceLock::new();
+    ALLOWED.get_or_init(|| {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        if let Ok(set) = rustix::thread::sched_getaffinity(None) {
+            return (0..rustix::thread::CpuSet::MAX_CPU).filter(|&core| set.is_set(core)).collect();
+        }
+        Vec::new()
+    })
+}
+
+/// Keeps this thread on some cores, where the operating system can; it runs elsewhere, too.
+fn stay_on(cores: &[usize]) {
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    {
+        let mut set = rustix::thread::CpuSet::new();
+        cores.iter().for_each(|&core| set.set(core));
+        let _ = rustix::thread::sched_setaffinity(None, &set);
+    }
+    #[cfg(not(any(target_os = "linux", target_os = "android")))]
+    let _ = cores;
+}
+
 impl Drop for Pool {
     fn drop(&mut self) {
+        if self.pinned {
+            stay_on(allowed_cores());
+        }
         self.shared.stop.store(true, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
@@ -297,7 +329,7 @@ mod tests {
                 });
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
                 if round % 50 == 0 {
-                    std::thread::sleep(AWAKE * 2);
+                    std::thread::sleep(std::time::Duration::from_millis(20));
                 }
             }
         }

@@ -31,6 +31,11 @@ impl Session {
         self.cache.reserve(tokens);
     }
 
+    /// Bytes that its keys and values take.
+    pub fn bytes(&self) -> u64 {
+        self.cache.allocated_bytes()
+    }
+
     pub(crate) fn cache(&self) -> &KvCache {
         &self.cache
     }

@@ -11,6 +11,7 @@ use inference::chat::ChatTemplate;
 use inference::engine::{Engine, EngineOptions, plan_memory};
 use inference::experts::Experts;
 use inference::model::Model;
+use inference::session::Session;
 use inference::tokenizer::Tokenizer;
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
@@ -176,14 +177,15 @@ impl<'a> Federation<'a> {
             Ok::<_, Failure>(ChatTemplate { source: text(blob)?, bos_token, eos_token })
         });
         let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
-        let memory = plan_memory(manifest, &options, resident_bytes() + HEADROOM, memory_max)?;
+        let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
+        let process = resident_bytes();
         let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
         let providers = Providers::default();
         let peers = self.fetcher.clone().map(|fetcher| (fetcher, self.runtime.handle().clone()));
         let source = PeerExperts::new(Arc::clone(&open.store), peers, Arc::clone(&providers));
         let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
         let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
-        Ok(Loaded { engine, tokenizer, chat, providers })
+        Ok(Loaded { engine, tokenizer, chat, providers, process })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
@@ -231,9 +233,16 @@ pub(crate) struct Loaded {
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) chat: Option<ChatTemplate>,
     providers: Providers,
+    /// Memory that the process had before the model was loaded.
+    process: u64,
 }
 
 impl Loaded {
+    /// Memory that we count as taken, with the keys and values of `session`.
+    pub(crate) fn counted_bytes(&mut self, session: &Session) -> u64 {
+        self.process + self.engine.bytes() + session.bytes()
+    }
+
     /// The peers that have sent experts.
     pub(crate) fn providers(&self) -> BTreeSet<PeerId> {
         self.providers.lock().unwrap_or_else(PoisonError::into_inner).clone()
@@ -254,6 +263,11 @@ pub(crate) fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
 
 /// What a process comes to need beyond what it has when a model is loaded: stacks, queues, what allocators keep.
 const HEADROOM: u64 = 24 << 20;
+
+/// Memory that the process needs besides what a model takes.
+pub(crate) fn process_bytes() -> u64 {
+    resident_bytes() + HEADROOM
+}
 
 /// Memory that this process has now, as the operating system counts it.
 pub(crate) fn resident_bytes() -> u64 {

@@ -22,6 +22,10 @@ use crate::output::note;
 
 const RESULTS_MAX: usize = 8;
 const SAVES_MAX: usize = 8;
+/// The engine asks for a few experts at a time, never for more than a layer has.
+const READS_MAX: usize = 4096;
+/// Each of them makes an event, and the end of a fetch another.
+const EVENTS_MAX: usize = 2 * READS_MAX;
 /// Threads that read and verify: while one hashes, another's read is under way.
 const READERS: usize = 2;
 /// How often a wait looks for Ctrl-C.
@@ -39,9 +43,9 @@ pub(crate) struct PeerExperts {
     peers: Option<(SharedFetcher, Handle)>,
     saver: Saver,
     providers: Providers,
-    reads: std_mpsc::Sender<(u64, ExpertRequest)>,
+    reads: std_mpsc::SyncSender<(u64, ExpertRequest)>,
     happened: std_mpsc::Receiver<(u64, Event)>,
-    happening: std_mpsc::Sender<(u64, Event)>,
+    happening: std_mpsc::SyncSender<(u64, Event)>,
     /// What was asked for before the last `cancel` is of an earlier round, and nobody's.
     round: u64,
     reading: usize,
@@ -72,8 +76,8 @@ enum Event {
 impl PeerExperts {
     /// Experts from `store`, and from `peers` if there are any.
     pub(crate) fn new(store: Arc<BlobStore>, peers: Option<(SharedFetcher, Handle)>, providers: Providers) -> Self {
-        let (reads, queue) = std_mpsc::channel();
-        let (happening, happened) = std_mpsc::channel();
+        let (reads, queue) = std_mpsc::sync_channel(READS_MAX);
+        let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
         let queue = Arc::new(Mutex::new(queue));
         for _ in 0..READERS {
             let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(&store));
@@ -166,9 +170,8 @@ impl ExpertSource for PeerExperts {
             }
             let event = match self.happened.recv_timeout(LOOK_UP) {
                 Ok((round, event)) if round == self.round => event,
-                Ok(_) => continue,
                 Err(_) if interrupted() => return Err(source_error(Failure::interrupted())),
-                Err(_) => continue,
+                Ok(_) | Err(_) => continue,
             };
             match event {
                 Event::Read(request) => {

@@ -1,6 +1,8 @@
 //! Packed kernels for processors with AVX2: eight rows of a panel to a register.
 
 #![expect(unsafe_code, reason = "instructions, and weights read by pointer")]
+#![allow(clippy::wildcard_imports, reason = "a module of instructions")]
+#![expect(clippy::needless_range_loop, reason = "tokens index registers, and words beside them")]
 
 use std::arch::x86_64::*;
 

@@ -1,6 +1,8 @@
 //! Packed kernels for processors with AVX-512 and its integer dot product (VNNI): a lane for each row of a panel.
 
 #![expect(unsafe_code, reason = "instructions, and weights read by pointer")]
+#![allow(clippy::wildcard_imports, reason = "a module of instructions")]
+#![expect(clippy::needless_range_loop, reason = "tokens index registers, and words beside them")]
 
 use std::arch::x86_64::*;
 

@@ -58,7 +58,7 @@ pub(crate) fn vectors() -> Vectors {
 }
 
 const LOG2_E: f32 = f32::from_bits(0x3fb8_aa3b);
-const LN_2_HIGH: f32 = 0.693_359_375;
+const LN_2_HIGH: f32 = f32::from_bits(0x3f31_8000);
 const LN_2_LOW: f32 = f32::from_bits(0x395e_8083);
 
 /// e^x by our own polynomial: Taylor's to the seventh power on ±ln 2 / 2, scaled by a power of two.

@@ -156,9 +156,13 @@ pub(crate) struct Tile {
     pub(crate) rows: usize,
 }
 
-/// Cuts `rows` rows from `first` on into tiles.
+/// Cuts `rows` rows from `first` on into as few tiles as there must be, of about the same number of rows.
 pub(crate) fn tiles(first: usize, rows: usize, tile_rows: usize) -> impl Iterator<Item = Tile> {
-    (0..rows.div_ceil(tile_rows)).map(move |i| Tile { first: first + i * tile_rows, rows: tile_rows.min(rows - i * tile_rows) })
+    let count = rows.div_ceil(tile_rows);
+    (0..count).map(move |i| {
+        let (from, to) = (i * rows / count, (i + 1) * rows / count);
+        Tile { first: first + from, rows: to - from }
+    })
 }
 
 /// In which forms vectors are needed: by plain matrices, by packed ones, or both.
@@ -346,12 +350,13 @@ impl<'a> Matrix<'a> {
     }
 }
 
-/// Panels that a thread takes at a time.
-pub(crate) const PANELS: usize = 4;
+/// Pieces that each thread's share of a matrix is cut into: large enough that memory is read in long runs, small enough that a thread
+/// which has lost its core does not hold up the others for long.
+const PIECES_A_THREAD: usize = 4;
 
-/// Returns how many panels a thread should take at a time of `panels`, for `tokens` tokens: enough that taking is cheap.
+/// Returns how many panels a thread should take at a time.
 pub(crate) fn panels_at_a_time(panels: usize, threads: usize) -> usize {
-    PANELS.min(panels.div_ceil(2 * threads)).max(1)
+    panels.div_ceil(PIECES_A_THREAD * threads).max(1)
 }
 
 /// x · wᵀ for each of `matrices`: products stand in `out` one behind the other, each in whole panels.

@@ -1,6 +1,8 @@
 //! Packed kernels for 64-bit Arm processors with the integer dot product (SDOT): four rows of a panel to a register.
 
 #![expect(unsafe_code, reason = "instructions, and weights read by pointer")]
+#![allow(clippy::wildcard_imports, reason = "a module of instructions")]
+#![expect(clippy::needless_range_loop, reason = "tokens index registers, and words beside them")]
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};

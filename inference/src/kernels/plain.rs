@@ -21,7 +21,7 @@ pub(super) fn row(w: Matrix<'_>, row: usize, out: &mut [f32]) {
     widen(w.precision, row_bytes(w, row), out);
 }
 
-fn row_bytes<'a>(w: Matrix<'a>, row: usize) -> &'a [u8] {
+fn row_bytes(w: Matrix<'_>, row: usize) -> &[u8] {
     let stride = w.precision.matrix_bytes(1, w.columns);
     &w.bytes[row * stride..][..stride]
 }

@@ -1,11 +1,13 @@
 //! The command line: what people type, one file a command.
 
+mod bench;
 mod demo;
 mod eval;
 mod import;
 mod join;
 mod keys;
 mod models;
+mod plan;
 mod pull;
 mod repo;
 mod run;
@@ -95,11 +97,16 @@ enum Command {
     Serve(serve::ServeArgs),
     /// Fetch a model, or part of it, from peers
     Pull(pull::PullArgs),
+    /// Say what of a model would run in some memory, and how fast
+    Plan(plan::PlanArgs),
     /// Generate text; experts that are missing are fetched
     Run(run::RunArgs),
     /// Measure a model
     #[command(subcommand)]
     Eval(eval::EvalCommand),
+    /// Measure this machine, and what the engine makes of it
+    #[command(subcommand)]
+    Bench(bench::BenchCommand),
     /// Look after the store
     #[command(subcommand)]
     Repo(repo::RepoCommand),
@@ -222,8 +229,10 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Show { model } => models::show(&context, &model),
         Command::Rm { model } => models::rm(&context, &model),
         Command::Serve(args) => serve::serve(&context, &args),
+        Command::Plan(args) => plan::plan(&context, &args),
         Command::Pull(args) => pull::pull(&context, &args),
         Command::Run(args) => run::run(&context, &args),
+        Command::Bench(command) => bench::bench(&context, &command),
         Command::Eval(command) => eval::eval(&context, &command),
         Command::Repo(command) => repo::repo(&context, &command),
     }

@@ -2,9 +2,11 @@
 
 use std::io::{BufRead, IsTerminal, Read};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::time::Instant;
 
 use clap::Args;
+use inference::activation_log::ActivationLog;
 use inference::chat::Message;
 use inference::experts::ExpertUse;
 use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
@@ -16,8 +18,9 @@ use serde_json::{Value, json};
 
 use super::{Context, EngineArgs, PeerArgs};
 use crate::clock::{instant, interrupted, while_waiting_for_input};
+use crate::data_dir::io_failure;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded};
+use crate::federation::{Federation, Loaded, resident_bytes};
 use crate::output::{human_bytes, note, print, print_json};
 
 /// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.
@@ -52,6 +55,9 @@ pub(super) struct RunArgs {
     /// Continue the text as it is, without the chat template
     #[arg(long)]
     raw: bool,
+    /// Write which experts are used to FILE, for `bench trace` and `plan`. It reveals much of the text: keep it to yourself
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -85,9 +91,18 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
     let request = request(&loaded, &prompt, args.max_tokens, sampling, defaults)?;
     let mut session = loaded.engine.session();
+    loaded.engine.log = args.trace.as_ref().map(|_| ActivationLog::default());
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
+    if let (Some(path), Some(log)) = (&args.trace, loaded.engine.log.take()) {
+        let config = &found.manifest.config;
+        let trace = log.trace(config.num_hidden_layers, config.num_experts);
+        std::fs::write(path, trace.to_string()).map_err(|error| io_failure("write", path, &error))?;
+    }
     if context.json {
-        print_json(&answer.json(&loaded))?;
+        let mut json = answer.json(&loaded);
+        let counted = loaded.counted_bytes(&session);
+        json["memory"] = json!({"limit": context.memory_max, "counted": counted, "resident": resident_bytes()});
+        print_json(&json)?;
     } else {
         end_line(&loaded, &answer)?;
     }
@@ -148,13 +163,14 @@ pub(super) fn answer(
 
 impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, .. } = self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, uses, hits, bytes_read } = self.experts;
         let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
             "tokens": self.generated.tokens,
             // None are run at peers yet; the field is part of the contract.
-            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": 0, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers},
+            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": 0, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
+                        "uses": uses, "hits": hits, "bytes_read": bytes_read},
             "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,
             "stop_reason": match self.generated.stop_reason {
                 StopReason::EndOfText | StopReason::StopString => "stop",
