@@ -207,7 +207,6 @@ const Q4_STEPS: i32 = 12;
 
 per_instruction_set! {
     /// Of 25 scales about the one that just reaches the largest weight, each refitted by least squares, that of the least error.
-    /// Errors weigh as the squares of the weights do.
     fn quantise_q4(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]), quantise_q4_body
 }
 
@@ -219,15 +218,14 @@ fn quantise_q4_body(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
     if plain == f16::ZERO {
         return (f16::ZERO, [0.0; GROUP_COLUMNS]);
     }
-    let importance = x.map(|x| x * x);
     let mut best: Option<(f32, f16)> = None;
     for step in -Q4_STEPS..=Q4_STEPS {
         let weights = nearest(x, largest / -(8.0 + step as f32 * 0.125), -8.0, 7.0);
         let mut products = [0.0; GROUP_COLUMNS];
         let mut squares = [0.0; GROUP_COLUMNS];
         for i in 0..GROUP_COLUMNS {
-            products[i] = importance[i] * x[i] * weights[i];
-            squares[i] = importance[i] * weights[i] * weights[i];
+            products[i] = x[i] * weights[i];
+            squares[i] = weights[i] * weights[i];
         }
         let (products, squares) = (sum(products), sum(squares));
         if squares.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
@@ -242,7 +240,7 @@ fn quantise_q4_body(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
         let mut errors = [0.0; GROUP_COLUMNS];
         for i in 0..GROUP_COLUMNS {
             let t = x[i] - d * weights[i];
-            errors[i] = importance[i] * (t * t);
+            errors[i] = t * t;
         }
         let error = sum(errors);
         if best.is_none_or(|(least, _)| error < least) {

@@ -104,7 +104,7 @@ def quantize_q8(x):
 
 
 def quantize_q4(x):
-    """As quantize_q8, by the search for the scale with the least weighted error."""
+    """As quantize_q8, by the search for the scale with the least error."""
     first_largest = np.abs(x).argmax(-1)[..., None]
     m = np.take_along_axis(x, first_largest, -1)[..., 0]
     plain = half(m / F(-8))
@@ -113,16 +113,15 @@ def quantize_q4(x):
         best_d, best_w = plain.copy(), round_by(plain)  # if every n is passed over
         best_error = np.zeros_like(m)
         found = np.zeros(m.shape, bool)
-        v = x * x
         for n in range(-12, 13):
             w = round_by(m / -(F(8) + F(n) * F(0.125)))
-            p = sum32((v * x) * w)
-            q = sum32((v * w) * w)
+            p = sum32(x * w)
+            q = sum32(w * w)
             d = half(p / q)
             taken = (q > 0) & (d != 0) & np.isfinite(d)
             w = round_by(d)
             t = x - d.astype(F)[..., None] * w
-            error = sum32(v * (t * t))
+            error = sum32(t * t)
             better = taken & (~found | (error < best_error))
             best_d = np.where(better, d, best_d)
             best_w = np.where(better[..., None], w, best_w)
