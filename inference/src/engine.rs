@@ -10,7 +10,7 @@ use crate::attention::{self, Heads, norm_and_rotate};
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
-use crate::kv_cache::{KvCache, KvPrecision};
+use crate::kv_cache::KvPrecision;
 use crate::model::{LayerWeights, Model};
 use crate::moe_layer::{MoeWork, feed_forward};
 use crate::pool::Pool;
@@ -477,71 +477,5 @@ impl Work {
         let mixed = &self.mixed;
         self.operand.fill(pool, query, o.forms(), &self.tiles, |row| Vector::alone(&mixed[row * query..][..query]));
         project(pool, kernels, &[o], &self.operand, &self.tiles, &mut self.out);
-    }
-}
-
-/// How a budget of memory is divided before a model is loaded. In bytes.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct MemoryPlan {
-    /// The trunk.
-    pub trunk: u64,
-    /// Keys and values of the longest sequence.
-    pub kv_cache: u64,
-    /// What a forward pass works in.
-    pub scratch: u64,
-    /// Everything else that the process needs.
-    pub process: u64,
-    /// What is left for experts.
-    pub experts: u64,
-    /// Tokens that go through the layers together at most.
-    pub batch_tokens: usize,
-}
-
-/// A budget that is too small.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "{given} bytes of memory are not enough for this model: {needed} would do ({trunk} trunk, {kv_cache} keys and values of {context} tokens, \
-     {scratch} scratch, {process} process, {experts} experts); a shorter --context needs less"
-)]
-pub struct BudgetTooSmall {
-    /// What there is.
-    pub given: u64,
-    /// What would do.
-    pub needed: u64,
-    trunk: u64,
-    kv_cache: u64,
-    scratch: u64,
-    process: u64,
-    experts: u64,
-    context: usize,
-}
-
-/// Smallest batch that memory is saved by.
-const BATCH_TOKENS_MIN: usize = 32;
-
-/// Divides `budget` bytes; `process` is what the process needs besides. At least layers × top-k experts must fit; a larger batch is given
-/// up for more experts only when they would not.
-pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u64, budget: u64) -> Result<MemoryPlan, BudgetTooSmall> {
-    let config = &manifest.config;
-    let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
-    let context = options.context.min(config.max_position_embeddings as usize);
-    let kv_cache = KvCache::bytes(config, options.kv, context);
-    let one = config.expert_shape(manifest.expert_precision).blob_bytes() as u64;
-    let least = config.moe_layers().count() as u64 * u64::from(config.num_experts_per_tok) * one;
-    let mut batch_tokens = options.batch_tokens.clamp(1, context.max(1));
-    loop {
-        let options = EngineOptions { batch_tokens, context, ..*options };
-        let scratch = WorkSizes::new(manifest, &options, options.threads).bytes();
-        let taken = trunk + kv_cache + scratch + process;
-        // A batch must not take more than an eighth of what experts could have.
-        let fits = taken + least <= budget && (scratch <= (budget - taken) / 8 || batch_tokens <= BATCH_TOKENS_MIN);
-        if fits {
-            return Ok(MemoryPlan { trunk, kv_cache, scratch, process, experts: budget - taken, batch_tokens });
-        }
-        if batch_tokens <= BATCH_TOKENS_MIN {
-            let needed = taken + least;
-            return Err(BudgetTooSmall { given: budget, needed, trunk, kv_cache, scratch, process, experts: least, context });
-        }
-        batch_tokens = (batch_tokens / 2).max(BATCH_TOKENS_MIN);
     }
 }

@@ -21,6 +21,7 @@ pub mod experts;
 pub mod generate;
 pub mod kernels;
 pub mod kv_cache;
+pub mod memory;
 pub mod model;
 mod moe_layer;
 pub mod perplexity;
