@@ -112,6 +112,37 @@ impl fmt::Debug for AlignedBytes {
     }
 }
 
+/// Words of 32 bits that start on a page border.
+#[derive(Debug)]
+pub(crate) struct Words(AlignedBytes);
+
+impl Words {
+    /// Zeros.
+    pub(crate) fn new(count: usize) -> Self {
+        Self(AlignedBytes::zeroed(4 * count))
+    }
+}
+
+impl Default for Words {
+    fn default() -> Self {
+        Self::new(0)
+    }
+}
+
+impl std::ops::Deref for Words {
+    type Target = [u32];
+
+    fn deref(&self) -> &[u32] {
+        bytemuck::cast_slice(&self.0)
+    }
+}
+
+impl std::ops::DerefMut for Words {
+    fn deref_mut(&mut self) -> &mut [u32] {
+        bytemuck::cast_slice_mut(&mut self.0)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

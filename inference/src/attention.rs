@@ -5,6 +5,10 @@
 //! positions alone, so a token's result has the same bits in a prefill, in a decode step and in any batch.
 
 use crate::engine::Part;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::avx512;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::math::{Vectors, vectors};
 use crate::kernels::math::{exp, exp_and_sum, per_instruction_set, rms_scale};
 use crate::kv_cache::{BLOCK, KvCache, PIECE};
 use crate::pool::Pool;
@@ -14,6 +18,9 @@ use crate::rope::Rotation;
 pub(crate) const TOKENS: usize = 8;
 /// Query vectors that share one pass over a block of keys.
 const QUERIES: usize = 8;
+
+/// Results that share a look at the values.
+const TOGETHER: usize = 4;
 
 /// The shape of attention in a model.
 #[expect(clippy::struct_field_names, reason = "the field's standard words")]
@@ -94,28 +101,33 @@ pub(crate) fn partial_numbers_max(tokens: usize, context: usize, heads: Heads) -
 /// What a thread needs to work.
 #[derive(Debug)]
 pub(crate) struct Scratch {
-    queries: Vec<f32>, // (queries, head_dim)
+    queries: Vec<f32>, // (queries ÷ 8, head_dim, 8)
     scores: Vec<f32>,  // (queries, 256)
-    block: Vec<f32>,   // keys or values of 16 tokens
+    block: Vec<f32>,   // keys of twice 16 tokens, or values of 16
     piece: Vec<f32>,   // the partial result of a piece
     counts: Vec<usize>,
 }
 
 impl Scratch {
     pub(crate) fn new(heads: Heads) -> Self {
-        let queries = TOKENS * heads.group();
+        let queries = Self::queries(heads);
         Self {
             queries: vec![0.0; queries * heads.head_dim],
             scores: vec![0.0; queries * PIECE],
-            block: vec![0.0; BLOCK * heads.padded()],
+            block: vec![0.0; 2 * BLOCK * heads.padded()],
             piece: vec![0.0; queries * heads.partial()],
             counts: vec![0; queries],
         }
     }
 
+    /// Query vectors of a task, at most, in whole eights.
+    fn queries(heads: Heads) -> usize {
+        (TOKENS * heads.group()).next_multiple_of(QUERIES)
+    }
+
     pub(crate) fn bytes(heads: Heads) -> u64 {
-        let queries = TOKENS * heads.group();
-        ((queries * (heads.head_dim + PIECE + heads.partial() + 2) + BLOCK * heads.padded()) * 4) as u64
+        let queries = Self::queries(heads);
+        ((queries * (heads.head_dim + PIECE + heads.partial() + 2) + 2 * BLOCK * heads.padded()) * 4) as u64
     }
 }
 
@@ -150,9 +162,11 @@ pub(crate) fn attend(
         let task = tasks[number];
         let (first, group, head_dim) = (task.first, heads.group(), heads.head_dim);
         let scale = 1.0 / (head_dim as f32).sqrt();
-        for (token, into) in scratch.queries.chunks_exact_mut(group * head_dim).take(task.tokens).enumerate() {
-            let from = &queries[(first + token) * stride + task.kv_head * group * head_dim..][..group * head_dim];
-            into.iter_mut().zip(from).for_each(|(into, from)| *into = from * scale);
+        for (number, (token, head)) in (0..task.tokens).flat_map(|token| (0..group).map(move |head| (token, head))).enumerate() {
+            let from = &queries[(first + token) * stride + (task.kv_head * group + head) * head_dim..][..head_dim];
+            let eight = &mut scratch.queries[number / QUERIES * QUERIES * head_dim..][..QUERIES * head_dim];
+            let into = eight.as_chunks_mut::<QUERIES>().0;
+            into.iter_mut().zip(from).for_each(|(into, from)| into[number % QUERIES] = from * scale);
         }
         let part = &parts[task.part];
         let past = part.past + first - part.first;
@@ -202,11 +216,13 @@ fn one_piece(
         *count = (past + i / group + 1).saturating_sub(piece * PIECE).min(PIECE);
     }
     let most = scratch.counts[queries - 1];
-    for block in 0..most.div_ceil(BLOCK) {
-        cache.keys(layer, piece, task.kv_head, block, &mut scratch.block);
-        let pairs = scratch.queries[..queries * heads.head_dim].chunks(QUERIES * heads.head_dim);
-        for (q, scores) in pairs.zip(scratch.scores.chunks_mut(QUERIES * PIECE)) {
-            scores_of_block(q, heads.head_dim, &scratch.block, &mut scores[block * BLOCK..]);
+    let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
+    for block in (0..most.div_ceil(BLOCK)).step_by(2) {
+        cache.keys(layer, piece, task.kv_head, block, one);
+        cache.keys(layer, piece, task.kv_head, block + 1, other); // there, if not yet filled
+        let eights = scratch.queries.chunks_exact(QUERIES * heads.head_dim).take(queries.div_ceil(QUERIES));
+        for (q, scores) in eights.zip(scratch.scores.chunks_exact_mut(QUERIES * PIECE)) {
+            scores_of_blocks(q, one, other, &mut scores[block * BLOCK..]);
         }
     }
     let results = &mut scratch.piece[..queries * partial];
@@ -217,10 +233,20 @@ fn one_piece(
         }
     }
     for block in 0..most.div_ceil(BLOCK) {
-        cache.values(layer, piece, task.kv_head, block, &mut scratch.block);
-        for ((out, weights), &count) in results.chunks_exact_mut(partial).zip(scratch.scores.chunks_exact(PIECE)).zip(&scratch.counts) {
-            let here = count.saturating_sub(block * BLOCK).min(BLOCK);
-            add_values(&weights[block * BLOCK..][..here], &scratch.block, &mut out[..padded]);
+        let values = &mut scratch.block[..BLOCK * padded];
+        cache.values(layer, piece, task.kv_head, block, values);
+        let here = |query: usize| scratch.counts[query].saturating_sub(block * BLOCK).min(BLOCK);
+        let groups = results.chunks_mut(TOGETHER * partial).zip(scratch.scores.chunks(TOGETHER * PIECE)).enumerate();
+        for (number, (out, weights)) in groups {
+            let (first, last) = (number * TOGETHER, number * TOGETHER + out.len() / partial - 1);
+            let weights = &weights[block * BLOCK..];
+            if last - first + 1 == TOGETHER && here(first) == here(last) {
+                add_values::<TOGETHER>(weights, here(first), values, padded, out, partial);
+            } else {
+                for (query, out) in (first..=last).zip(out.chunks_mut(partial)) {
+                    add_values::<1>(&weights[(query - first) * PIECE..], here(query), values, padded, out, partial);
+                }
+            }
         }
     }
     if let Some(state) = state {
@@ -232,65 +258,78 @@ fn one_piece(
     }
 }
 
+/// Scores of 8 queries, (head_dim, 8), with twice 16 keys, (head_dim, 16) each; each query's scores are 256 apart.
+fn scores_of_blocks(queries: &[f32], one: &[f32], other: &[f32], out: &mut [f32]) {
+    for n in 0..QUERIES {
+        out[n * PIECE..][..2 * BLOCK].fill(0.0);
+    }
+    for (i, keys) in [one, other].into_iter().enumerate() {
+        let steps = queries.len() / QUERIES;
+        add_outer::<QUERIES, 1>(steps, (queries, QUERIES, 1), (keys, BLOCK), &mut out[i * BLOCK..], PIECE);
+    }
+}
+
+/// Adds `count` weighted values, (tokens, width), to N results, in the order of the tokens: weights are 256 apart, results `stride`.
+fn add_values<const N: usize>(weights: &[f32], count: usize, values: &[f32], width: usize, out: &mut [f32], stride: usize) {
+    let mut at = 0;
+    while at + 4 * BLOCK <= width {
+        add_outer::<N, 4>(count, (weights, 1, PIECE), (&values[at..], width), &mut out[at..], stride);
+        at += 4 * BLOCK;
+    }
+    while at < width {
+        add_outer::<N, 1>(count, (weights, 1, PIECE), (&values[at..], width), &mut out[at..], stride);
+        at += BLOCK;
+    }
+}
+
+/// Adds products of `steps` steps to N results of R × 16 numbers, `stride` apart: in each step, those of a number of `x` for each result
+/// with R × 16 numbers of `y`. Numbers of `x` are so far apart from step to step and from result to result, those of `y` from step to step.
+fn add_outer<const N: usize, const R: usize>(
+    steps: usize,
+    (x, x_step, x_stride): (&[f32], usize, usize),
+    (y, y_step): (&[f32], usize),
+    out: &mut [f32],
+    stride: usize,
+) {
+    if steps == 0 {
+        return;
+    }
+    assert!(
+        x.len() > (steps - 1) * x_step + (N - 1) * x_stride
+            && y.len() >= (steps - 1) * y_step + R * BLOCK
+            && out.len() >= (N - 1) * stride + R * BLOCK,
+        "all numbers are there"
+    );
+    #[cfg(target_arch = "x86_64")]
+    if vectors() == Vectors::Avx512 {
+        // SAFETY: asserted just now, and the processor has the instructions.
+        #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
+        unsafe {
+            return avx512::add_outer::<N, R>(steps, (x.as_ptr(), x_step, x_stride), (y.as_ptr(), y_step), (out.as_mut_ptr(), stride));
+        }
+    }
+    for n in 0..N {
+        add_scaled(steps, (&x[n * x_stride..], x_step), (y, y_step), &mut out[n * stride..][..R * BLOCK]);
+    }
+}
+
 per_instruction_set! {
-    /// Scores of up to 8 queries with 16 keys, (head_dim, 16); each query's scores are 256 apart.
-    fn scores_of_block(queries: &[f32], head_dim: usize, keys: &[f32], out: &mut [f32]) -> (), scores_of_block_body
+    /// The same for one result.
+    fn add_scaled(steps: usize, x: (&[f32], usize), y: (&[f32], usize), out: &mut [f32]) -> (), add_scaled_body
 }
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn scores_of_block_body(queries: &[f32], head_dim: usize, keys: &[f32], out: &mut [f32]) {
-    if queries.len() == QUERIES * head_dim {
-        some_scores::<QUERIES>(queries, head_dim, keys, out);
-    } else {
-        for (query, out) in queries.chunks_exact(head_dim).zip(out.chunks_mut(PIECE)) {
-            some_scores::<1>(query, head_dim, keys, out);
-        }
-    }
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn some_scores<const N: usize>(queries: &[f32], head_dim: usize, keys: &[f32], out: &mut [f32]) {
-    let queries: [&[f32]; N] = std::array::from_fn(|n| &queries[n * head_dim..][..head_dim]);
-    let mut sums = [[0.0f32; BLOCK]; N];
-    for (d, keys) in keys.as_chunks::<BLOCK>().0[..head_dim].iter().enumerate() {
-        for (sums, query) in sums.iter_mut().zip(&queries) {
-            let q = query[d];
-            for i in 0..BLOCK {
-                sums[i] = q.mul_add(keys[i], sums[i]);
-            }
-        }
-    }
-    for (n, sums) in sums.iter().enumerate() {
-        out[n * PIECE..][..BLOCK].copy_from_slice(sums);
-    }
-}
-
-per_instruction_set! {
-    /// Adds weighted values, (tokens, width), to `out`, in the order of the tokens.
-    fn add_values(weights: &[f32], values: &[f32], out: &mut [f32]) -> (), add_values_body
-}
-
-#[inline(always)]
-fn add_values_body(weights: &[f32], values: &[f32], out: &mut [f32]) {
-    const WIDE: usize = 4 * BLOCK;
-    let width = out.len();
-    let (wide, rest) = out.as_chunks_mut::<WIDE>();
-    let rest_at = wide.len() * WIDE;
-    for (i, out) in wide.iter_mut().enumerate() {
+fn add_scaled_body(steps: usize, (x, x_step): (&[f32], usize), (y, y_step): (&[f32], usize), out: &mut [f32]) {
+    for (i, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
         let mut sums = *out;
-        for (token, w) in weights.iter().enumerate() {
-            let values: &[f32; WIDE] = values[token * width + i * WIDE..].first_chunk().expect("a block has 16 tokens");
-            for l in 0..WIDE {
-                sums[l] = w.mul_add(values[l], sums[l]);
+        for step in 0..steps {
+            let (x, y): (_, &[f32; BLOCK]) = (x[step * x_step], y[step * y_step + i * BLOCK..].first_chunk().expect("there are as many"));
+            for l in 0..BLOCK {
+                sums[l] = x.mul_add(y[l], sums[l]);
             }
         }
         *out = sums;
-    }
-    for (token, w) in weights.iter().enumerate() {
-        let values = &values[token * width + rest_at..][..rest.len()];
-        rest.iter_mut().zip(values).for_each(|(out, value)| *out = w.mul_add(*value, *out));
     }
 }
 

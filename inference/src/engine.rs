@@ -22,6 +22,9 @@ pub const BATCH_TOKENS: usize = 512;
 /// Tokens whose logits are computed together.
 pub const LOGITS_TOKENS: usize = 16;
 
+/// Tokens whose queries and keys a thread turns by their positions at a time.
+const TURNED: usize = 16;
+
 /// How an engine works; nothing here changes a result, but for the precision of keys and values.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
@@ -227,7 +230,7 @@ impl Engine {
         }
         let Self { model, experts, pool, options, work, log } = self;
         let heads = heads(&model.config);
-        work.begin(model, &parts, rows, options.kernels);
+        work.begin(model, &parts, rows);
         for (number, weights) in model.layers.iter().enumerate() {
             norm_rows(pool, &work.x, &weights.input_layernorm, model.eps(), &mut work.scales, &mut work.normed);
             work.attention(pool, options.kernels, model, heads, number, weights, &mut parts);
@@ -264,7 +267,7 @@ impl Engine {
         let width = model.norm.len();
         let mut tile_list = [Tile { first: 0, rows: 0 }; LOGITS_TOKENS];
         let mut used = 0;
-        for tile in tiles(0, count, options.kernels.tile_rows()) {
+        for tile in tiles(0, count) {
             tile_list[used] = tile;
             used += 1;
         }
@@ -338,6 +341,10 @@ impl WorkSizes {
         self.rows
     }
 
+    pub(crate) fn threads(&self) -> usize {
+        self.threads
+    }
+
     pub(crate) fn hidden(&self) -> usize {
         self.hidden
     }
@@ -381,7 +388,7 @@ struct Work {
     mixed: Vec<f32>,  // (tokens, heads × head_dim)
     partials: Vec<f32>,
     scratch: Vec<attention::Scratch>,
-    value: Vec<f32>,
+    values: Vec<f32>,
     moe: MoeWork,
     head_x: Rows,
     head_normed: Rows,
@@ -408,7 +415,7 @@ impl Work {
             mixed: vec![0.0; rows * sizes.heads.query_width()],
             partials: Vec::with_capacity(sizes.partials()),
             scratch: (0..sizes.threads).map(|_| attention::Scratch::new(sizes.heads)).collect(),
-            value: vec![0.0; sizes.kv_width()],
+            values: vec![0.0; TURNED * sizes.kv_width()],
             moe: MoeWork::new(sizes),
             head_x: Rows::with_capacity(head_rows, sizes.hidden),
             head_normed: Rows::with_capacity(head_rows, sizes.hidden),
@@ -419,12 +426,12 @@ impl Work {
     }
 
     /// Prepares for the tokens of a pass: embeddings, positions, tasks.
-    fn begin(&mut self, model: &Model, parts: &[Part<'_>], rows: usize, kernels: &Kernels) {
+    fn begin(&mut self, model: &Model, parts: &[Part<'_>], rows: usize) {
         self.x.resize(rows);
         self.out.resize(rows);
         self.qkv.resize(rows);
         self.tiles.clear();
-        self.tiles.extend(tiles(0, rows, kernels.tile_rows()));
+        self.tiles.extend(tiles(0, rows));
         attention::plan(parts, heads(&model.config), &mut self.tasks);
         for part in parts {
             for (i, &token) in part.tokens.iter().enumerate() {
@@ -454,24 +461,31 @@ impl Work {
         project(pool, kernels, &[q, k, v], &self.operand, &self.tiles, &mut self.qkv);
         let (query, kv) = (heads.query_width(), heads.kv_heads * heads.head_dim);
         let (qkv, rotations, eps) = (&self.qkv, &self.rotations, model.eps());
-        pool.chunks(&mut self.turned[..rows * (query + kv)], query + kv, |row, _, out| {
-            let (queries, keys) = out.split_at_mut(query);
-            qkv.copy_token(row, 0, queries);
-            qkv.copy_token(row, q.panels(), keys);
-            norm_and_rotate(queries, weights.q_norm.as_deref(), heads.head_dim, eps, &rotations[row]);
-            norm_and_rotate(keys, weights.k_norm.as_deref(), heads.head_dim, eps, &rotations[row]);
+        let width = query + kv;
+        pool.chunks(&mut self.turned[..rows * width], TURNED * width, |chunk, _, out| {
+            qkv.copy_tokens(chunk * TURNED, 0, query, out, width);
+            qkv.copy_tokens(chunk * TURNED, q.panels(), kv, &mut out[query..], width);
+            for (i, out) in out.chunks_exact_mut(width).enumerate() {
+                let (queries, keys) = out.split_at_mut(query);
+                let rotation = &rotations[chunk * TURNED + i];
+                norm_and_rotate(queries, weights.q_norm.as_deref(), heads.head_dim, eps, rotation);
+                norm_and_rotate(keys, weights.k_norm.as_deref(), heads.head_dim, eps, rotation);
+            }
         });
         for part in parts.iter_mut() {
-            for i in 0..part.tokens.len() {
-                let row = part.first + i;
-                self.qkv.copy_token(row, q.panels() + k.panels(), &mut self.value);
-                let key = &self.turned[row * (query + kv) + query..][..kv];
-                part.session.cache_mut().put(layer, part.past + i, key, &self.value);
+            for from in (0..part.tokens.len()).step_by(TURNED) {
+                let count = TURNED.min(part.tokens.len() - from);
+                let values = &mut self.values[..count * kv];
+                self.qkv.copy_tokens(part.first + from, q.panels() + k.panels(), kv, values, kv);
+                for (i, value) in values.chunks_exact(kv).enumerate() {
+                    let key = &self.turned[(part.first + from + i) * width + query..][..kv];
+                    part.session.cache_mut().put(layer, part.past + from + i, key, value);
+                }
             }
         }
         self.partials.resize(attention::partial_numbers(&self.tasks, heads), 0.0);
         let mixed = &mut self.mixed[..rows * query];
-        let queries = (&self.turned[..], query + kv);
+        let queries = (&self.turned[..], width);
         attention::attend(pool, heads, layer, parts, &self.tasks, queries, &mut self.partials, &mut self.scratch, mixed);
         let o = weights.o_proj.view();
         let mixed = &self.mixed;

@@ -7,7 +7,7 @@ use crate::engine::WorkSizes;
 use crate::expert::Expert;
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add_weighted, silu_times};
-use crate::kernels::{Kernels, Matrix, Operand, Rows, TILE_MAX, Tile, TileOut, Vector, panels_at_a_time, project, tiles};
+use crate::kernels::{Kernels, Matrix, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
 use crate::model::{FeedForward, Model};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
@@ -21,10 +21,11 @@ const ROUTED: usize = 16;
 /// The memory that this half works in.
 #[derive(Debug)]
 pub(crate) struct MoeWork {
-    router_operand: Operand,
+    /// All tokens, for the router, for the experts, or for a dense network.
+    tokens: Operand,
     logits: Rows,
-    probabilities: Vec<Vec<f32>>, // by thread
-    choices: Vec<Choice>,         // (tokens, k)
+    scratch: Vec<Scratch>, // by thread
+    choices: Vec<Choice>,  // (tokens, k)
     /// Tokens by expert, ascending, each with its weight.
     assigned: Vec<(u32, f32)>,
     /// Where each expert's begin in `assigned`; one more at the end.
@@ -36,6 +37,22 @@ pub(crate) struct MoeWork {
     operand: Operand,
     middle: Vec<f32>,
     middle_operand: Operand,
+}
+
+/// What a thread needs to work.
+#[derive(Debug)]
+struct Scratch {
+    probabilities: Vec<f32>,
+    /// Products of some panels with a tile.
+    results: Vec<f32>,
+}
+
+impl Scratch {
+    const RESULTS: usize = PANELS_MAX * TILE_MAX * PANEL_ROWS;
+
+    fn new(experts: usize) -> Self {
+        Self { probabilities: vec![0.0; experts], results: vec![0.0; Self::RESULTS] }
+    }
 }
 
 /// An expert of a wave, and its share of the buffers.
@@ -53,9 +70,9 @@ impl MoeWork {
     pub(crate) fn new(sizes: &WorkSizes) -> Self {
         let (assigned, middle) = (sizes.assigned, Self::middle(sizes));
         Self {
-            router_operand: Operand::with_capacity(sizes.rows(), sizes.hidden(), sizes.trunk_forms()),
+            tokens: Operand::with_capacity(sizes.rows(), sizes.hidden(), sizes.trunk_forms().or(sizes.expert_forms)),
             logits: Rows::with_capacity(sizes.rows(), sizes.experts),
-            probabilities: vec![vec![0.0; sizes.experts]; 1],
+            scratch: (0..sizes.threads()).map(|_| Scratch::new(sizes.experts)).collect(),
             choices: vec![Choice::default(); assigned],
             assigned: vec![(0, 0.0); assigned],
             starts: vec![0; sizes.experts + 1],
@@ -87,12 +104,14 @@ impl MoeWork {
 
     /// Bytes that all this takes.
     pub(crate) fn bytes(sizes: &WorkSizes) -> u64 {
-        let rows = Operand::bytes(sizes.rows(), sizes.hidden(), sizes.trunk_forms()) + Rows::bytes(sizes.rows(), sizes.experts);
+        let rows = Operand::bytes(sizes.rows(), sizes.hidden(), sizes.trunk_forms().or(sizes.expert_forms))
+            + Rows::bytes(sizes.rows(), sizes.experts);
         let routing = (sizes.assigned * 24 + sizes.experts * 16) as u64;
         let dense = if sizes.dense > 0 { Operand::bytes(sizes.rows(), sizes.dense, sizes.trunk_forms().or(sizes.expert_forms)) } else { 0 };
         let experts = Operand::bytes(sizes.assigned, sizes.hidden(), sizes.expert_forms)
             + Operand::bytes(sizes.assigned, sizes.intermediate, sizes.expert_forms).max(dense);
-        rows + routing + experts + 4 * Self::middle(sizes) as u64
+        let scratch = (sizes.threads() * (sizes.experts + Scratch::RESULTS) * 4) as u64;
+        rows + routing + experts + scratch + 4 * Self::middle(sizes) as u64
     }
 }
 
@@ -118,13 +137,13 @@ pub(crate) fn feed_forward(
         FeedForward::Dense { gate_proj, up_proj, down_proj } => {
             let (gate, up, down) = (gate_proj.view(), up_proj.view(), down_proj.view());
             let forms = gate.forms().or(up.forms());
-            work.router_operand.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
+            work.tokens.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
             let panels = gate.panels();
             let middle = &mut work.middle[..panels * tokens * PANEL_ROWS];
-            let operand = &work.router_operand;
+            let operand = &work.tokens;
             let at_a_time = panels_at_a_time(panels, pool.threads());
-            pool.chunks(middle, at_a_time * tokens * PANEL_ROWS, |chunk, _, out| {
-                gate_and_up(kernels, [gate, up], operand, token_tiles, (0, tokens), chunk * at_a_time, out);
+            pool.chunks_with(middle, at_a_time * tokens * PANEL_ROWS, &mut work.scratch, |chunk, scratch, out| {
+                gate_and_up(kernels, [gate, up], operand, token_tiles, (0, tokens), chunk * at_a_time, &mut scratch.results, out);
             });
             let middle = &work.middle;
             let columns = model.config.intermediate_size as usize;
@@ -134,9 +153,10 @@ pub(crate) fn feed_forward(
         }
         FeedForward::Moe { router } => {
             let router = router.view();
-            work.router_operand.fill(pool, hidden, router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
+            let forms = router.forms().or(model.expert_forms());
+            work.tokens.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
             work.logits.resize(tokens);
-            project(pool, kernels, &[router], &work.router_operand, token_tiles, &mut work.logits);
+            project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
             work.route(pool, model, tokens);
             if let Some((log, position)) = log {
                 let k = model.config.num_experts_per_tok as usize;
@@ -144,7 +164,7 @@ pub(crate) fn feed_forward(
                     log.record(position(row), number as u32, choices);
                 }
             }
-            work.mix(pool, kernels, model, number as u32, x, experts, out)
+            work.mix(pool, kernels, model, number as u32, token_tiles, experts, out)
         }
     }
 }
@@ -154,14 +174,11 @@ impl MoeWork {
     fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize) {
         let (k, experts) = (model.config.num_experts_per_tok as usize, model.config.num_experts as usize);
         let logits = &self.logits;
-        while self.probabilities.len() < pool.threads() {
-            self.probabilities.push(vec![0.0; experts]);
-        }
         let choices = &mut self.choices[..tokens * k];
-        pool.chunks_with(choices, ROUTED * k, &mut self.probabilities, |chunk, probabilities, choices| {
+        pool.chunks_with(choices, ROUTED * k, &mut self.scratch, |chunk, scratch, choices| {
             for (i, choices) in choices.chunks_exact_mut(k).enumerate() {
-                logits.copy_token(chunk * ROUTED + i, 0, probabilities);
-                route(probabilities, model.config.norm_topk_prob, choices);
+                logits.copy_token(chunk * ROUTED + i, 0, &mut scratch.probabilities);
+                route(&mut scratch.probabilities, model.config.norm_topk_prob, choices);
             }
         });
         // A counting sort keeps tokens in order.
@@ -195,7 +212,7 @@ impl MoeWork {
         kernels: &Kernels,
         model: &Model,
         layer: u32,
-        x: &Rows,
+        token_tiles: &[Tile],
         experts: &mut Experts,
         out: &mut Rows,
     ) -> Result<(), ExpertsError> {
@@ -204,7 +221,7 @@ impl MoeWork {
         for from in (0..self.wanted.len()).step_by(wave) {
             let to = (from + wave).min(self.wanted.len());
             experts.gather(layer, &self.wanted[from..to], &mut self.present);
-            self.take_in(pool, kernels, model, (from, to), x);
+            self.take_in(pool, model, (from, to), token_tiles);
             if self.present.iter().any(Option::is_some) {
                 self.first_half(pool, kernels, model, None);
             }
@@ -222,20 +239,19 @@ impl MoeWork {
     }
 
     /// Gathers the tokens of a wave of experts.
-    fn take_in(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, (from, to): (usize, usize), x: &Rows) {
+    fn take_in(&mut self, pool: &mut Pool, model: &Model, (from, to): (usize, usize), token_tiles: &[Tile]) {
         self.jobs.clear();
         self.tiles.clear();
         let base = self.starts[self.wanted[from] as usize];
         for &expert in &self.wanted[from..to] {
             let (start, end) = (self.starts[expert as usize], self.starts[expert as usize + 1]);
             let (first, rows, tiles_from) = ((start - base) as usize, (end - start) as usize, self.tiles.len());
-            self.tiles.extend(tiles(first, rows, kernels.tile_rows()));
+            self.tiles.extend(tiles(first, rows));
             self.jobs.push(Job { first, rows, tiles_from, tiles_to: self.tiles.len() });
         }
-        let (data, tokens) = (x.data(), x.tokens());
-        let (assigned, forms) = (&self.assigned[base as usize..], model.expert_forms());
-        self.operand
-            .fill(pool, model.config.hidden_size as usize, forms, &self.tiles, |row| Vector::of(data, tokens, 0, assigned[row].0 as usize));
+        let assigned = &self.assigned[base as usize..];
+        let source = |row: usize| assigned[row].0 as usize;
+        self.operand.gather(pool, &self.tokens, token_tiles, &self.tiles, model.expert_forms(), source);
     }
 
     /// Computes silu(gate) × up for the experts that are present, or for one of them.
@@ -245,18 +261,19 @@ impl MoeWork {
         let count = wanted.len();
         let at_a_time = panels_at_a_time(panels * count, pool.threads()).min(panels);
         let per_job = panels.div_ceil(at_a_time);
-        let Self { jobs, present, operand, middle, tiles, .. } = self;
+        let Self { jobs, present, operand, middle, tiles, scratch, .. } = self;
         let range = |task: usize| {
             let (job, chunk) = (jobs[wanted.start + task / per_job], task % per_job);
             let start = (job.first * panels + chunk * at_a_time * job.rows) * PANEL_ROWS;
             start..(job.first * panels + ((chunk + 1) * at_a_time).min(panels) * job.rows) * PANEL_ROWS
         };
-        pool.parts(middle, count * per_job, range, |task, _, out| {
+        pool.parts_with(middle, count * per_job, range, scratch, |task, scratch, out| {
             let (number, chunk) = (wanted.start + task / per_job, task % per_job);
             let Some(expert) = &present[number] else { return };
             let job = jobs[number];
             let [gate, up, _] = expert.matrices();
-            gate_and_up(kernels, [gate, up], operand, &tiles[job.tiles_from..job.tiles_to], (job.first, job.rows), chunk * at_a_time, out);
+            let tiles = &tiles[job.tiles_from..job.tiles_to];
+            gate_and_up(kernels, [gate, up], operand, tiles, (job.first, job.rows), chunk * at_a_time, &mut scratch.results, out);
         });
     }
 
@@ -264,7 +281,7 @@ impl MoeWork {
     fn second_half(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, from: usize, out: &mut Rows) {
         let columns = model.config.moe_intermediate_size as usize;
         let panels = columns.div_ceil(PANEL_ROWS);
-        let Self { jobs, present, middle, middle_operand, tiles, assigned, wanted, starts, .. } = self;
+        let Self { jobs, present, middle, middle_operand, tiles, assigned, wanted, starts, scratch, .. } = self;
         let middle = &middle[..];
         let base = starts[wanted[from] as usize] as usize;
         let assigned = &assigned[base..];
@@ -275,16 +292,18 @@ impl MoeWork {
         });
         let tokens = out.tokens();
         let at_a_time = panels_at_a_time(out.panels(), pool.threads());
-        pool.chunks(out.data_mut(), at_a_time * tokens * PANEL_ROWS, |chunk, _, out| {
-            let mut results: TileOut = [[0.0; PANEL_ROWS]; TILE_MAX];
+        let stride = tokens * PANEL_ROWS;
+        pool.chunks_with(out.data_mut(), at_a_time * stride, scratch, |chunk, scratch, out| {
             for (job, expert) in jobs.iter().zip(&*present) {
                 let [_, _, down] = expert.as_ref().expect("all have come").matrices();
-                for &tile in &tiles[job.tiles_from..job.tiles_to] {
-                    for (i, out) in out.chunks_exact_mut(tokens * PANEL_ROWS).enumerate() {
-                        down.times(kernels, chunk * at_a_time + i, middle_operand, tile, &mut results);
-                        for (&(token, weight), result) in assigned[tile.first..].iter().zip(&results[..tile.rows]) {
-                            let out = &mut out[token as usize * PANEL_ROWS..][..PANEL_ROWS];
-                            add_weighted(out, weight, result);
+                for (number, out) in out.chunks_mut(PANELS_MAX * stride).enumerate() {
+                    let first = chunk * at_a_time + number * PANELS_MAX;
+                    let panels = first..first + out.len() / stride;
+                    for &tile in &tiles[job.tiles_from..job.tiles_to] {
+                        let of_panel = tile.rows * PANEL_ROWS;
+                        down.times(kernels, panels.clone(), middle_operand, tile, &mut scratch.results, of_panel);
+                        for (results, out) in scratch.results.chunks_exact(of_panel).zip(out.chunks_exact_mut(stride)) {
+                            add_weighted(out, &assigned[tile.first..][..tile.rows], results);
                         }
                     }
                 }
@@ -301,17 +320,20 @@ fn gate_and_up(
     tiles: &[Tile],
     (first, rows): (usize, usize),
     first_panel: usize,
+    ups: &mut [f32],
     out: &mut [f32],
 ) {
-    let mut results: [TileOut; 2] = [[[0.0; PANEL_ROWS]; TILE_MAX]; 2];
-    for &tile in tiles {
-        for (i, out) in out.chunks_exact_mut(rows * PANEL_ROWS).enumerate() {
-            let [gates, ups] = &mut results;
-            gate.times(kernels, first_panel + i, operand, tile, gates);
-            up.times(kernels, first_panel + i, operand, tile, ups);
-            let gates = gates[..tile.rows].as_flattened_mut();
-            silu_times(gates, ups[..tile.rows].as_flattened());
-            out[(tile.first - first) * PANEL_ROWS..][..gates.len()].copy_from_slice(gates);
+    let stride = rows * PANEL_ROWS;
+    for (number, out) in out.chunks_mut(PANELS_MAX * stride).enumerate() {
+        let first_panel = first_panel + number * PANELS_MAX;
+        let panels = first_panel..first_panel + out.len() / stride;
+        for &tile in tiles {
+            let (out, of_panel) = (&mut out[(tile.first - first) * PANEL_ROWS..], tile.rows * PANEL_ROWS);
+            gate.times(kernels, panels.clone(), operand, tile, out, stride);
+            up.times(kernels, panels.clone(), operand, tile, ups, of_panel);
+            for (gates, ups) in out.chunks_mut(stride).zip(ups.chunks_exact(of_panel)) {
+                silu_times(&mut gates[..of_panel], ups);
+            }
         }
     }
 }

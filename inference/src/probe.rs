@@ -5,7 +5,7 @@ use protocol::{ModelManifest, Precision};
 
 use crate::aligned::AlignedBytes;
 use crate::kernels::math::per_instruction_set;
-use crate::kernels::{Kernels, Matrix, Operand, TILE_MAX, TileOut, Vector, tiles};
+use crate::kernels::{Kernels, Matrix, Operand, PANELS_MAX, Tile, Vector};
 use crate::pool::Pool;
 
 /// Bytes that a thread reads at a time.
@@ -57,36 +57,36 @@ pub struct KernelProbe {
     weights: Vec<u8>,
     operand: Operand,
     pool: Pool,
-    results: Vec<TileOut>,
+    results: Vec<[f32; RESULTS]>,
 }
 
-const PROBE_COLUMNS: usize = 1024;
-const REPEATS: usize = 200;
+const PROBE_COLUMNS: usize = 512;
+const PROBE_TILE: Tile = Tile { first: 0, rows: 32 };
+const RESULTS: usize = PANELS_MAX * PROBE_TILE.rows * 16;
+const REPEATS: usize = 50;
 
 impl KernelProbe {
     /// For packed weights of `precision`.
     pub fn new(kernels: &'static Kernels, precision: Precision, threads: usize) -> Self {
         let mut pool = Pool::new(threads);
-        let weights = vec![0x11; precision.matrix_bytes(16, PROBE_COLUMNS)];
+        let weights = vec![0x11; precision.matrix_bytes(16 * PANELS_MAX, PROBE_COLUMNS)];
         let x = vec![0.5; PROBE_COLUMNS];
-        let matrix = Matrix::new(&weights, precision, 16, PROBE_COLUMNS);
-        let mut operand = Operand::with_capacity(kernels.tile_rows(), PROBE_COLUMNS, matrix.forms());
-        let tile: Vec<_> = tiles(0, kernels.tile_rows(), kernels.tile_rows()).collect();
-        operand.fill(&mut pool, PROBE_COLUMNS, matrix.forms(), &tile, |_| Vector::alone(&x));
-        Self { kernels, precision, weights, operand, pool, results: vec![[[0.0; 16]; TILE_MAX]; threads * 4] }
+        let matrix = Matrix::new(&weights, precision, 16 * PANELS_MAX, PROBE_COLUMNS);
+        let mut operand = Operand::with_capacity(PROBE_TILE.rows, PROBE_COLUMNS, matrix.forms());
+        operand.fill(&mut pool, PROBE_COLUMNS, matrix.forms(), &[PROBE_TILE], |_| Vector::alone(&x));
+        Self { kernels, precision, weights, operand, pool, results: vec![[0.0; RESULTS]; threads * 4] }
     }
 
     /// Multiplies for a while; returns the operations (a multiplication and an addition are two).
     pub fn multiply(&mut self) -> u64 {
         let Self { kernels, precision, weights, operand, pool, results } = self;
-        let matrix = Matrix::new(weights, *precision, 16, PROBE_COLUMNS);
-        let tile = tiles(0, kernels.tile_rows(), kernels.tile_rows()).next().expect("a tile");
+        let matrix = Matrix::new(weights, *precision, 16 * PANELS_MAX, PROBE_COLUMNS);
         pool.chunks(results, 1, |_, _, out| {
             for _ in 0..REPEATS {
-                matrix.times(kernels, 0, operand, tile, &mut out[0]);
+                matrix.times(kernels, 0..PANELS_MAX, operand, PROBE_TILE, &mut out[0], RESULTS / PANELS_MAX);
             }
         });
-        (self.results.len() * REPEATS * 2 * 16 * PROBE_COLUMNS * tile.rows) as u64
+        (self.results.len() * REPEATS * 2 * 16 * PROBE_COLUMNS * PROBE_TILE.rows * PANELS_MAX) as u64
     }
 }
 

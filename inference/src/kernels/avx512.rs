@@ -8,49 +8,116 @@ use std::arch::x86_64::*;
 
 use protocol::precision::BLOCK_SCALE_BYTES;
 
-use super::{GROUP_WORDS, Kernels, PanelKernel, TileOut};
+use super::{Activations, Kernels, NUMBER_WORDS, Panels, Results, shares};
+use protocol::precision::PANEL_ROWS;
 
-pub(super) static KERNELS: Kernels = Kernels {
-    name: "avx512-vnni",
-    available: || {
-        let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
-        wide && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("f16c")
-    },
-    q4: &[q4::<1>, q4::<2>, q4::<3>, q4::<4>, q4::<5>, q4::<6>, q4::<7>, q4::<8>, q4::<9>, q4::<10>, q4::<11>, q4::<12>]
-        as &[PanelKernel],
-    q8: &[q8::<1>, q8::<2>, q8::<3>, q8::<4>, q8::<5>, q8::<6>, q8::<7>, q8::<8>, q8::<9>, q8::<10>, q8::<11>, q8::<12>]
-        as &[PanelKernel],
-};
+pub(super) static KERNELS: Kernels = Kernels { name: "avx512-vnni", available, q4, q8, near: NEAR };
 
-const Q4_BLOCK: usize = BLOCK_SCALE_BYTES + 256;
-const Q8_BLOCK: usize = BLOCK_SCALE_BYTES + 512;
+pub(super) fn available() -> bool {
+    let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
+    wide && is_x86_feature_detected!("avx512vnni") && is_x86_feature_detected!("f16c")
+}
+
+pub(super) const Q4_BLOCK: usize = BLOCK_SCALE_BYTES + 256;
+pub(super) const Q8_BLOCK: usize = BLOCK_SCALE_BYTES + 512;
+
+/// Tokens whose sums and results fit in the registers.
+const TOKENS_MAX: usize = 12;
+
+/// Two thirds of the nearest cache of the first processors of this kind.
+const NEAR: usize = 20 << 10;
+
+type Some = unsafe fn(*const u8, usize, Activations, *mut [f32; PANEL_ROWS]);
+const Q4: [Some; TOKENS_MAX] = [
+    q4_of::<1>,
+    q4_of::<2>,
+    q4_of::<3>,
+    q4_of::<4>,
+    q4_of::<5>,
+    q4_of::<6>,
+    q4_of::<7>,
+    q4_of::<8>,
+    q4_of::<9>,
+    q4_of::<10>,
+    q4_of::<11>,
+    q4_of::<12>,
+];
+const Q8: [Some; TOKENS_MAX] = [
+    q8_of::<1>,
+    q8_of::<2>,
+    q8_of::<3>,
+    q8_of::<4>,
+    q8_of::<5>,
+    q8_of::<6>,
+    q8_of::<7>,
+    q8_of::<8>,
+    q8_of::<9>,
+    q8_of::<10>,
+    q8_of::<11>,
+    q8_of::<12>,
+];
 
 /// # Safety
-/// See [`PanelKernel`].
+/// See [`Kernel`](super::Kernel).
+pub(super) unsafe fn q4(w: Panels, x: Activations, y: Results) {
+    for (number, panel) in w.each() {
+        for (first, count) in shares(x.tokens, TOKENS_MAX) {
+            // SAFETY: the caller's promise.
+            unsafe { Q4[count - 1](panel, w.groups, x.from(first), y.at(number, first)) };
+        }
+    }
+}
+
+/// # Safety
+/// See [`Kernel`](super::Kernel).
+pub(super) unsafe fn q8(w: Panels, x: Activations, y: Results) {
+    for (number, panel) in w.each() {
+        for (first, count) in shares(x.tokens, TOKENS_MAX) {
+            // SAFETY: the caller's promise.
+            unsafe { Q8[count - 1](panel, w.groups, x.from(first), y.at(number, first)) };
+        }
+    }
+}
+
+/// Asks for weights that will be wanted soon. With few tokens a kernel waits for memory alone, and processors do not look beyond a page.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn prefetch(block: *const u8, bytes: usize) {
+    const AHEAD: usize = 2048;
+    for line in (0..bytes).step_by(64) {
+        _mm_prefetch::<_MM_HINT_T0>(block.wrapping_add(AHEAD + line).cast());
+    }
+}
+
+/// The first T tokens of `x`, whose groups are of `x.tokens`.
+///
+/// # Safety
+/// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
-unsafe fn q4<const T: usize>(panel: *const u8, groups: usize, tile: *const u32, out: &mut TileOut) {
+unsafe fn q4_of<const T: usize>(panel: *const u8, groups: usize, x: Activations, out: *mut [f32; PANEL_ROWS]) {
     let low = _mm512_set1_epi8(15);
-    let mut y = [_mm512_setzero_ps(); T];
+    // SAFETY: room for T tokens' results, by the caller's promise.
+    let mut y: [_; T] = std::array::from_fn(|t| unsafe { _mm512_loadu_ps(out.add(t).cast()) });
     for g in 0..groups {
         // SAFETY: within the panel and the tile, by the caller's promise.
         unsafe {
             let block = panel.add(g * Q4_BLOCK);
-            let group = tile.add(g * T * GROUP_WORDS);
-            // Weights are stored with 8 added: 8 times the sum of the activations is too much.
-            let mut n = [_mm512_setzero_si512(); T];
-            for t in 0..T {
-                n[t] = _mm512_set1_epi32(-8 * (*group.add(9 * T + t) as i32));
+            if T < 4 {
+                prefetch(block, Q4_BLOCK);
             }
+            let (numbers, scales, excess) = x.group(g);
+            // Weights are stored with 8 added: 8 times the sum of the activations is too much.
+            let mut n: [_; T] = std::array::from_fn(|t| _mm512_set1_epi32(*excess.add(t)));
             let mut m = [_mm512_setzero_si512(); T];
             for j in 0..4 {
                 let both = _mm512_loadu_si512(block.add(BLOCK_SCALE_BYTES + 64 * j).cast());
                 let first = _mm512_and_si512(both, low);
                 let second = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
                 for t in 0..T {
-                    n[t] = _mm512_dpbusd_epi32(n[t], first, _mm512_set1_epi32(*group.add(j * T + t) as i32));
+                    n[t] = _mm512_dpbusd_epi32(n[t], first, _mm512_set1_epi32(*numbers.add(t * NUMBER_WORDS + j)));
                 }
                 for t in 0..T {
-                    let activations = _mm512_set1_epi32(*group.add((4 + j) * T + t) as i32);
+                    let activations = _mm512_set1_epi32(*numbers.add(t * NUMBER_WORDS + 4 + j));
                     // A token alone has no neighbours to hide the latency behind: a second sum does it.
                     if T < 4 {
                         m[t] = _mm512_dpbusd_epi32(m[t], second, activations);
@@ -59,39 +126,43 @@ unsafe fn q4<const T: usize>(panel: *const u8, groups: usize, tile: *const u32, 
                     }
                 }
             }
-            let scales = _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
+            let of_rows = _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
             for t in 0..T {
                 let sum = if T < 4 { _mm512_add_epi32(n[t], m[t]) } else { n[t] };
-                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(f32::from_bits(*group.add(8 * T + t))));
+                let scale = _mm512_mul_ps(of_rows, _mm512_set1_ps(*scales.add(t)));
                 y[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[t]);
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(y) {
-        // SAFETY: 16 numbers.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) };
+    for t in 0..T {
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(out.add(t).cast(), y[t]) };
     }
 }
 
+/// The first T tokens of `x`, whose groups are of `x.tokens`.
+///
 /// # Safety
-/// See [`PanelKernel`].
+/// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
-unsafe fn q8<const T: usize>(panel: *const u8, groups: usize, tile: *const u32, out: &mut TileOut) {
-    let mut y = [_mm512_setzero_ps(); T];
+unsafe fn q8_of<const T: usize>(panel: *const u8, groups: usize, x: Activations, out: *mut [f32; PANEL_ROWS]) {
+    // SAFETY: room for T tokens' results, by the caller's promise.
+    let mut y: [_; T] = std::array::from_fn(|t| unsafe { _mm512_loadu_ps(out.add(t).cast()) });
     for g in 0..groups {
         // SAFETY: within the panel and the tile, by the caller's promise.
         unsafe {
             let block = panel.add(g * Q8_BLOCK);
-            let group = tile.add(g * T * GROUP_WORDS);
-            let mut n = [_mm512_setzero_si512(); T];
-            for t in 0..T {
-                n[t] = _mm512_set1_epi32(-128 * (*group.add(9 * T + t) as i32));
+            if T < 4 {
+                prefetch(block, Q8_BLOCK);
             }
+            let (numbers, scales, excess) = x.group(g);
+            // Weights are stored with 128 added, which is 16 times 8.
+            let mut n: [_; T] = std::array::from_fn(|t| _mm512_slli_epi32::<4>(_mm512_set1_epi32(*excess.add(t))));
             let mut m = [_mm512_setzero_si512(); T];
             for j in 0..8 {
                 let weights = _mm512_loadu_si512(block.add(BLOCK_SCALE_BYTES + 64 * j).cast());
                 for t in 0..T {
-                    let activations = _mm512_set1_epi32(*group.add(j * T + t) as i32);
+                    let activations = _mm512_set1_epi32(*numbers.add(t * NUMBER_WORDS + j));
                     if T < 4 && j % 2 == 1 {
                         m[t] = _mm512_dpbusd_epi32(m[t], weights, activations);
                     } else {
@@ -99,16 +170,105 @@ unsafe fn q8<const T: usize>(panel: *const u8, groups: usize, tile: *const u32, 
                     }
                 }
             }
-            let scales = _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
+            let of_rows = _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
             for t in 0..T {
                 let sum = if T < 4 { _mm512_add_epi32(n[t], m[t]) } else { n[t] };
-                let scale = _mm512_mul_ps(scales, _mm512_set1_ps(f32::from_bits(*group.add(8 * T + t))));
+                let scale = _mm512_mul_ps(of_rows, _mm512_set1_ps(*scales.add(t)));
                 y[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[t]);
             }
         }
     }
-    for (out, y) in out.iter_mut().zip(y) {
-        // SAFETY: 16 numbers.
-        unsafe { _mm512_storeu_ps(out.as_mut_ptr(), y) };
+    for t in 0..T {
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(out.add(t).cast(), y[t]) };
+    }
+}
+
+/// Adds the products of four rows, `width` wide and `stride` bytes apart, with each of T tokens to their lanes, 16 columns at a time: see
+/// [`plain`](super::plain). Rows are of bf16 or of f32.
+///
+/// # Safety
+/// All have `width` numbers, which is a multiple of 16; the processor has AVX-512.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn add_products<const T: usize, const BF16: bool>(
+    lanes: &mut [[[f32; PANEL_ROWS]; 4]; T],
+    (weights, stride): (*const u8, usize),
+    x: [*const f32; T],
+    width: usize,
+) {
+    // SAFETY: 16 numbers each, and within the width by the caller's promise.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); 4]; T];
+        for t in 0..T {
+            for r in 0..4 {
+                sums[t][r] = _mm512_loadu_ps(lanes[t][r].as_ptr());
+            }
+        }
+        for at in (0..width).step_by(PANEL_ROWS) {
+            let mut w = [_mm512_setzero_ps(); 4];
+            for r in 0..4 {
+                let row = weights.add(r * stride);
+                w[r] = if BF16 {
+                    let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(row.add(2 * at).cast()));
+                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+                } else {
+                    _mm512_loadu_ps(row.add(4 * at).cast())
+                };
+                if T == 1 {
+                    // The same columns of the next four rows.
+                    _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * stride + if BF16 { 2 } else { 4 } * at).cast());
+                }
+            }
+            for t in 0..T {
+                let x = _mm512_loadu_ps(x[t].add(at));
+                for r in 0..4 {
+                    sums[t][r] = _mm512_add_ps(sums[t][r], _mm512_mul_ps(w[r], x));
+                }
+            }
+        }
+        for t in 0..T {
+            for r in 0..4 {
+                _mm512_storeu_ps(lanes[t][r].as_mut_ptr(), sums[t][r]);
+            }
+        }
+    }
+}
+
+/// What [`attention`](crate::attention) does most: see its function of the same name.
+///
+/// # Safety
+/// All numbers are there, and the processor has AVX-512.
+#[target_feature(enable = "avx512f")]
+pub(crate) unsafe fn add_outer<const N: usize, const R: usize>(
+    steps: usize,
+    (x, x_step, x_stride): (*const f32, usize, usize),
+    (y, y_step): (*const f32, usize),
+    (out, out_stride): (*mut f32, usize),
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[_mm512_setzero_ps(); R]; N];
+        for n in 0..N {
+            for r in 0..R {
+                sums[n][r] = _mm512_loadu_ps(out.add(n * out_stride + r * PANEL_ROWS));
+            }
+        }
+        for step in 0..steps {
+            let mut values = [_mm512_setzero_ps(); R];
+            for r in 0..R {
+                values[r] = _mm512_loadu_ps(y.add(step * y_step + r * PANEL_ROWS));
+            }
+            for n in 0..N {
+                let x = _mm512_set1_ps(*x.add(step * x_step + n * x_stride));
+                for r in 0..R {
+                    sums[n][r] = _mm512_fmadd_ps(x, values[r], sums[n][r]);
+                }
+            }
+        }
+        for n in 0..N {
+            for r in 0..R {
+                _mm512_storeu_ps(out.add(n * out_stride + r * PANEL_ROWS), sums[n][r]);
+            }
+        }
     }
 }

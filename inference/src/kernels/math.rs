@@ -15,20 +15,20 @@ macro_rules! per_instruction_set {
             #[cfg(target_arch = "x86_64")]
             {
                 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,fma,f16c")]
-                fn avx512 $(<const $n: usize>)? ($($arg: $type),*) -> $ret { $body($($arg),*) }
+                fn avx512 $(<const $n: usize>)? ($($arg: $type),*) -> $ret { $body $(::<$n>)? ($($arg),*) }
                 #[target_feature(enable = "avx2,fma,f16c")]
-                fn avx2 $(<const $n: usize>)? ($($arg: $type),*) -> $ret { $body($($arg),*) }
+                fn avx2 $(<const $n: usize>)? ($($arg: $type),*) -> $ret { $body $(::<$n>)? ($($arg),*) }
                 match $crate::kernels::math::vectors() {
                     // SAFETY: the processor has these instructions: that is what the answer says.
                     #[expect(unsafe_code, reason = "calling a function compiled for an instruction set")]
-                    $crate::kernels::math::Vectors::Avx512 => return unsafe { avx512($($arg),*) },
+                    $crate::kernels::math::Vectors::Avx512 => return unsafe { avx512 $(::<$n>)? ($($arg),*) },
                     // SAFETY: as above.
                     #[expect(unsafe_code, reason = "calling a function compiled for an instruction set")]
-                    $crate::kernels::math::Vectors::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::kernels::math::Vectors::Avx2 => return unsafe { avx2 $(::<$n>)? ($($arg),*) },
                     $crate::kernels::math::Vectors::Baseline => {}
                 }
             }
-            $body($($arg),*)
+            $body $(::<$n>)? ($($arg),*)
         }
     };
 }
@@ -61,20 +61,25 @@ const LOG2_E: f32 = f32::from_bits(0x3fb8_aa3b);
 const LN_2_HIGH: f32 = f32::from_bits(0x3f31_8000);
 const LN_2_LOW: f32 = f32::from_bits(0x395e_8083);
 
+/// 1.5 × 2²³: what is added to it is rounded to an integer.
+pub(super) const ROUNDING: f32 = 12_582_912.0;
+
 /// e^x by our own polynomial: Taylor's to the seventh power on ±ln 2 / 2, scaled by a power of two.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 pub(crate) fn exp(x: f32) -> f32 {
     let x = if x > -87.0 { x } else { -87.0 };
     let x = if x < 88.0 { x } else { 88.0 };
-    let n = (x * LOG2_E).round_ties_even();
+    // Rounds to the nearest integer, ties to even, which then stands in the lowest bits.
+    let rounded = x * LOG2_E + ROUNDING;
+    let n = rounded - ROUNDING;
     let r = n.mul_add(-LN_2_HIGH, x);
     let r = n.mul_add(LN_2_LOW, r);
     let mut p = 1.0 / 5040.0;
     for c in [1.0 / 720.0, 1.0 / 120.0, 1.0 / 24.0, 1.0 / 6.0, 0.5, 1.0, 1.0] {
         p = r.mul_add(p, c);
     }
-    p * f32::from_bits(((n as i32 + 127) as u32) << 23)
+    p * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
 }
 
 per_instruction_set! {
@@ -202,12 +207,18 @@ fn add_body(x: &mut [f32], y: &[f32]) {
 }
 
 per_instruction_set! {
-    /// Adds `weight` × `y` to `x`, each by one fused multiply-add.
-    pub(crate) fn add_weighted(x: &mut [f32], weight: f32, y: &[f32]) -> (), add_weighted_body
+    /// Adds rows of 16 numbers to those of `out` that `rows` names, each times its weight, by one fused multiply-add a number.
+    pub(crate) fn add_weighted(out: &mut [f32], rows: &[(u32, f32)], y: &[f32]) -> (), add_weighted_body
 }
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn add_weighted_body(x: &mut [f32], weight: f32, y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x = weight.mul_add(*y, *x));
+fn add_weighted_body(out: &mut [f32], rows: &[(u32, f32)], y: &[f32]) {
+    let out = out.as_chunks_mut::<LANES>().0;
+    for (&(row, weight), y) in rows.iter().zip(y.as_chunks::<LANES>().0) {
+        let out = &mut out[row as usize];
+        for i in 0..LANES {
+            out[i] = weight.mul_add(y[i], out[i]);
+        }
+    }
 }

@@ -8,45 +8,129 @@ pub(crate) mod math;
 mod packed;
 mod plain;
 
+#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+mod amx;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
-mod avx512;
+pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(test)]
 mod tests;
 
+use std::ops::Range;
+
 use protocol::Precision;
 use protocol::precision::{GROUP_COLUMNS, PANEL_ROWS};
 
+use crate::aligned::Words;
 use crate::pool::Pool;
 
 pub(crate) use packed::{pack, weights_of_row};
 pub(crate) use plain::dot;
 
-/// Tokens that any kernel multiplies with a panel at a time, at most.
-pub(crate) const TILE_MAX: usize = 16;
-/// Results of a panel for some tokens.
-pub(crate) type TileOut = [[f32; PANEL_ROWS]; TILE_MAX];
+/// Tokens of a tile, at most: a matrix is read once for as many.
+pub(crate) const TILE_MAX: usize = 48;
+/// Panels that are multiplied with a tile at a time, at most.
+pub(crate) const PANELS_MAX: usize = 4;
 
-/// Words (of 32 bits) that a token's group of activations takes in a tile: 8 of quantised numbers, the scale, the sum.
-pub(crate) const GROUP_WORDS: usize = GROUP_COLUMNS / 4 + 2;
+/// Words (of 32 bits) that a token's group of activations takes in a tile: 8 of quantised numbers, the scale, the excess.
+pub(crate) const GROUP_WORDS: usize = NUMBER_WORDS + 2;
+/// Words of quantised numbers.
+const NUMBER_WORDS: usize = GROUP_COLUMNS / 4;
+/// Quantised activations of a tile, from some group on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Activations {
+    /// (groups, tokens, 8 words of four numbers each)
+    numbers: *const i32,
+    /// (groups, tokens)
+    scales: *const f32,
+    /// (groups, tokens): −8 times the sum of a group's numbers, since 4-bit weights are stored with 8 added.
+    excess: *const i32,
+    tokens: usize,
+}
 
-/// Multiplies a panel of packed weights, `groups` groups wide, with a tile of activations.
+#[expect(unsafe_code, reason = "kernels read by pointer")]
+impl Activations {
+    /// The same without the first `first` tokens of each group, which stay as far apart.
+    ///
+    /// # Safety
+    /// There are more tokens than that.
+    unsafe fn from(self, first: usize) -> Self {
+        // SAFETY: the caller's promise.
+        unsafe {
+            Self {
+                numbers: self.numbers.add(first * NUMBER_WORDS),
+                scales: self.scales.add(first),
+                excess: self.excess.add(first),
+                tokens: self.tokens,
+            }
+        }
+    }
+
+    /// Where group `g` begins.
+    ///
+    /// # Safety
+    /// There are more groups than that.
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+    unsafe fn group(self, g: usize) -> (*const i32, *const f32, *const i32) {
+        let place = g * self.tokens;
+        // SAFETY: the caller's promise.
+        unsafe { (self.numbers.add(place * NUMBER_WORDS), self.scales.add(place), self.excess.add(place)) }
+    }
+}
+
+/// Some panels of packed weights, or the part of them that belongs to some groups.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Panels {
+    first: *const u8,
+    /// Bytes from one panel to the next.
+    stride: usize,
+    count: usize,
+    groups: usize,
+}
+
+impl Panels {
+    /// Where the panels begin, each with its number.
+    #[inline]
+    fn each(self) -> impl Iterator<Item = (usize, *const u8)> {
+        (0..self.count).map(move |i| (i, self.first.wrapping_add(i * self.stride)))
+    }
+}
+
+/// Where results go: (panels, tokens, 16).
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Results {
+    first: *mut [f32; PANEL_ROWS],
+    /// Rows of 16 from one panel to the next.
+    stride: usize,
+}
+
+impl Results {
+    /// Those of a panel, from some token on.
+    #[inline]
+    fn at(self, panel: usize, token: usize) -> *mut [f32; PANEL_ROWS] {
+        self.first.wrapping_add(panel * self.stride + token)
+    }
+}
+
+/// Adds the products of some panels with a tile to the results, group after group.
 ///
 /// # Safety
-/// `panel` has `groups` blocks, `tile` has groups × tokens × [`GROUP_WORDS`] words, and the processor has the kernel's instructions.
-pub(crate) type PanelKernel = unsafe fn(panel: *const u8, groups: usize, tile: *const u32, out: &mut TileOut);
+/// There are as many groups of activations as of weights, results for all panels and tokens, and the processor has the instructions.
+pub(crate) type Kernel = unsafe fn(Panels, Activations, Results);
 
 /// The packed kernels of one instruction set.
 pub struct Kernels {
     /// The name that people see.
     pub name: &'static str,
     available: fn() -> bool,
-    /// By number of tokens less one, as many as a tile may have.
-    q4: &'static [PanelKernel],
-    q8: &'static [PanelKernel],
+    q4: Kernel,
+    q8: Kernel,
+    /// Bytes of a tile that are multiplied with all panels before its next columns are, so that they stay in the nearest cache.
+    near: usize,
 }
 
 impl std::fmt::Debug for Kernels {
@@ -58,7 +142,9 @@ impl std::fmt::Debug for Kernels {
 impl Kernels {
     /// Every set of kernels that this processor can run, the fastest first.
     pub fn available() -> impl Iterator<Item = &'static Self> {
-        #[cfg(target_arch = "x86_64")]
+        #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
+        const ALL: &[&Kernels] = &[&amx::KERNELS, &avx512::KERNELS, &avx2::KERNELS, &packed::KERNELS];
+        #[cfg(all(target_arch = "x86_64", not(target_os = "linux")))]
         const ALL: &[&Kernels] = &[&avx512::KERNELS, &avx2::KERNELS, &packed::KERNELS];
         #[cfg(target_arch = "aarch64")]
         const ALL: &[&Kernels] = &[&neon::KERNELS, &packed::KERNELS];
@@ -75,11 +161,6 @@ impl Kernels {
     /// Those of a name, if this processor can run them.
     pub fn named(name: &str) -> Option<&'static Self> {
         Self::available().find(|kernels| kernels.name == name)
-    }
-
-    /// Tokens of a tile.
-    pub(crate) fn tile_rows(&self) -> usize {
-        self.q4.len()
     }
 }
 
@@ -138,6 +219,22 @@ impl Rows {
         }
     }
 
+    /// Copies the vectors of tokens `token` and on, or their parts from panel `first` on, to the first `width` numbers of rows of `out`,
+    /// `stride` numbers each. Goes panel by panel, since that is how they lie.
+    pub(crate) fn copy_tokens(&self, token: usize, first: usize, width: usize, out: &mut [f32], stride: usize) {
+        let panel = self.panel_length();
+        for at in (0..width).step_by(PANEL_ROWS) {
+            let from = &self.data[(first + at / PANEL_ROWS) * panel + token * PANEL_ROWS..];
+            for (out, from) in out.chunks_mut(stride).zip(from.as_chunks::<PANEL_ROWS>().0) {
+                let out = &mut out[at..];
+                match out.first_chunk_mut() {
+                    Some(out) if at + PANEL_ROWS <= width => *out = *from,
+                    _ => out[..width - at].copy_from_slice(&from[..width - at]),
+                }
+            }
+        }
+    }
+
     /// Copies a token's vector in.
     pub(crate) fn set_token(&mut self, token: usize, values: &[f32]) {
         let panel = self.panel_length();
@@ -149,7 +246,7 @@ impl Rows {
     }
 }
 
-/// Some of the rows of an operand that a kernel takes in at a time.
+/// Some of the rows of an operand that are multiplied together: [`TILE_MAX`] at most.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Tile {
     pub(crate) first: usize,
@@ -157,12 +254,14 @@ pub(crate) struct Tile {
 }
 
 /// Cuts `rows` rows from `first` on into as few tiles as there must be, of about the same number of rows.
-pub(crate) fn tiles(first: usize, rows: usize, tile_rows: usize) -> impl Iterator<Item = Tile> {
-    let count = rows.div_ceil(tile_rows);
-    (0..count).map(move |i| {
-        let (from, to) = (i * rows / count, (i + 1) * rows / count);
-        Tile { first: first + from, rows: to - from }
-    })
+pub(crate) fn tiles(first: usize, rows: usize) -> impl Iterator<Item = Tile> {
+    shares(rows, TILE_MAX).map(move |(from, rows)| Tile { first: first + from, rows })
+}
+
+/// Cuts `all` into as few shares of at most `most` as there must be, of about the same size: where each begins, and its size.
+fn shares(all: usize, most: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = all.div_ceil(most);
+    (0..count).map(move |i| (i * all / count, (i + 1) * all / count - i * all / count))
 }
 
 /// In which forms vectors are needed: by plain matrices, by packed ones, or both.
@@ -187,8 +286,8 @@ impl Forms {
 /// Vectors ready to be multiplied: quantised, tile by tile, for packed matrices; row by row for plain ones.
 #[derive(Debug, Default)]
 pub(crate) struct Operand {
-    /// For each tile: (groups, [8 words × rows of numbers, rows of scales, rows of sums]).
-    words: Vec<u32>,
+    /// For each tile: numbers, scales, excesses, as [`Activations`] says.
+    words: Words,
     /// (rows, columns)
     plain: Vec<f32>,
     groups: usize,
@@ -199,7 +298,7 @@ impl Operand {
     /// Room for `rows` vectors of up to `columns` numbers.
     pub(crate) fn with_capacity(rows: usize, columns: usize, forms: Forms) -> Self {
         let (words, plain) = Self::room(rows, columns, forms);
-        Self { words: vec![0; words], plain: vec![0.0; plain], groups: 0, columns: 0 }
+        Self { words: Words::new(words), plain: vec![0.0; plain], groups: 0, columns: 0 }
     }
 
     /// Bytes that this room takes.
@@ -250,6 +349,48 @@ impl Operand {
     }
 }
 
+impl Operand {
+    /// Takes in rows of another operand, which was filled in `from_tiles`: row i of this one becomes its row `source(i)`.
+    pub(crate) fn gather(
+        &mut self,
+        pool: &mut Pool,
+        from: &Self,
+        from_tiles: &[Tile],
+        tiles: &[Tile],
+        forms: Forms,
+        source: impl Fn(usize) -> usize + Sync,
+    ) {
+        (self.columns, self.groups) = (from.columns, from.groups);
+        let (groups, columns) = (self.groups, self.columns);
+        let range = |tile: usize, row: usize| tiles[tile].first * row..(tiles[tile].first + tiles[tile].rows) * row;
+        if forms.packed {
+            let place = |row: usize| {
+                let row = source(row);
+                let tile = from_tiles[from_tiles.partition_point(|tile| tile.first + tile.rows <= row)];
+                (&from.words[tile.first * groups * GROUP_WORDS..][..tile.rows * groups * GROUP_WORDS], row - tile.first, tile.rows)
+            };
+            pool.parts(
+                &mut self.words,
+                tiles.len(),
+                |tile| range(tile, groups * GROUP_WORDS),
+                |tile, _, words| packed::gather(groups, tiles[tile].rows, words, |i| place(tiles[tile].first + i)),
+            );
+        }
+        if forms.plain {
+            pool.parts(
+                &mut self.plain,
+                tiles.len(),
+                |tile| range(tile, columns),
+                |tile, _, out| {
+                    for (i, row) in out.chunks_exact_mut(columns).enumerate() {
+                        row.copy_from_slice(&from.plain[source(tiles[tile].first + i) * columns..][..columns]);
+                    }
+                },
+            );
+        }
+    }
+}
+
 /// A token's vector, panel by panel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vector<'a> {
@@ -268,15 +409,18 @@ impl<'a> Vector<'a> {
         Self { data, stride: PANEL_ROWS }
     }
 
-    /// Its numbers 16 × `panel` and on; those beyond its width are zeros.
+    /// Its numbers 32 × `group` and on; those beyond its width are zeros.
     #[inline(always)]
     #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-    fn panel_into(&self, panel: usize, out: &mut [f32; PANEL_ROWS]) {
-        let Some(rest) = self.data.get(panel * self.stride..) else { return };
-        if let Some(whole) = rest.first_chunk() {
-            *out = *whole;
-        } else {
-            out[..rest.len()].copy_from_slice(rest);
+    fn group_into(&self, group: usize, out: &mut [f32; GROUP_COLUMNS]) {
+        for (half, out) in out.as_chunks_mut::<PANEL_ROWS>().0.iter_mut().enumerate() {
+            let rest = self.data.get((2 * group + half) * self.stride..).unwrap_or_default();
+            if let Some(whole) = rest.first_chunk() {
+                *out = *whole;
+            } else {
+                out[..rest.len()].copy_from_slice(rest);
+                out[rest.len()..].fill(0.0);
+            }
         }
     }
 
@@ -322,29 +466,50 @@ impl<'a> Matrix<'a> {
         }
     }
 
-    /// Multiplies panel `panel` with the rows of `tile`. Rows beyond the matrix come out as 0.
-    pub(crate) fn times(&self, kernels: &Kernels, panel: usize, operand: &Operand, tile: Tile, out: &mut TileOut) {
+    /// Multiplies some panels, [`PANELS_MAX`] at most, with the rows of `tile`: those of a panel go to `out`, (rows, 16), `stride` numbers
+    /// after those of the panel before. Rows beyond the matrix come out as 0.
+    pub(crate) fn times(&self, kernels: &Kernels, panels: Range<usize>, operand: &Operand, tile: Tile, out: &mut [f32], stride: usize) {
         let Some(block) = self.precision.block_bytes() else {
-            return plain::panel(*self, panel, &operand.plain[tile.first * self.columns..][..tile.rows * self.columns], out);
+            let x = &operand.plain[tile.first * self.columns..][..tile.rows * self.columns];
+            panels
+                .zip(out.chunks_mut(stride))
+                .for_each(|(panel, out)| plain::panel(*self, panel, x, out[..tile.rows * PANEL_ROWS].as_chunks_mut().0));
+            return;
         };
+        let count = panels.len();
+        assert!((count - 1) * stride + tile.rows * PANEL_ROWS <= out.len(), "there is room for the results");
+        out.chunks_mut(stride).take(count).for_each(|out| out[..tile.rows * PANEL_ROWS].fill(0.0));
         let groups = operand.groups;
-        let bytes = &self.bytes[panel * groups * block..][..groups * block];
+        let bytes = &self.bytes[panels.start * groups * block..panels.end * groups * block];
         let words = &operand.words[tile.first * groups * GROUP_WORDS..][..tile.rows * groups * GROUP_WORDS];
-        let set = if self.precision == Precision::Q4 { kernels.q4 } else { kernels.q8 };
-        // SAFETY: both slices have the lengths that the kernel wants, and only kernels that are available are handed out.
-        #[expect(unsafe_code, reason = "kernels read by pointer")]
-        unsafe {
-            set[tile.rows - 1](bytes.as_ptr(), groups, words.as_ptr(), out);
+        let kernel = if self.precision == Precision::Q4 { kernels.q4 } else { kernels.q8 };
+        let results = Results { first: out.as_mut_ptr().cast(), stride: stride / PANEL_ROWS };
+        for (first, here) in shares(groups, (kernels.near / (4 * GROUP_WORDS * tile.rows)).max(1)) {
+            let from = |words: &[u32], each: usize| words[each * first * tile.rows..].as_ptr();
+            let (scales, excess) = (groups * tile.rows * NUMBER_WORDS, groups * tile.rows * (NUMBER_WORDS + 1));
+            let x = Activations {
+                numbers: from(words, NUMBER_WORDS).cast(),
+                scales: from(&words[scales..], 1).cast(),
+                excess: from(&words[excess..], 1).cast(),
+                tokens: tile.rows,
+            };
+            let panels = Panels { first: bytes[first * block..].as_ptr(), stride: groups * block, count, groups: here };
+            // SAFETY: all have what the kernel wants, and only kernels that are available are handed out.
+            #[expect(unsafe_code, reason = "kernels read by pointer")]
+            unsafe {
+                kernel(panels, x, results);
+            }
         }
     }
 
     /// Writes panels `first` and on of the product with all `tiles`, of `tokens` rows in all, to `out`: (panels, tokens, 16).
     pub(crate) fn times_all(&self, kernels: &Kernels, first: usize, operand: &Operand, tiles: &[Tile], tokens: usize, out: &mut [f32]) {
-        let mut results = [[0.0; PANEL_ROWS]; TILE_MAX];
-        for &tile in tiles {
-            for (i, out) in out.chunks_exact_mut(tokens * PANEL_ROWS).enumerate() {
-                self.times(kernels, first + i, operand, tile, &mut results);
-                out[tile.first * PANEL_ROWS..][..tile.rows * PANEL_ROWS].copy_from_slice(results[..tile.rows].as_flattened());
+        let stride = tokens * PANEL_ROWS;
+        for (number, out) in out.chunks_mut(PANELS_MAX * stride).enumerate() {
+            let first = first + number * PANELS_MAX;
+            let panels = first..first + out.len() / stride;
+            for &tile in tiles {
+                self.times(kernels, panels.clone(), operand, tile, &mut out[tile.first * PANEL_ROWS..], stride);
             }
         }
     }

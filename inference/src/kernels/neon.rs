@@ -7,113 +7,144 @@
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 
-use protocol::precision::{BLOCK_SCALE_BYTES, GROUP_COLUMNS, PANEL_ROWS};
+use protocol::precision::{BLOCK_SCALE_BYTES, PANEL_ROWS};
 
-use super::{GROUP_WORDS, Kernels, PanelKernel, TileOut};
+use super::{Activations, Kernels, NUMBER_WORDS, Panels, Results, shares};
 
-pub(super) static KERNELS: Kernels = Kernels {
-    name: "neon-dotprod",
-    available: || is_aarch64_feature_detected!("dotprod"),
-    // Few tokens take a whole panel in one pass, so that memory is read evenly; many take it in two, to have enough registers.
-    q4: &[q4::<1, 4>, q4::<2, 4>, q4::<3, 4>, q4::<4, 4>, q4::<5, 2>, q4::<6, 2>, q4::<7, 2>, q4::<8, 2>] as &[PanelKernel],
-    q8: &[q8::<1, 4>, q8::<2, 4>, q8::<3, 4>, q8::<4, 4>, q8::<5, 2>, q8::<6, 2>, q8::<7, 2>, q8::<8, 2>] as &[PanelKernel],
-};
+pub(super) static KERNELS: Kernels =
+    Kernels { name: "neon-dotprod", available: || is_aarch64_feature_detected!("dotprod"), q4, q8, near: 20 << 10 };
 
 const Q4_BLOCK: usize = BLOCK_SCALE_BYTES + 256;
 const Q8_BLOCK: usize = BLOCK_SCALE_BYTES + 512;
 /// Rows of a register.
 const LANES: usize = 4;
-/// Where a group's scales stand, in words a token.
-const SCALES: usize = GROUP_COLUMNS / 4;
+/// Tokens whose sums and results fit in the registers, more or less.
+const TOKENS_MAX: usize = 8;
 
-/// T tokens, R registers of rows at a time.
+type OfTokens = unsafe fn(*const u8, usize, Activations, *mut [f32; PANEL_ROWS]);
+// Few tokens take a whole panel in one pass, so that memory is read evenly; many take it in two, to have enough registers.
+const Q4: [OfTokens; TOKENS_MAX] =
+    [q4_of::<1, 4>, q4_of::<2, 4>, q4_of::<3, 4>, q4_of::<4, 4>, q4_of::<5, 2>, q4_of::<6, 2>, q4_of::<7, 2>, q4_of::<8, 2>];
+const Q8: [OfTokens; TOKENS_MAX] =
+    [q8_of::<1, 4>, q8_of::<2, 4>, q8_of::<3, 4>, q8_of::<4, 4>, q8_of::<5, 2>, q8_of::<6, 2>, q8_of::<7, 2>, q8_of::<8, 2>];
+
+/// # Safety
+/// See [`Kernel`](super::Kernel).
+unsafe fn q4(w: Panels, x: Activations, y: Results) {
+    for (number, panel) in w.each() {
+        for (first, count) in shares(x.tokens, TOKENS_MAX) {
+            // SAFETY: the caller's promise.
+            unsafe { Q4[count - 1](panel, w.groups, x.from(first), y.at(number, first)) };
+        }
+    }
+}
+
+/// # Safety
+/// See [`Kernel`](super::Kernel).
+unsafe fn q8(w: Panels, x: Activations, y: Results) {
+    for (number, panel) in w.each() {
+        for (first, count) in shares(x.tokens, TOKENS_MAX) {
+            // SAFETY: the caller's promise.
+            unsafe { Q8[count - 1](panel, w.groups, x.from(first), y.at(number, first)) };
+        }
+    }
+}
+
+/// The first T tokens of `x`, whose groups are of `x.tokens`, R registers of rows at a time.
 ///
 /// # Safety
-/// See [`PanelKernel`].
+/// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn q4<const T: usize, const R: usize>(panel: *const u8, groups: usize, tile: *const u32, out: &mut TileOut) {
+unsafe fn q4_of<const T: usize, const R: usize>(panel: *const u8, groups: usize, x: Activations, out: *mut [f32; PANEL_ROWS]) {
     let low = vdupq_n_u8(15);
     for first in (0..PANEL_ROWS).step_by(R * LANES) {
-        let mut y = [[vdupq_n_f32(0.0); R]; T];
+        // SAFETY: room for T tokens' results, by the caller's promise.
+        let mut y: [[_; R]; T] = unsafe { load(out, first) };
         for g in 0..groups {
             // SAFETY: within the panel and the tile, by the caller's promise.
             unsafe {
                 let block = panel.add(g * Q4_BLOCK);
-                let group = tile.add(g * T * GROUP_WORDS);
+                let (numbers, scales, excess) = x.group(g);
                 // Weights are stored with 8 added: 8 times the sum of the activations is too much.
                 let mut n = [[vdupq_n_s32(0); R]; T];
                 for t in 0..T {
-                    n[t] = [vdupq_n_s32(-8 * (*group.add((SCALES + 1) * T + t) as i32)); R];
+                    n[t] = [vdupq_n_s32(*excess.add(t)); R];
                 }
-                for j in 0..4 {
-                    let weights = block.add(BLOCK_SCALE_BYTES + 64 * j + 4 * first);
-                    let (mut one, mut other) = ([vdupq_n_s8(0); R], [vdupq_n_s8(0); R]);
-                    for r in 0..R {
-                        let both = vld1q_u8(weights.add(16 * r));
-                        one[r] = vreinterpretq_s8_u8(vandq_u8(both, low));
-                        other[r] = vreinterpretq_s8_u8(vshrq_n_u8::<4>(both));
-                    }
-                    add_products(&mut n, one, group.add(j * T));
-                    add_products(&mut n, other, group.add((4 + j) * T));
+                macro_rules! words {
+                    ($($j:literal),*) => {$(
+                        let weights = block.add(BLOCK_SCALE_BYTES + 64 * $j + 4 * first);
+                        let (mut one, mut other) = ([vdupq_n_s8(0); R], [vdupq_n_s8(0); R]);
+                        for r in 0..R {
+                            let both = vld1q_u8(weights.add(16 * r));
+                            one[r] = vreinterpretq_s8_u8(vandq_u8(both, low));
+                            other[r] = vreinterpretq_s8_u8(vshrq_n_u8::<4>(both));
+                        }
+                        add_products::<T, R, $j>(&mut n, one, numbers);
+                        add_products::<T, R, $j>(&mut n, other, numbers.add(4));
+                    )*};
                 }
-                add_scaled(&mut y, n, block.add(2 * first), group.add(SCALES * T));
+                words!(0, 1, 2, 3);
+                add_scaled(&mut y, n, block.add(2 * first), scales);
             }
         }
-        store(y, first, out);
+        // SAFETY: as above.
+        unsafe { store(y, first, out) };
     }
 }
 
-/// T tokens, R registers of rows at a time.
+/// The first T tokens of `x`, whose groups are of `x.tokens`, R registers of rows at a time.
 ///
 /// # Safety
-/// See [`PanelKernel`].
+/// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn q8<const T: usize, const R: usize>(panel: *const u8, groups: usize, tile: *const u32, out: &mut TileOut) {
+unsafe fn q8_of<const T: usize, const R: usize>(panel: *const u8, groups: usize, x: Activations, out: *mut [f32; PANEL_ROWS]) {
     let sign = vdupq_n_u8(0x80);
     for first in (0..PANEL_ROWS).step_by(R * LANES) {
-        let mut y = [[vdupq_n_f32(0.0); R]; T];
+        // SAFETY: room for T tokens' results, by the caller's promise.
+        let mut y: [[_; R]; T] = unsafe { load(out, first) };
         for g in 0..groups {
             // SAFETY: within the panel and the tile, by the caller's promise.
             unsafe {
                 let block = panel.add(g * Q8_BLOCK);
-                let group = tile.add(g * T * GROUP_WORDS);
+                let (numbers, scales, _) = x.group(g);
                 let mut n = [[vdupq_n_s32(0); R]; T];
-                for j in 0..8 {
-                    let stored = block.add(BLOCK_SCALE_BYTES + 64 * j + 4 * first);
-                    let mut weights = [vdupq_n_s8(0); R];
-                    for r in 0..R {
-                        weights[r] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(stored.add(16 * r)), sign));
-                    }
-                    add_products(&mut n, weights, group.add(j * T));
+                macro_rules! words {
+                    ($($j:literal),*) => {$(
+                        for half in 0..2 {
+                            let stored = block.add(BLOCK_SCALE_BYTES + 64 * (4 * half + $j) + 4 * first);
+                            let mut weights = [vdupq_n_s8(0); R];
+                            for r in 0..R {
+                                weights[r] = vreinterpretq_s8_u8(veorq_u8(vld1q_u8(stored.add(16 * r)), sign));
+                            }
+                            add_products::<T, R, $j>(&mut n, weights, numbers.add(4 * half));
+                        }
+                    )*};
                 }
-                add_scaled(&mut y, n, block.add(2 * first), group.add(SCALES * T));
+                words!(0, 1, 2, 3);
+                add_scaled(&mut y, n, block.add(2 * first), scales);
             }
         }
-        store(y, first, out);
+        // SAFETY: as above.
+        unsafe { store(y, first, out) };
     }
 }
 
-/// Adds to each sum the products of its row's four weights with its token's four activations, a word of `activations`.
+/// Adds to each sum the products of its row's four weights with its token's four activations: word J from `numbers` on.
 ///
 /// # Safety
-/// `activations` has max(T, 2) words, and as many more as make it whole registers if T is above 1.
+/// `numbers` has four words of each of T tokens.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn add_products<const T: usize, const R: usize>(n: &mut [[int32x4_t; R]; T], weights: [int8x16_t; R], activations: *const u32) {
-    for t in (0..T).step_by(LANES) {
+unsafe fn add_products<const T: usize, const R: usize, const J: usize>(
+    n: &mut [[int32x4_t; R]; T],
+    weights: [int8x16_t; R],
+    numbers: *const i32,
+) {
+    for t in 0..T {
         // SAFETY: the caller's promise.
-        let four = vreinterpretq_s8_u32(unsafe { words::<T>(activations.add(t)) });
+        let four = vreinterpretq_s8_s32(unsafe { vld1q_s32(numbers.add(t * NUMBER_WORDS)) });
         for r in 0..R {
-            n[t][r] = dot::<0>(n[t][r], weights[r], four);
-            if t + 1 < T {
-                n[t + 1][r] = dot::<1>(n[t + 1][r], weights[r], four);
-            }
-            if t + 2 < T {
-                n[t + 2][r] = dot::<2>(n[t + 2][r], weights[r], four);
-            }
-            if t + 3 < T {
-                n[t + 3][r] = dot::<3>(n[t + 3][r], weights[r], four);
-            }
+            n[t][r] = dot::<J>(n[t][r], weights[r], four);
         }
     }
 }
@@ -121,56 +152,54 @@ unsafe fn add_products<const T: usize, const R: usize>(n: &mut [[int32x4_t; R]; 
 /// Adds a group's sums to the results: y = fma(n, scale of the row × scale of the token, y).
 ///
 /// # Safety
-/// `row_scales` has R × 4 numbers, and `token_scales` what [`add_products`] wants.
+/// `row_scales` has R × 4 numbers, and `token_scales` T.
 #[inline]
 #[target_feature(enable = "neon,dotprod")]
 unsafe fn add_scaled<const T: usize, const R: usize>(
     y: &mut [[float32x4_t; R]; T],
     n: [[int32x4_t; R]; T],
     row_scales: *const u8,
-    token_scales: *const u32,
+    token_scales: *const f32,
 ) {
     for r in 0..R {
         // SAFETY: the caller's promise.
         let of_rows = widen(unsafe { vld1_u8(row_scales.add(8 * r)) });
-        for t in (0..T).step_by(LANES) {
+        for t in 0..T {
             // SAFETY: the caller's promise.
-            let of_tokens = vreinterpretq_f32_u32(unsafe { words::<T>(token_scales.add(t)) });
-            y[t][r] = vfmaq_f32(y[t][r], vcvtq_f32_s32(n[t][r]), vmulq_laneq_f32::<0>(of_rows, of_tokens));
-            if t + 1 < T {
-                y[t + 1][r] = vfmaq_f32(y[t + 1][r], vcvtq_f32_s32(n[t + 1][r]), vmulq_laneq_f32::<1>(of_rows, of_tokens));
-            }
-            if t + 2 < T {
-                y[t + 2][r] = vfmaq_f32(y[t + 2][r], vcvtq_f32_s32(n[t + 2][r]), vmulq_laneq_f32::<2>(of_rows, of_tokens));
-            }
-            if t + 3 < T {
-                y[t + 3][r] = vfmaq_f32(y[t + 3][r], vcvtq_f32_s32(n[t + 3][r]), vmulq_laneq_f32::<3>(of_rows, of_tokens));
-            }
+            let scale = vmulq_n_f32(of_rows, unsafe { *token_scales.add(t) });
+            y[t][r] = vfmaq_f32(y[t][r], vcvtq_f32_s32(n[t][r]), scale);
         }
     }
 }
 
-#[inline]
-#[target_feature(enable = "neon")]
-fn store<const T: usize, const R: usize>(y: [[float32x4_t; R]; T], first: usize, out: &mut TileOut) {
-    for t in 0..T {
-        for r in 0..R {
-            let place = &mut out[t][first + LANES * r..][..LANES];
-            // SAFETY: four numbers.
-            unsafe { vst1q_f32(place.as_mut_ptr(), y[t][r]) };
-        }
-    }
-}
-
-/// Words of up to four tokens. Those of a few tokens are followed by others of the same group, which are loaded and not used.
+/// Rows `first` and on of T tokens' results.
 ///
 /// # Safety
-/// Two words can be read if T is 1, otherwise four.
+/// They are there.
 #[inline]
 #[target_feature(enable = "neon")]
-unsafe fn words<const T: usize>(from: *const u32) -> uint32x4_t {
-    // SAFETY: the caller's promise.
-    unsafe { if T == 1 { vcombine_u32(vld1_u32(from), vdup_n_u32(0)) } else { vld1q_u32(from) } }
+unsafe fn load<const T: usize, const R: usize>(from: *const [f32; PANEL_ROWS], first: usize) -> [[float32x4_t; R]; T] {
+    let mut y = [[vdupq_n_f32(0.0); R]; T];
+    for t in 0..T {
+        for r in 0..R {
+            // SAFETY: the caller's promise.
+            y[t][r] = unsafe { vld1q_f32(from.add(t).cast::<f32>().add(first + LANES * r)) };
+        }
+    }
+    y
+}
+
+/// # Safety
+/// There is room for rows `first` and on of T tokens' results.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn store<const T: usize, const R: usize>(y: [[float32x4_t; R]; T], first: usize, out: *mut [f32; PANEL_ROWS]) {
+    for t in 0..T {
+        for r in 0..R {
+            // SAFETY: the caller's promise.
+            unsafe { vst1q_f32(out.add(t).cast::<f32>().add(first + LANES * r), y[t][r]) };
+        }
+    }
 }
 
 /// Adds to each of four sums the products of four weights with the four activations in lane `LANE`.

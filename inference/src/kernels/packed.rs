@@ -6,8 +6,8 @@ use half::f16;
 use protocol::Precision;
 use protocol::precision::{BLOCK_SCALE_BYTES, GROUP_COLUMNS, PANEL_ROWS};
 
-use super::math::per_instruction_set;
-use super::{GROUP_WORDS, Kernels, PanelKernel, TileOut, Vector};
+use super::math::{ROUNDING, per_instruction_set};
+use super::{Activations, GROUP_WORDS, Kernels, NUMBER_WORDS, Panels, Results, TILE_MAX, Vector};
 
 /// Added to a 4-bit weight, so that it is never negative.
 pub(super) const Q4_BIAS: i32 = 8;
@@ -17,15 +17,9 @@ pub(super) const Q8_BIAS: i32 = 128;
 const INT8_MAX: f32 = 127.0;
 /// Groups of activations below this are taken for zero: 2⁻¹⁰⁰.
 const ACTIVATION_MIN: f32 = f32::from_bits((127 - 100) << 23);
-const WORDS: usize = GROUP_COLUMNS / 4;
 
 /// The kernels that any processor can run.
-pub(super) static KERNELS: Kernels = Kernels {
-    name: "scalar",
-    available: || true,
-    q4: &[scalar::<1, Q4>, scalar::<2, Q4>, scalar::<3, Q4>, scalar::<4, Q4>] as &[PanelKernel],
-    q8: &[scalar::<1, Q8>, scalar::<2, Q8>, scalar::<3, Q8>, scalar::<4, Q8>] as &[PanelKernel],
-};
+pub(super) static KERNELS: Kernels = Kernels { name: "scalar", available: || true, q4: scalar::<Q4>, q8: scalar::<Q8>, near: usize::MAX };
 
 /// Where a weight stands in a block.
 trait Packing {
@@ -76,25 +70,25 @@ fn scale_of(block: &[u8], row: usize) -> f32 {
 /// The definition, as plainly as it can be written.
 ///
 /// # Safety
-/// See [`PanelKernel`].
+/// See [`Kernel`](super::Kernel).
 #[expect(unsafe_code, reason = "kernels read by pointer")]
-unsafe fn scalar<const TOKENS: usize, P: Packing>(panel: *const u8, groups: usize, tile: *const u32, out: &mut TileOut) {
-    let block_bytes = P::PRECISION.block_bytes().expect("a packed precision");
+unsafe fn scalar<P: Packing>(w: Panels, x: Activations, y: Results) {
+    let (block_bytes, all) = (P::PRECISION.block_bytes().expect("a packed precision"), w.groups * x.tokens);
     // SAFETY: the caller's promise.
-    let (panel, tile) = unsafe {
-        (std::slice::from_raw_parts(panel, groups * block_bytes), std::slice::from_raw_parts(tile, groups * TOKENS * GROUP_WORDS))
-    };
-    out[..TOKENS].fill([0.0; PANEL_ROWS]);
-    for (block, group) in panel.chunks_exact(block_bytes).zip(tile.chunks_exact(TOKENS * GROUP_WORDS)) {
-        for (token, out) in out[..TOKENS].iter_mut().enumerate() {
-            let scale = f32::from_bits(group[WORDS * TOKENS + token]);
-            for (row, out) in out.iter_mut().enumerate() {
-                let mut sum = 0;
-                for column in 0..GROUP_COLUMNS {
-                    let activation = group[column / 4 * TOKENS + token].to_le_bytes()[column % 4] as i8;
-                    sum += (P::weight(block, row, column) - P::BIAS) * i32::from(activation);
+    let (numbers, scales) =
+        unsafe { (std::slice::from_raw_parts(x.numbers.cast::<[i8; GROUP_COLUMNS]>(), all), std::slice::from_raw_parts(x.scales, all)) };
+    for (number, panel) in w.each() {
+        // SAFETY: the caller's promise.
+        let (panel, y) = unsafe {
+            (std::slice::from_raw_parts(panel, w.groups * block_bytes), std::slice::from_raw_parts_mut(y.at(number, 0), x.tokens))
+        };
+        for (group, block) in panel.chunks_exact(block_bytes).enumerate() {
+            for (token, y) in y.iter_mut().enumerate() {
+                let (activations, scale) = (&numbers[group * x.tokens + token], scales[group * x.tokens + token]);
+                for (row, y) in y.iter_mut().enumerate() {
+                    let products = activations.iter().enumerate().map(|(i, &q)| (P::weight(block, row, i) - P::BIAS) * i32::from(q));
+                    *y = (products.sum::<i32>() as f32).mul_add(scale_of(block, row) * scale, *y);
                 }
-                *out = (sum as f32).mul_add(scale_of(block, row) * scale, *out);
             }
         }
     }
@@ -118,44 +112,73 @@ pub(crate) fn weights_of_row(bytes: &[u8], precision: Precision, columns: usize,
     }
 }
 
-/// Quantises some tokens' vectors into a tile: see [`Operand`](super::Operand).
+/// Quantises some tokens' vectors into a tile: see [`Operand`](super::Operand). Goes group by group, since vectors lie so.
 pub(super) fn quantise<'a>(groups: usize, rows: usize, words: &mut [u32], source: impl Fn(usize) -> Vector<'a>) {
-    for token in 0..rows {
-        quantise_token(source(token), groups, rows, token, words);
-    }
+    assert!(rows <= TILE_MAX, "a tile has so many tokens at most");
+    let vectors: [_; TILE_MAX] = std::array::from_fn(|row| source(row.min(rows - 1)));
+    quantise_rows(groups, &vectors[..rows], words);
 }
 
 per_instruction_set! {
-    fn quantise_token(vector: Vector<'_>, groups: usize, rows: usize, token: usize, words: &mut [u32]) -> (), quantise_token_body
+    fn quantise_rows(groups: usize, vectors: &[Vector<'_>], words: &mut [u32]) -> (), quantise_rows_body
 }
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn quantise_token_body(vector: Vector<'_>, groups: usize, rows: usize, token: usize, words: &mut [u32]) {
-    for (number, group) in words[..groups * rows * GROUP_WORDS].chunks_exact_mut(rows * GROUP_WORDS).enumerate() {
-        let mut x = [0.0; GROUP_COLUMNS];
-        for (half, x) in x.as_chunks_mut::<PANEL_ROWS>().0.iter_mut().enumerate() {
-            vector.panel_into(2 * number + half, x);
+fn quantise_rows_body(groups: usize, vectors: &[Vector<'_>], words: &mut [u32]) {
+    let count = groups * vectors.len();
+    let (numbers, rest) = words[..count * GROUP_WORDS].split_at_mut(count * NUMBER_WORDS);
+    let (scales, excesses) = rest.split_at_mut(count);
+    let mut places = numbers.as_chunks_mut().0.iter_mut().zip(scales).zip(excesses);
+    let mut x = [0.0; GROUP_COLUMNS];
+    for group in 0..groups {
+        for vector in vectors {
+            let ((numbers, scale), excess) = places.next().expect("a place for each group and row");
+            vector.group_into(group, &mut x);
+            let sum;
+            (*scale, sum) = quantise_group(&x, numbers);
+            *excess = (-Q4_BIAS * sum) as u32;
         }
-        // The bits of magnitudes order as they do, NaN above all.
-        let magnitude = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & 0x7fff_ffff));
-        let magnitude = f32::from_bits(magnitude);
-        let (scale, inverse) = if magnitude < ACTIVATION_MIN { (0.0, 0.0) } else { (magnitude / INT8_MAX, INT8_MAX / magnitude) };
-        let mut sum = 0;
-        let mut bytes = [0i8; GROUP_COLUMNS];
-        for (q, x) in bytes.iter_mut().zip(x) {
-            let rounded = (x * inverse).round_ties_even();
-            // Within ±127 whenever x is finite; otherwise the scale is not, and the vector is refused.
-            let integer = rounded as i32;
-            *q = integer as i8;
-            sum += integer;
-        }
-        for (i, word) in bytes.as_chunks::<4>().0.iter().enumerate() {
-            group[i * rows + token] = u32::from_le_bytes(word.map(|q| q as u8));
-        }
-        group[WORDS * rows + token] = scale.to_bits();
-        group[(WORDS + 1) * rows + token] = sum as u32;
     }
+}
+
+/// Copies some tokens' quantised vectors into a tile: `source` says in which words a token is found, as which row of how many.
+pub(super) fn gather<'a>(groups: usize, rows: usize, words: &mut [u32], source: impl Fn(usize) -> (&'a [u32], usize, usize)) {
+    let (numbers, rest) = words[..groups * rows * GROUP_WORDS].split_at_mut(groups * rows * NUMBER_WORDS);
+    let (scales, excesses) = rest.split_at_mut(groups * rows);
+    for row in 0..rows {
+        let (from, from_row, from_rows) = source(row);
+        let (from_numbers, rest) = from.split_at(groups * from_rows * NUMBER_WORDS);
+        let (from_scales, from_excesses) = rest.split_at(groups * from_rows);
+        let (from_numbers, numbers) = (from_numbers.as_chunks::<NUMBER_WORDS>().0, numbers.as_chunks_mut::<NUMBER_WORDS>().0);
+        for group in 0..groups {
+            let (from, to) = (group * from_rows + from_row, group * rows + row);
+            numbers[to] = from_numbers[from];
+            scales[to] = from_scales[from];
+            excesses[to] = from_excesses[from];
+        }
+    }
+}
+
+/// Quantises one group: returns the bits of its scale, and the sum of its numbers.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn quantise_group(x: &[f32; GROUP_COLUMNS], words: &mut [u32; NUMBER_WORDS]) -> (u32, i32) {
+    // The bits of magnitudes order as they do, NaN above all.
+    let magnitude = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & 0x7fff_ffff));
+    let magnitude = f32::from_bits(magnitude);
+    let (scale, inverse) = if magnitude < ACTIVATION_MIN { (0.0, 0.0) } else { (magnitude / INT8_MAX, INT8_MAX / magnitude) };
+    let mut sum = 0;
+    let mut bytes = [0u8; GROUP_COLUMNS];
+    for (q, x) in bytes.iter_mut().zip(x) {
+        // Rounds to the nearest integer, ties to even, which then stands in the lowest bits. Products are within ±127 whenever x is
+        // finite; otherwise the scale is not, and the vector is refused.
+        let integer = (x * inverse + ROUNDING).to_bits().wrapping_sub(ROUNDING.to_bits()) as i32;
+        *q = integer as u8;
+        sum += integer;
+    }
+    *words = bytemuck::cast::<_, [u32; NUMBER_WORDS]>(bytes);
+    (scale.to_bits(), sum)
 }
 
 /// Packs a matrix of finite weights, (rows, columns): `row` writes one of its rows.

@@ -3,18 +3,23 @@
 //! A row's products go to 16 lanes, element i to lane i mod 16, each lane summing upwards by separate multiplication and
 //! addition; then the lanes are added pairwise: 8 to 8, 4 to 4, 2 to 2, 1 to 1.
 
+use std::ops::Range;
+
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use protocol::Precision;
 use protocol::precision::PANEL_ROWS;
 
 use super::math::per_instruction_set;
-use super::{Matrix, TileOut};
+use super::{Matrix, TILE_MAX};
 
 const LANES: usize = 16;
-/// Tokens that share one pass over a row of weights.
+/// Rows of weights that are multiplied together with several tokens.
+const ROWS: usize = 4;
+/// Tokens that share a look at them, where there are registers enough.
+#[cfg(target_arch = "x86_64")]
 const TOKENS: usize = 4;
-/// Columns of half-precision weights that are widened at a time.
-const WIDENED: usize = 1024;
+/// Columns that are widened at a time.
+const WIDENED: usize = 512;
 
 /// Writes row `row` as f32.
 pub(super) fn row(w: Matrix<'_>, row: usize, out: &mut [f32]) {
@@ -39,60 +44,74 @@ fn widen_bf16(bf16: u16) -> f32 {
     f32::from_bits(u32::from(bf16) << 16)
 }
 
-/// Multiplies a panel with some tokens' vectors, (tokens, columns).
-pub(super) fn panel(w: Matrix<'_>, panel: usize, x: &[f32], out: &mut TileOut) {
+/// Multiplies a panel with some tokens' vectors, (tokens, columns); results are (tokens, 16).
+pub(super) fn panel(w: Matrix<'_>, panel: usize, x: &[f32], out: &mut [[f32; PANEL_ROWS]]) {
     let first = panel * PANEL_ROWS;
-    for lane in 0..PANEL_ROWS {
-        if first + lane < w.rows {
-            row_times_tokens(w, first + lane, x, |token, value| out[token][lane] = value);
-        } else {
-            out.iter_mut().for_each(|out| out[lane] = 0.0);
+    let rows = PANEL_ROWS.min(w.rows - first);
+    out.iter_mut().for_each(|out| out[rows..].fill(0.0));
+    let mut lanes = [[[0.0; LANES]; ROWS]; TILE_MAX];
+    let lanes = &mut lanes[..out.len()];
+    for from in (0..rows).step_by(ROWS) {
+        let rows = ROWS.min(rows - from);
+        lanes.fill([[0.0; LANES]; ROWS]);
+        add_rows(lanes, w, first + from..first + from + rows, x);
+        for (lanes, out) in lanes.iter().zip(&mut *out) {
+            out[from..from + rows].iter_mut().zip(lanes).for_each(|(out, lanes)| *out = sum_lanes(*lanes));
         }
     }
 }
 
-fn row_times_tokens(w: Matrix<'_>, row: usize, x: &[f32], mut out: impl FnMut(usize, f32)) {
-    let bytes = row_bytes(w, row);
-    let mut vectors = x.chunks_exact(w.columns).enumerate();
-    match w.precision {
-        Precision::F32 => {
-            let weights: &[f32] = bytemuck::cast_slice(bytes);
-            while vectors.len() >= TOKENS {
-                let group = [(); TOKENS].map(|()| vectors.next().expect("there are enough"));
-                let sums = dots(weights, group.map(|(_, x)| x));
-                group.iter().zip(sums).for_each(|((token, _), sum)| out(*token, sum));
+/// Adds the products of some rows, four at most, with all tokens to their lanes.
+fn add_rows(lanes: &mut [[[f32; LANES]; ROWS]], w: Matrix<'_>, rows: Range<usize>, x: &[f32]) {
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if rows.len() == ROWS && w.precision != Precision::F16 && super::math::vectors() == super::math::Vectors::Avx512 {
+        done = w.columns / LANES * LANES;
+        let (groups, rest) = lanes.as_chunks_mut::<TOKENS>();
+        let groups_tokens = groups.len() * TOKENS;
+        groups.iter_mut().enumerate().for_each(|(i, lanes)| add_four_rows(lanes, w, rows.start, &x[i * TOKENS * w.columns..]));
+        rest.iter_mut().enumerate().for_each(|(i, lanes)| {
+            add_four_rows(std::array::from_mut(lanes), w, rows.start, &x[(groups_tokens + i) * w.columns..]);
+        });
+    }
+    let mut widened = [0.0; WIDENED];
+    for (row, bytes) in rows.map(|row| row_bytes(w, row)).enumerate() {
+        for column in (done..w.columns).step_by(WIDENED) {
+            let widened = &mut widened[..WIDENED.min(w.columns - column)];
+            let bytes_each = w.precision.matrix_bytes(1, 1);
+            widen(w.precision, &bytes[column * bytes_each..][..widened.len() * bytes_each], widened);
+            for (lanes, x) in lanes.iter_mut().zip(x.chunks_exact(w.columns)) {
+                add_products(&mut lanes[row], widened, &x[column..][..widened.len()]);
             }
-            vectors.for_each(|(token, x)| out(token, dot(weights, x)));
         }
-        // Widening while multiplying gives the same values as widening before.
-        Precision::Bf16 => vectors.for_each(|(token, x)| out(token, dot_bf16(bytemuck::cast_slice(bytes), x))),
-        _ => {
-            let mut widened = [0.0; WIDENED];
-            for (token, x) in vectors {
-                let mut lanes = [0.0; LANES];
-                for (bytes, x) in bytes.chunks(2 * WIDENED).zip(x.chunks(WIDENED)) {
-                    widen(w.precision, bytes, &mut widened[..x.len()]);
-                    add_products(&mut lanes, &widened[..x.len()], x);
-                }
-                out(token, sum_lanes(lanes));
-            }
+    }
+}
+
+/// Adds the products of four rows with T tokens to their lanes, but for columns beyond the last whole vector.
+#[cfg(target_arch = "x86_64")]
+fn add_four_rows<const T: usize>(lanes: &mut [[[f32; LANES]; ROWS]; T], w: Matrix<'_>, first: usize, x: &[f32]) {
+    let stride = w.precision.matrix_bytes(1, w.columns);
+    let weights = (w.bytes[first * stride..][..ROWS * stride].as_ptr(), stride);
+    let x: [_; T] = std::array::from_fn(|t| x[t * w.columns..][..w.columns].as_ptr());
+    let whole = w.columns / LANES * LANES;
+    // SAFETY: slices of that many numbers, on a processor with these instructions.
+    #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
+    unsafe {
+        if w.precision == Precision::Bf16 {
+            super::avx512::add_products::<T, true>(lanes, weights, x, whole);
+        } else {
+            super::avx512::add_products::<T, false>(lanes, weights, x, whole);
         }
     }
 }
 
 /// Returns the inner product of two vectors in the order described above.
 pub(crate) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    dots(a, [b])[0]
+    let mut lanes = [0.0; LANES];
+    add_products(&mut lanes, a, b);
+    sum_lanes(lanes)
 }
 
-per_instruction_set! {
-    /// Inner products of one vector with several.
-    fn dots<const N: usize>(a: &[f32], b: [&[f32]; N]) -> [f32; N], dots_body
-}
-per_instruction_set! {
-    /// Inner product with a row of bf16.
-    fn dot_bf16(a: &[u16], b: &[f32]) -> f32, dot_bf16_body
-}
 per_instruction_set! {
     /// Adds the products of two vectors to the lanes; the first goes to lane 0.
     fn add_products(lanes: &mut [f32; LANES], a: &[f32], b: &[f32]) -> (), add_products_body
@@ -110,48 +129,6 @@ fn add_products_body(lanes: &mut [f32; LANES], a: &[f32], b: &[f32]) {
     for at in whole..a.len() {
         lanes[at - whole] += a[at] * b[at];
     }
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn dots_body<const N: usize>(a: &[f32], b: [&[f32]; N]) -> [f32; N] {
-    let mut lanes = [[0.0f32; LANES]; N];
-    let whole = a.len() / LANES * LANES;
-    let b = b.map(|b| &b[..a.len()]);
-    for at in (0..whole).step_by(LANES) {
-        let a: &[f32; LANES] = a[at..].first_chunk().expect("within whole lanes");
-        for (lanes, b) in lanes.iter_mut().zip(&b) {
-            let b: &[f32; LANES] = b[at..].first_chunk().expect("within whole lanes");
-            for i in 0..LANES {
-                lanes[i] += a[i] * b[i];
-            }
-        }
-    }
-    for (lanes, b) in lanes.iter_mut().zip(&b) {
-        for at in whole..a.len() {
-            lanes[at - whole] += a[at] * b[at];
-        }
-    }
-    lanes.map(sum_lanes)
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn dot_bf16_body(a: &[u16], b: &[f32]) -> f32 {
-    let mut lanes = [0.0f32; LANES];
-    let whole = a.len() / LANES * LANES;
-    let b = &b[..a.len()];
-    for at in (0..whole).step_by(LANES) {
-        let a: &[u16; LANES] = a[at..].first_chunk().expect("within whole lanes");
-        let b: &[f32; LANES] = b[at..].first_chunk().expect("within whole lanes");
-        for i in 0..LANES {
-            lanes[i] += widen_bf16(a[i]) * b[i];
-        }
-    }
-    for at in whole..a.len() {
-        lanes[at - whole] += widen_bf16(a[at]) * b[at];
-    }
-    sum_lanes(lanes)
 }
 
 /// Adds lanes pairwise: 8 and 8, 4 and 4, 2 and 2, 1 and 1.

@@ -87,6 +87,9 @@ enum Command {
     Show {
         /// A name, an id or the beginning of an id
         model: String,
+        /// List every tensor and expert with the blob that holds it, too
+        #[arg(long)]
+        blobs: bool,
     },
     /// Remove a model, and the blobs that no other model uses
     Rm {
@@ -226,7 +229,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Publishers(command) => keys::publishers(&context, &command),
         Command::Id => keys::id(&context),
         Command::Ls => models::ls(&context),
-        Command::Show { model } => models::show(&context, &model),
+        Command::Show { model, blobs } => models::show(&context, &model, blobs),
         Command::Rm { model } => models::rm(&context, &model),
         Command::Serve(args) => serve::serve(&context, &args),
         Command::Plan(args) => plan::plan(&context, &args),

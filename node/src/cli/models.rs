@@ -1,5 +1,6 @@
 //! `confrere ls`, `show` and `rm`: the models that are here.
 
+use protocol::{BlobRef, ModelManifest, Precision};
 use serde_json::json;
 
 use super::Context;
@@ -34,20 +35,25 @@ pub(super) fn ls(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
-pub(super) fn show(context: &Context, model: &str) -> Result<(), Failure> {
+pub(super) fn show(context: &Context, model: &str, blobs: bool) -> Result<(), Failure> {
     let open = context.lock()?;
     let model = open.local(model)?;
     let LocalModel { name, id, manifest, publisher } = &model;
     let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
     let present = model.experts_present(&open.store);
     if context.json {
-        return print_json(&json!({
+        let mut about = json!({
             "name": name, "id": id.to_string(), "publisher": publisher.to_string(), "parent": manifest.parent.map(|id| id.to_string()),
             "config": manifest.config, "precision": manifest.expert_precision.name(),
             "experts": {"have": present, "all": manifest.experts.len(), "bytes_each": manifest.experts.first().map(|blob| blob.length)},
             "trunk_bytes": trunk, "bytes": model.bytes_present(&open.store), "total_bytes": manifest.total_bytes(),
             "tokenizer": manifest.tokenizer.map(|blob| blob.hash.to_string()), "chat_template": manifest.chat.template.is_some(),
-        }));
+        });
+        if blobs {
+            let listed = |(name, precision, blob): (String, Precision, BlobRef)| json!({"name": name, "precision": precision.name(), "hash": blob.hash.to_string(), "bytes": blob.length});
+            about["blobs"] = all_blobs(manifest).map(listed).collect();
+        }
+        return print_json(&about);
     }
     let config = &manifest.config;
     let mut rows = vec![
@@ -71,7 +77,20 @@ pub(super) fn show(context: &Context, model: &str) -> Result<(), Failure> {
         ("tokenizer", if manifest.tokenizer.is_some() { "yes" } else { "none: prompts are token ids" }.to_owned()),
     ];
     rows.extend(manifest.parent.map(|parent| ("made from", parent.to_string())));
-    rows.iter().try_for_each(|(word, value)| print_line(&format!("{word:10}  {value}")))
+    rows.iter().try_for_each(|(word, value)| print_line(&format!("{word:10}  {value}")))?;
+    if blobs {
+        for (name, precision, blob) in all_blobs(manifest) {
+            print_line(&format!("{}  {:>10}  {precision:4}  {name}", blob.hash, blob.length))?;
+        }
+    }
+    Ok(())
+}
+
+/// Every tensor of the trunk, then every expert, layer by layer.
+fn all_blobs(manifest: &ModelManifest) -> impl Iterator<Item = (String, Precision, BlobRef)> {
+    let trunk = manifest.trunk.iter().map(|tensor| (tensor.name.clone(), tensor.precision, tensor.blob));
+    let slots = manifest.config.expert_slots().zip(&manifest.experts);
+    trunk.chain(slots.map(|(slot, blob)| (slot.to_string(), manifest.expert_precision, *blob)))
 }
 
 pub(super) fn rm(context: &Context, model: &str) -> Result<(), Failure> {
