@@ -12,7 +12,7 @@ use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
 use crate::kv_cache::KvPrecision;
 use crate::model::{LayerWeights, Model};
-use crate::moe_layer::{MoeWork, feed_forward};
+use crate::moe_layer::{LOOKING_AHEAD, MoeWork, feed_forward, foresee};
 use crate::pool::Pool;
 use crate::rope::{Position, Rotation};
 use crate::session::Session;
@@ -231,10 +231,18 @@ impl Engine {
         let Self { model, experts, pool, options, work, log } = self;
         let heads = heads(&model.config);
         work.begin(model, &parts, rows);
+        experts.begin_pass();
         for (number, weights) in model.layers.iter().enumerate() {
             norm_rows(pool, &work.x, &weights.input_layernorm, model.eps(), &mut work.scales, &mut work.normed);
             work.attention(pool, options.kernels, model, heads, number, weights, &mut parts);
             add(work.x.data_mut(), work.out.data());
+            if let Some(next) = model.layers.get(number + 1)
+                && rows <= LOOKING_AHEAD
+                && experts.looks_ahead()
+            {
+                norm_rows(pool, &work.x, &next.post_attention_layernorm, model.eps(), &mut work.scales, &mut work.normed);
+                foresee(pool, options.kernels, model, number, (&work.normed, &work.tiles), &mut work.moe);
+            }
             norm_rows(pool, &work.x, &weights.post_attention_layernorm, model.eps(), &mut work.scales, &mut work.normed);
             let positions = |row: usize| {
                 let part = parts.iter().rfind(|part| part.first <= row).expect("every row is of a part");

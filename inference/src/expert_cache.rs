@@ -33,6 +33,11 @@ impl ExpertCache {
         Some(Arc::clone(expert))
     }
 
+    /// Whether the expert in `slot` is here; it does not count as used.
+    pub fn contains(&self, slot: usize) -> bool {
+        self.slots[slot].is_some()
+    }
+
     /// Memory for an expert: unused, or of one that is forgotten for it; beyond the limit when all are in use.
     pub fn buffer(&mut self) -> AlignedBytes {
         if let Some(buffer) = self.spare.pop() {

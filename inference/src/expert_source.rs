@@ -40,6 +40,9 @@ pub trait ExpertSource: Send {
     /// Begins to bring `requests`, and returns at once.
     fn request(&mut self, requests: Vec<ExpertRequest>);
 
+    /// Whether an expert could be brought without asking anybody else.
+    fn is_near(&self, blob: &BlobRef) -> bool;
+
     /// Waits for the next of those requested to come, in any order.
     fn receive(&mut self) -> Result<Arrival, SourceError>;
 

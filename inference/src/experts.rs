@@ -29,6 +29,28 @@ pub struct ExpertUse {
     pub hits: u64,
     /// Bytes read from the store for the others.
     pub bytes_read: u64,
+    /// Experts that were asked for before their layer's turn, …
+    pub foreseen: u64,
+    /// … and how many of them the layer then wanted.
+    pub foreseen_used: u64,
+}
+
+/// Guesses on their way at a time, at most.
+const GUESSES_MAX: usize = 16;
+/// After so many guesses, looking ahead ends unless half of them were right.
+const GUESSES_TRIED: u64 = 256;
+
+/// Whether an expert has been asked for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Coming {
+    /// It has not, or it came and was used.
+    No,
+    /// On its way on a guess.
+    Guessed,
+    /// It came on a guess, and has not been used.
+    Foreseen,
+    /// On its way, and the layer at work waits for it.
+    Wanted,
 }
 
 /// Memory and source of experts, for one model.
@@ -40,8 +62,16 @@ pub struct Experts {
     seen: Vec<bool>,
     /// By layer, the number of its first slot; dense layers have none.
     first_slots: Vec<usize>,
+    /// By slot.
+    coming: Vec<Coming>,
     /// Requested and not yet received.
     outstanding: usize,
+    /// Of those, guesses.
+    guesses: usize,
+    /// Whether anything was missing in this pass, and in the one before.
+    missed: [bool; 2],
+    /// Guesses so far, and those that were right.
+    tried: [u64; 2],
 }
 
 impl std::fmt::Debug for Experts {
@@ -80,7 +110,19 @@ impl Experts {
             .collect();
         let bytes = config.expert_shape(manifest.expert_precision).blob_bytes();
         let cache = ExpertCache::new(slots, bytes, bytes_max, policy);
-        Self { cache, source, usage: ExpertUse::default(), seen: vec![false; slots], first_slots, outstanding: 0, manifest }
+        Self {
+            cache,
+            source,
+            usage: ExpertUse::default(),
+            seen: vec![false; slots],
+            first_slots,
+            coming: vec![Coming::No; slots],
+            outstanding: 0,
+            guesses: 0,
+            missed: [false; 2],
+            tried: [0; 2],
+            manifest,
+        }
     }
 
     /// What has been counted since the last [`start_counting`](Self::start_counting).
@@ -104,8 +146,38 @@ impl Experts {
         self.cache.capacity()
     }
 
+    /// Notes that a pass through the layers begins.
+    pub(crate) fn begin_pass(&mut self) {
+        self.missed = [false, self.missed[0]];
+    }
+
+    /// Whether a guess at what later layers will want is of use: something was missing lately, and guesses have been good so far.
+    pub(crate) fn looks_ahead(&self) -> bool {
+        let [tried, right] = self.tried;
+        self.missed.contains(&true) && (tried < GUESSES_TRIED || 2 * right >= tried)
+    }
+
+    /// Begins to bring those of `experts`, which `layer` will probably want, that are near and not in memory.
+    pub(crate) fn foresee(&mut self, layer: u32, experts: &[u32]) {
+        for &expert in experts {
+            let number = self.first_slots[layer as usize] + expert as usize;
+            let slot = ExpertSlot { layer, expert };
+            let blob = self.manifest.expert(slot).expect("the router chooses among the layer's experts");
+            let known = self.cache.contains(number) || matches!(self.coming[number], Coming::Guessed | Coming::Wanted);
+            if known || self.guesses >= GUESSES_MAX.min(self.cache.capacity() / 4) || !self.source.is_near(&blob) {
+                continue;
+            }
+            self.coming[number] = Coming::Guessed;
+            self.guesses += 1;
+            self.outstanding += 1;
+            self.usage.foreseen += 1;
+            self.tried[0] += 1;
+            self.source.request(vec![ExpertRequest { slot, blob, buffer: self.cache.buffer() }]);
+        }
+    }
+
     /// Looks for the experts `wanted` of `layer`: those in memory are put into `present` (in the order wanted), the others are
-    /// requested. Each must then be received, or all given up by `cancel`.
+    /// requested, unless they are on their way. Each must then be received, or all given up by `cancel`.
     pub(crate) fn gather(&mut self, layer: u32, wanted: &[u32], present: &mut Vec<Option<Arc<Expert>>>) {
         present.clear();
         let mut missing = Vec::new(); // allocates only when something is
@@ -113,12 +185,24 @@ impl Experts {
             let number = self.first_slots[layer as usize] + expert as usize;
             let found = self.cache.get(number);
             self.usage.uses += 1;
-            if found.is_some() {
+            if found.is_some() && self.coming[number] == Coming::Foreseen {
+                // In memory, but it had to be brought, as it would have been without looking ahead.
+                self.coming[number] = Coming::No;
+                self.right();
+                self.first_use(number, |usage| usage.disk += 1);
+            } else if found.is_some() {
                 self.usage.hits += 1;
                 self.first_use(number, |usage| usage.ram += 1);
             } else {
-                let slot = ExpertSlot { layer, expert };
-                missing.push((slot, self.manifest.expert(slot).expect("the router chooses among the layer's experts")));
+                if self.coming[number] == Coming::Guessed {
+                    self.guesses -= 1;
+                    self.right();
+                } else {
+                    let slot = ExpertSlot { layer, expert };
+                    missing.push((slot, self.manifest.expert(slot).expect("the router chooses among the layer's experts")));
+                }
+                self.coming[number] = Coming::Wanted;
+                self.missed[0] = true;
             }
             present.push(found);
         }
@@ -129,8 +213,25 @@ impl Experts {
         }
     }
 
-    /// Waits for one of those requested.
+    fn right(&mut self) {
+        self.usage.foreseen_used += 1;
+        self.tried[1] += 1;
+    }
+
+    /// Waits for one of those that the layer lacks.
     pub(crate) fn receive(&mut self) -> Result<(u32, Arc<Expert>), ExpertsError> {
+        loop {
+            let (slot, expert, coming) = self.arrival()?;
+            if coming == Coming::Wanted {
+                return Ok((slot.expert, expert));
+            }
+            self.guesses -= 1;
+            self.coming[self.first_slots[slot.layer as usize] + slot.expert as usize] = Coming::Foreseen;
+        }
+    }
+
+    /// Takes in what comes next.
+    fn arrival(&mut self) -> Result<(ExpertSlot, Arc<Expert>, Coming), ExpertsError> {
         let Arrival { slot, bytes, origin } = self.source.receive()?;
         self.outstanding -= 1;
         let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
@@ -140,10 +241,13 @@ impl Experts {
             Ok(expert) => Arc::new(expert),
             Err(source) => {
                 self.cache.lost();
+                self.coming[number] = Coming::No;
                 return Err(ExpertsError::Expert { slot, source });
             }
         };
+        let coming = std::mem::replace(&mut self.coming[number], Coming::No);
         match origin {
+            Origin::Disk if coming == Coming::Guessed => self.usage.bytes_read += length,
             Origin::Disk => {
                 self.usage.bytes_read += length;
                 self.first_use(number, |usage| usage.disk += 1);
@@ -154,12 +258,14 @@ impl Experts {
             }),
         }
         self.cache.insert(number, Arc::clone(&expert));
-        Ok((slot.expert, expert))
+        Ok((slot, expert, coming))
     }
 
     /// Gives up what was requested and has not come.
     pub(crate) fn cancel(&mut self) {
         self.source.cancel();
+        self.coming.fill(Coming::No);
+        self.guesses = 0;
         for _ in 0..std::mem::take(&mut self.outstanding) {
             self.cache.lost();
         }

@@ -15,6 +15,8 @@ use protocol::precision::PANEL_ROWS;
 
 /// Experts of a prefill that are in use at a time.
 const WAVE: usize = 32;
+/// Tokens of a pass, at most, whose next experts are guessed: more want most of them anyway.
+pub(crate) const LOOKING_AHEAD: usize = 4;
 /// Tokens that are routed by a thread at a time.
 const ROUTED: usize = 16;
 
@@ -31,6 +33,8 @@ pub(crate) struct MoeWork {
     /// Where each expert's begin in `assigned`; one more at the end.
     starts: Vec<u32>,
     wanted: Vec<u32>,
+    /// What the next layer will probably want.
+    foreseen: Vec<u32>,
     present: Vec<Option<Arc<Expert>>>,
     jobs: Vec<Job>,
     tiles: Vec<Tile>,
@@ -77,6 +81,7 @@ impl MoeWork {
             assigned: vec![(0, 0.0); assigned],
             starts: vec![0; sizes.experts + 1],
             wanted: Vec::with_capacity(sizes.experts),
+            foreseen: Vec::with_capacity(sizes.experts),
             present: Vec::with_capacity(WAVE),
             jobs: Vec::with_capacity(WAVE),
             tiles: Vec::with_capacity(assigned),
@@ -169,6 +174,26 @@ pub(crate) fn feed_forward(
     }
 }
 
+/// Guesses what the layer after `number` will want, by letting its router see what this one sees: `x` is that, as the next would norm it.
+pub(crate) fn foresee(
+    pool: &mut Pool,
+    kernels: &Kernels,
+    model: &Model,
+    number: usize,
+    (x, token_tiles): (&Rows, &[Tile]),
+    work: &mut MoeWork,
+) {
+    let [FeedForward::Moe { .. }, FeedForward::Moe { router }] = [number, number + 1].map(|layer| &model.layers[layer].feed_forward) else {
+        return;
+    };
+    let (router, data, tokens) = (router.view(), x.data(), x.tokens());
+    work.tokens.fill(pool, model.config.hidden_size as usize, router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
+    work.logits.resize(tokens);
+    project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
+    work.route(pool, model, tokens);
+    std::mem::swap(&mut work.wanted, &mut work.foreseen);
+}
+
 impl MoeWork {
     /// Chooses each token's experts and lists the tokens of each expert.
     fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize) {
@@ -221,6 +246,10 @@ impl MoeWork {
         for from in (0..self.wanted.len()).step_by(wave) {
             let to = (from + wave).min(self.wanted.len());
             experts.gather(layer, &self.wanted[from..to], &mut self.present);
+            if !self.foreseen.is_empty() {
+                experts.foresee(layer + 1, &self.foreseen);
+                self.foreseen.clear();
+            }
             self.take_in(pool, model, (from, to), token_tiles);
             if self.present.iter().any(Option::is_some) {
                 self.first_half(pool, kernels, model, None);

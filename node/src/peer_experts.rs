@@ -159,6 +159,10 @@ impl ExpertSource for PeerExperts {
         }
     }
 
+    fn is_near(&self, blob: &BlobRef) -> bool {
+        self.store.contains(&blob.hash)
+    }
+
     fn receive(&mut self) -> Result<Arrival, SourceError> {
         loop {
             // What peers send can come while the disk reads.

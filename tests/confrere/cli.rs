@@ -27,6 +27,40 @@ fn an_empty_store_lists_nothing_and_an_import_shows_up() {
 }
 
 #[test]
+fn models_are_narrowed_planned_traced_and_measured() {
+    let (node, _) = Node::with("tiny-qwen3-moe");
+    let narrowed = node.json(&["requantize", "m", "q4"])["id"].clone();
+    let imported = Node::new().json(&["import", text(&checkpoint("tiny-qwen3-moe")), "--name", "m", "--precision", "q4"])["id"].clone();
+    assert!(narrowed.is_string() && narrowed == imported, "{narrowed} {imported}");
+
+    let listed = node.json(&["show", "m-q4", "--blobs"]);
+    let blobs = listed["blobs"].as_array().expect("a list");
+    assert_eq!(blobs.iter().filter(|blob| blob["name"].as_str().is_some_and(|name| name.starts_with("layer "))).count(), 32);
+    assert!(blobs.iter().any(|blob| blob["name"] == "model.embed_tokens.weight" && blob["precision"] == "q4"));
+
+    let plan = node.json(&["plan", "m", "--memory", "1GiB"]);
+    let ways = plan["ways"].as_array().expect("a list");
+    assert!(ways.len() == 4 && ways.iter().all(|way| way["fits"] == true && way["hits"] == 1.0), "{plan}");
+    let refused = node.run(&["plan", "m", "--memory", "1MiB"]);
+    assert!(refused.out.contains("does not run in 1.00 MiB") && refused.out.contains("MiB would do"), "{}", refused.out);
+
+    let rows = node.json(&["bench", "speed", "m-q4", "--threads", "1", "--prefill", "8", "--decode", "4", "--runs", "1"]);
+    let phases: Vec<_> = rows.as_array().expect("a list").iter().map(|row| row["phase"].clone()).collect();
+    assert_eq!(phases, [json!("decode"), json!("prefill")]);
+    assert!(rows[0]["tokens_per_second"]["median"].as_f64().is_some_and(|speed| speed > 0.0), "{rows}");
+
+    let trace = node.path().join("trace");
+    node.json(&["run", "m", "[1,2,3]", "--max-tokens", "8", "--trace", text(&trace)]);
+    let hits = node.json(&["bench", "trace", text(&trace)]);
+    for policy in ["lru", "lfu", "s3-fifo"] {
+        let [of_policy, best] = [&hits[0][policy], &hits[0]["belady"]].map(|hits| hits.as_f64().expect("a number"));
+        assert!(0.0 < of_policy && of_policy <= best && best < 1.0, "{hits}");
+    }
+    fs::write(&trace, "no trace").expect("it is written");
+    assert_eq!(node.run(&["bench", "trace", text(&trace)]).code, Some(2));
+}
+
+#[test]
 fn a_refused_checkpoint_exits_5_with_its_faults_and_leaves_nothing() {
     let dir = tempfile::tempdir().expect("a temporary directory");
     for (i, (what, damage, expected)) in BROKEN.into_iter().enumerate() {

@@ -116,6 +116,22 @@ fn counts_each_slot_once_and_by_where_it_was() {
 }
 
 #[test]
+fn looking_ahead_changes_no_bit_and_is_counted() {
+    let imported = imported("tiny-qwen3-omni", Precision::Q4);
+    let tokens: Vec<u32> = prompt().into_iter().cycle().take(60).collect();
+    let expected = bits(&mut imported.engine(u64::MAX, 1), &tokens, 60);
+    let mut engine = imported.engine(imported.manifest.experts[0].length * 24, 2);
+    assert!(bits(&mut engine, &tokens, 1) == expected);
+    let usage = engine.experts().usage();
+    assert!(usage.foreseen_used > 0 && usage.foreseen_used <= usage.foreseen, "{usage:?}");
+    // Where nothing is missing, nobody looks ahead.
+    let mut engine = imported.engine(u64::MAX, 1);
+    bits(&mut engine, &tokens, 60);
+    bits(&mut engine, &tokens, 1);
+    assert_eq!(engine.experts().usage().foreseen, 0);
+}
+
+#[test]
 fn a_sequence_ends_at_the_context_and_a_failed_step_leaves_no_trace() {
     let imported = Imported::of("variant-tied");
     let mut engine = imported.engine(u64::MAX, 1);

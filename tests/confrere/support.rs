@@ -108,6 +108,10 @@ impl ExpertSource for Shuffled {
         self.requests.extend(requests);
     }
 
+    fn is_near(&self, _: &BlobRef) -> bool {
+        true
+    }
+
     fn receive(&mut self) -> Result<Arrival, SourceError> {
         self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let ExpertRequest { slot, blob, mut buffer } = self.requests.swap_remove((self.state >> 33) as usize % self.requests.len());

@@ -64,6 +64,7 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
         return Err(Failure::new(Kind::Usage, format!("the trace is of a model with {other}, not of {}", found.name)));
     }
     let options = args.engine.options(manifest, None);
+    let process = process_bytes(); // before memory is measured: the probe leaves some behind
     let memory_speed = memory_speed(options.threads);
     let disk_speed = disk_speed(&open, manifest)?;
     let own = manifest.expert_precision;
@@ -72,7 +73,7 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
     let mut ways = Vec::new();
     for &experts in &choices {
         for &trunk in choices.iter().filter(|&&trunk| trunk == experts || (trunk == Precision::Q8 && experts == Precision::Q4)) {
-            ways.push(way(manifest, (trunk, experts), memory, &options, trace.as_ref(), memory_speed, disk_speed));
+            ways.push(way(manifest, (trunk, experts), (process, memory), &options, trace.as_ref(), memory_speed, disk_speed));
         }
     }
     if context.json {
@@ -116,7 +117,7 @@ fn at(manifest: &ModelManifest, trunk: Precision, experts: Precision) -> ModelMa
 fn way(
     manifest: &ModelManifest,
     (trunk, experts): (Precision, Precision),
-    memory: u64,
+    (process, memory): (u64, u64),
     options: &EngineOptions,
     trace: Option<&Trace>,
     memory_speed: f64,
@@ -125,7 +126,7 @@ fn way(
     let made = at(manifest, trunk, experts);
     let layers = made.config.moe_layers().count().max(1);
     let (total, one) = (layers * made.config.num_experts as usize, made.config.expert_shape(experts).blob_bytes() as u64);
-    let plan = match plan_memory(&made, options, process_bytes(), memory) {
+    let plan = match plan_memory(&made, options, process, memory) {
         Ok(plan) => Ok((plan, ((plan.experts / one) as usize).min(total))),
         Err(error) => Err(error.needed),
     };

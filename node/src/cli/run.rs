@@ -163,14 +163,14 @@ pub(super) fn answer(
 
 impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, uses, hits, bytes_read } = self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, uses, hits, bytes_read, foreseen, foreseen_used } = self.experts;
         let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
             "tokens": self.generated.tokens,
             // None are run at peers yet; the field is part of the contract.
             "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": 0, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
-                        "uses": uses, "hits": hits, "bytes_read": bytes_read},
+                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used},
             "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,
             "stop_reason": match self.generated.stop_reason {
                 StopReason::EndOfText | StopReason::StopString => "stop",

@@ -2,6 +2,7 @@
 
 use clap::Args;
 use inference::engine::{Engine, EngineOptions, Sequence};
+use inference::experts::ExpertUse;
 use inference::kernels::Kernels;
 use inference::probe::{KernelProbe, MemoryProbe, TokenCost};
 use protocol::Precision;
@@ -12,7 +13,7 @@ use super::Median;
 use crate::clock::{check_interrupted, instant};
 use crate::failure::Failure;
 use crate::federation::Federation;
-use crate::output::{note, print_json, print_line};
+use crate::output::{human_bytes, note, print_json, print_line};
 use inference::kv_cache::KvPrecision;
 
 /// Larger than any cache.
@@ -90,6 +91,18 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
             if args.decode > 0 {
                 for &batch in &args.batch {
                     let measured = decode(&mut engine, args, batch.into())?;
+                    if let Some(last) = measured.last()
+                        && last.hits() < 1.0
+                    {
+                        note(&format!(
+                            "{}: {:.1}% of experts were in memory, {} read; {} of {} looked ahead for were used",
+                            found.name,
+                            100.0 * last.hits(),
+                            human_bytes(last.experts.bytes_read),
+                            last.experts.foreseen_used,
+                            last.experts.foreseen
+                        ));
+                    }
                     let mut line = Line {
                         what: format!(
                             "{} decode, {threads} threads{}",
@@ -97,9 +110,9 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
                             if batch == 1 { String::new() } else { format!(", {batch} together") }
                         ),
                         limit: memory.median / cost.bytes as f64,
-                        measured: measured.0,
+                        measured: Median::of(measured.iter().map(|run| run.speed).collect()),
                         detail: json!({"model": found.name, "phase": "decode", "threads": threads, "batch": batch, "bytes_per_token": cost.bytes,
-                                       "hits": measured.1, "kernels": kernels.name, "kv": kv.name(), "depth": args.depth}),
+                                       "runs": measured.iter().map(DecodeRun::json).collect::<Vec<_>>(), "kernels": kernels.name, "kv": kv.name(), "depth": args.depth}),
                     };
                     if batch > 1 {
                         line.limit = f64::NAN; // experts that sequences share are read once: no single figure
@@ -190,10 +203,25 @@ fn warm(engine: &mut Engine, args: &SpeedArgs) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Tokens a second, and the share of experts that were in memory.
-fn decode(engine: &mut Engine, args: &SpeedArgs, batch: usize) -> Result<(Median, f64), Failure> {
-    let mut speeds = Vec::new();
-    let (mut hits, mut uses) = (0, 0);
+/// A decode: tokens a second, and what its experts cost.
+struct DecodeRun {
+    speed: f64,
+    experts: ExpertUse,
+}
+
+impl DecodeRun {
+    fn hits(&self) -> f64 {
+        self.experts.hits as f64 / self.experts.uses.max(1) as f64
+    }
+
+    fn json(&self) -> Value {
+        let ExpertUse { bytes_read, foreseen, foreseen_used, .. } = self.experts;
+        json!({"tokens_per_second": self.speed, "hits": self.hits(), "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used})
+    }
+}
+
+fn decode(engine: &mut Engine, args: &SpeedArgs, batch: usize) -> Result<Vec<DecodeRun>, Failure> {
+    let mut runs = Vec::new();
     // What a run needs is in memory when it is measured: the same tokens have been decoded before.
     let passes = if args.cold { 1 } else { 2 };
     for (run, pass) in (0..args.runs as usize).flat_map(|run| (1..=passes).map(move |pass| (run, pass))) {
@@ -215,12 +243,11 @@ fn decode(engine: &mut Engine, args: &SpeedArgs, batch: usize) -> Result<(Median
             engine.decode(&mut sequences)?;
         }
         if pass == passes {
-            speeds.push((batch * args.decode) as f64 / (instant() - start).as_secs_f64());
-            let usage = engine.experts().usage();
-            (hits, uses) = (hits + usage.hits, uses + usage.uses);
+            let speed = (batch * args.decode) as f64 / (instant() - start).as_secs_f64();
+            runs.push(DecodeRun { speed, experts: engine.experts().usage() });
         }
     }
-    Ok((Median::of(speeds), hits as f64 / uses.max(1) as f64))
+    Ok(runs)
 }
 
 fn prefill(engine: &mut Engine, args: &SpeedArgs) -> Result<Median, Failure> {

@@ -216,9 +216,10 @@ impl Random {
             self.stream.fill(out);
             // Uniform integers of 4 bits deviate by 4.6, of 8 bits by 73.9.
             let step = DEVIATION / if precision == Precision::Q4 { 4.61 } else { 73.9 };
-            let scale = half::f16::from_f32(step).to_le_bytes();
+            let [low, high] = half::f16::from_f32(step).to_le_bytes();
+            // Integers have a mean of −½, which products with vectors would add up. Scales of either sign leave none.
             for block in out.chunks_exact_mut(block) {
-                block[..32].as_chunks_mut().0.fill(scale);
+                block[..32].as_chunks_mut().0.iter_mut().for_each(|scale| *scale = [low, high | scale[1] & 0x80]);
             }
         } else {
             let count = out.len() / precision.matrix_bytes(1, 1);
