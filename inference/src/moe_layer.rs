@@ -148,7 +148,7 @@ pub(crate) fn feed_forward(
             let operand = &work.tokens;
             let at_a_time = panels_at_a_time(panels, pool.threads());
             pool.chunks_with(middle, at_a_time * tokens * PANEL_ROWS, &mut work.scratch, |chunk, scratch, out| {
-                gate_and_up(kernels, [gate, up], operand, token_tiles, (0, tokens), chunk * at_a_time, &mut scratch.results, out);
+                gate_and_up(kernels, [gate, up], (operand, token_tiles), (0, tokens), chunk * at_a_time, &mut scratch.results, out);
             });
             let middle = &work.middle;
             let columns = model.config.intermediate_size as usize;
@@ -302,7 +302,7 @@ impl MoeWork {
             let job = jobs[number];
             let [gate, up, _] = expert.matrices();
             let tiles = &tiles[job.tiles_from..job.tiles_to];
-            gate_and_up(kernels, [gate, up], operand, tiles, (job.first, job.rows), chunk * at_a_time, &mut scratch.results, out);
+            gate_and_up(kernels, [gate, up], (operand, tiles), (job.first, job.rows), chunk * at_a_time, &mut scratch.results, out);
         });
     }
 
@@ -345,8 +345,7 @@ impl MoeWork {
 fn gate_and_up(
     kernels: &Kernels,
     [gate, up]: [Matrix<'_>; 2],
-    operand: &Operand,
-    tiles: &[Tile],
+    (operand, tiles): (&Operand, &[Tile]),
     (first, rows): (usize, usize),
     first_panel: usize,
     ups: &mut [f32],

@@ -33,22 +33,22 @@ const SUMS: usize = 4;
 /// Bytes of a group's unpacked weights: 8 rows of a tile register.
 const UNPACKED: usize = PANEL_ROWS * GROUP_COLUMNS;
 
+/// AMX-TILE and AMX-INT8 in EDX of leaf 7.
+const CPUID_WANTED: u32 = 1 << 24 | 1 << 25;
+// Linux's system call by which a process asks for the state of tile registers.
+const ARCH_PRCTL: u64 = 158;
+const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
+const XFEATURE_XTILEDATA: u64 = 18;
+
 #[repr(align(64))]
 struct Aligned<T>(T);
 
 /// Whether processor and operating system let this process use tile registers. Asking is what makes the latter do so.
 static AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
-    if !(avx512::available() && is_x86_feature_detected!("gfni")) {
+    let instructions = avx512::available() && is_x86_feature_detected!("gfni") && __cpuid_count(7, 0).edx & CPUID_WANTED == CPUID_WANTED;
+    if !instructions {
         return false;
     }
-    // AMX-TILE and AMX-INT8.
-    const WANTED: u32 = 1 << 24 | 1 << 25;
-    if __cpuid_count(7, 0).edx & WANTED != WANTED {
-        return false;
-    }
-    const ARCH_PRCTL: u64 = 158;
-    const ARCH_REQ_XCOMP_PERM: u64 = 0x1023;
-    const XFEATURE_XTILEDATA: u64 = 18;
     let result: i64;
     // SAFETY: a system call that touches no memory of ours.
     unsafe {
@@ -270,7 +270,6 @@ unsafe fn of_tokens<const T: usize, const BLOCK: usize>(
 
 /// Sets register `sums`, below [`SUMS`], to the sums of a group's products, (tokens, 16).
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "a handful of instructions")]
 unsafe fn multiply(sums: usize, numbers: *const i32, weights: *const u8) {
     macro_rules! with {
         ($sums:literal, $numbers:literal, $weights:literal) => {
@@ -300,7 +299,6 @@ unsafe fn multiply(sums: usize, numbers: *const i32, weights: *const u8) {
 
 /// Writes register `from` down.
 #[inline(always)]
-#[expect(clippy::inline_always, reason = "a handful of instructions")]
 unsafe fn store(from: usize, sums: *mut i32) {
     macro_rules! with {
         ($from:literal) => {
