@@ -24,6 +24,11 @@ impl Expert {
         self.bytes.len() as u64
     }
 
+    /// Its shape.
+    pub fn shape(&self) -> ExpertShape {
+        self.shape
+    }
+
     /// Gives the memory back.
     pub(crate) fn into_bytes(self) -> AlignedBytes {
         self.bytes

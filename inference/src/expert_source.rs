@@ -3,6 +3,8 @@
 use protocol::{BlobRef, ExpertSlot};
 
 use crate::aligned::AlignedBytes;
+use crate::expert_runner::ExpertResults;
+pub use crate::moe_layer::LayerInputs;
 
 /// An expert that a layer needs.
 #[derive(Debug)]
@@ -15,15 +17,24 @@ pub struct ExpertRequest {
     pub buffer: AlignedBytes,
 }
 
-/// An expert that has come.
+/// What came of a request.
 #[derive(Debug)]
 pub struct Arrival {
-    /// Where it stands in the model.
+    /// Where the expert stands in the model.
     pub slot: ExpertSlot,
-    /// Its bytes, which the source has matched with the hash that it was asked for.
-    pub bytes: AlignedBytes,
-    /// Where they were.
-    pub origin: Origin,
+    /// The request's memory.
+    pub buffer: AlignedBytes,
+    /// What is in it, or came instead.
+    pub brought: Brought,
+}
+
+/// What a source brings.
+#[derive(Debug)]
+pub enum Brought {
+    /// The expert, in the request's memory: the source has matched its bytes with the hash that it was asked for.
+    Weights(Origin),
+    /// What the expert makes of the rows that [`LayerInputs`] gave for it, computed elsewhere. The memory is as it was.
+    Results(ExpertResults),
 }
 
 /// Where an expert's bytes came from.
@@ -37,8 +48,12 @@ pub enum Origin {
 
 /// Gets experts. After an error the engine calls `cancel` and may ask again.
 pub trait ExpertSource: Send {
-    /// Begins to bring `requests`, and returns at once.
-    fn request(&mut self, requests: Vec<ExpertRequest>);
+    /// Begins to bring `requests`, which a layer waits for, and returns at once. `inputs` are what the experts will work on: a source may
+    /// have that done elsewhere and bring the results.
+    fn request(&mut self, requests: Vec<ExpertRequest>, inputs: &LayerInputs<'_>);
+
+    /// Begins to bring the weights of `requests`, which a layer will probably want.
+    fn foresee(&mut self, requests: Vec<ExpertRequest>);
 
     /// Whether an expert could be brought without asking anybody else.
     fn is_near(&self, blob: &BlobRef) -> bool;

@@ -5,10 +5,12 @@ use std::sync::Arc;
 use protocol::expert_blob::ExpertBlobError;
 use protocol::{ExpertSlot, ModelManifest};
 
+use crate::aligned::AlignedBytes;
 use crate::cache_policy::PolicyKind;
 use crate::expert::Expert;
 use crate::expert_cache::ExpertCache;
-use crate::expert_source::{Arrival, ExpertRequest, ExpertSource, Origin, SourceError};
+use crate::expert_runner::ExpertResults;
+use crate::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, LayerInputs, Origin, SourceError};
 
 /// Where the experts of a run were when the model first needed each of them, and how often they had to be brought.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -23,6 +25,10 @@ pub struct ExpertUse {
     pub fetched: usize,
     /// Bytes of those.
     pub bytes_fetched: u64,
+    /// Run at a peer.
+    pub remote: usize,
+    /// Rows of activations that experts at peers worked on, each time counted.
+    pub remote_rows: u64,
     /// Uses of an expert by a layer, each time counted.
     pub uses: u64,
     /// Those that memory could serve.
@@ -39,6 +45,15 @@ pub struct ExpertUse {
 const GUESSES_MAX: usize = 16;
 /// After so many guesses, looking ahead ends unless half of them were right.
 const GUESSES_TRIED: u64 = 256;
+
+/// An expert that a layer needs, or what it would make of the layer's rows.
+#[derive(Clone, Debug)]
+pub(crate) enum Present {
+    /// It is in memory.
+    Here(Arc<Expert>),
+    /// It has run elsewhere.
+    Computed(Arc<ExpertResults>),
+}
 
 /// Whether an expert has been asked for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,7 +101,7 @@ pub enum ExpertsError {
     /// The source could not bring them.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// The manifest names something that is no expert of this model.
+    /// What came is no expert of this model.
     #[error("{slot}")]
     Expert {
         /// What was asked for.
@@ -172,13 +187,13 @@ impl Experts {
             self.outstanding += 1;
             self.usage.foreseen += 1;
             self.tried[0] += 1;
-            self.source.request(vec![ExpertRequest { slot, blob, buffer: self.cache.buffer() }]);
+            self.source.foresee(vec![ExpertRequest { slot, blob, buffer: self.cache.buffer() }]);
         }
     }
 
     /// Looks for the experts `wanted` of `layer`: those in memory are put into `present` (in the order wanted), the others are
     /// requested, unless they are on their way. Each must then be received, or all given up by `cancel`.
-    pub(crate) fn gather(&mut self, layer: u32, wanted: &[u32], present: &mut Vec<Option<Arc<Expert>>>) {
+    pub(crate) fn gather(&mut self, layer: u32, wanted: &[u32], inputs: &LayerInputs<'_>, present: &mut Vec<Option<Present>>) {
         present.clear();
         let mut missing = Vec::new(); // allocates only when something is
         for &expert in wanted {
@@ -204,12 +219,12 @@ impl Experts {
                 self.coming[number] = Coming::Wanted;
                 self.missed[0] = true;
             }
-            present.push(found);
+            present.push(found.map(Present::Here));
         }
         if !missing.is_empty() {
             self.outstanding += missing.len();
             let requests = missing.into_iter().map(|(slot, blob)| ExpertRequest { slot, blob, buffer: self.cache.buffer() });
-            self.source.request(requests.collect());
+            self.source.request(requests.collect(), inputs);
         }
     }
 
@@ -219,21 +234,31 @@ impl Experts {
     }
 
     /// Waits for one of those that the layer lacks.
-    pub(crate) fn receive(&mut self) -> Result<(u32, Arc<Expert>), ExpertsError> {
+    pub(crate) fn receive(&mut self) -> Result<(u32, Present), ExpertsError> {
         loop {
-            let (slot, expert, coming) = self.arrival()?;
+            let Arrival { slot, buffer, brought } = self.source.receive()?;
+            self.outstanding -= 1;
+            let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
+            let coming = std::mem::replace(&mut self.coming[number], Coming::No);
+            let present = match brought {
+                Brought::Weights(origin) => Present::Here(self.weights(slot, buffer, (origin, coming))?),
+                Brought::Results(results) => {
+                    self.cache.give_back(buffer);
+                    self.usage.remote_rows += results.rows() as u64;
+                    self.first_use(number, |usage| usage.remote += 1);
+                    Present::Computed(Arc::new(results))
+                }
+            };
             if coming == Coming::Wanted {
-                return Ok((slot.expert, expert));
+                return Ok((slot.expert, present));
             }
             self.guesses -= 1;
-            self.coming[self.first_slots[slot.layer as usize] + slot.expert as usize] = Coming::Foreseen;
+            self.coming[number] = Coming::Foreseen;
         }
     }
 
-    /// Takes in what comes next.
-    fn arrival(&mut self) -> Result<(ExpertSlot, Arc<Expert>, Coming), ExpertsError> {
-        let Arrival { slot, bytes, origin } = self.source.receive()?;
-        self.outstanding -= 1;
+    /// Takes in an expert's weights.
+    fn weights(&mut self, slot: ExpertSlot, bytes: AlignedBytes, (origin, coming): (Origin, Coming)) -> Result<Arc<Expert>, ExpertsError> {
         let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
         let length = bytes.len() as u64;
         let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
@@ -241,11 +266,9 @@ impl Experts {
             Ok(expert) => Arc::new(expert),
             Err(source) => {
                 self.cache.lost();
-                self.coming[number] = Coming::No;
                 return Err(ExpertsError::Expert { slot, source });
             }
         };
-        let coming = std::mem::replace(&mut self.coming[number], Coming::No);
         match origin {
             Origin::Disk if coming == Coming::Guessed => self.usage.bytes_read += length,
             Origin::Disk => {
@@ -258,7 +281,7 @@ impl Experts {
             }),
         }
         self.cache.insert(number, Arc::clone(&expert));
-        Ok((slot, expert, coming))
+        Ok(expert)
     }
 
     /// Gives up what was requested and has not come.

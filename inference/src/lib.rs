@@ -16,6 +16,7 @@ pub mod convert;
 pub mod engine;
 pub mod expert;
 pub mod expert_cache;
+pub mod expert_runner;
 pub mod expert_source;
 pub mod experts;
 pub mod generate;

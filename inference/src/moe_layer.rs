@@ -1,11 +1,8 @@
 //! The feed-forward half of a layer: routed experts, or one dense network.
 
-use std::sync::Arc;
-
 use crate::activation_log::ActivationLog;
 use crate::engine::WorkSizes;
-use crate::expert::Expert;
-use crate::experts::{Experts, ExpertsError};
+use crate::experts::{Experts, ExpertsError, Present};
 use crate::kernels::math::{add_weighted, silu_times};
 use crate::kernels::{Kernels, Matrix, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
 use crate::model::{FeedForward, Model};
@@ -35,7 +32,7 @@ pub(crate) struct MoeWork {
     wanted: Vec<u32>,
     /// What the next layer will probably want.
     foreseen: Vec<u32>,
-    present: Vec<Option<Arc<Expert>>>,
+    present: Vec<Option<Present>>,
     jobs: Vec<Job>,
     tiles: Vec<Tile>,
     operand: Operand,
@@ -245,7 +242,8 @@ impl MoeWork {
         let wave = WAVE.min(experts.capacity() / 2).max(model.config.num_experts_per_tok as usize);
         for from in (0..self.wanted.len()).step_by(wave) {
             let to = (from + wave).min(self.wanted.len());
-            experts.gather(layer, &self.wanted[from..to], &mut self.present);
+            let inputs = LayerInputs { tokens: &self.tokens, token_tiles, assigned: &self.assigned, starts: &self.starts };
+            experts.gather(layer, &self.wanted[from..to], &inputs, &mut self.present);
             if !self.foreseen.is_empty() {
                 experts.foresee(layer + 1, &self.foreseen);
                 self.foreseen.clear();
@@ -256,10 +254,13 @@ impl MoeWork {
             }
             let missing = self.present.iter().filter(|expert| expert.is_none()).count();
             for _ in 0..missing {
-                let (number, expert) = experts.receive()?;
+                let (number, present) = experts.receive()?;
                 let job = self.wanted[from..to].binary_search(&number).expect("only what was asked for comes");
-                self.present[job] = Some(expert);
-                self.first_half(pool, kernels, model, Some(job));
+                let here = matches!(present, Present::Here(_));
+                self.present[job] = Some(present);
+                if here {
+                    self.first_half(pool, kernels, model, Some(job));
+                }
             }
             self.second_half(pool, kernels, model, from, out);
             self.present.clear();
@@ -298,7 +299,7 @@ impl MoeWork {
         };
         pool.parts_with(middle, count * per_job, range, scratch, |task, scratch, out| {
             let (number, chunk) = (wanted.start + task / per_job, task % per_job);
-            let Some(expert) = &present[number] else { return };
+            let Some(Present::Here(expert)) = &present[number] else { return };
             let job = jobs[number];
             let [gate, up, _] = expert.matrices();
             let tiles = &tiles[job.tiles_from..job.tiles_to];
@@ -315,6 +316,7 @@ impl MoeWork {
         let base = starts[wanted[from] as usize] as usize;
         let assigned = &assigned[base..];
         let job_of = |row: usize| jobs[jobs.partition_point(|job| job.first + job.rows <= row)];
+        // Of experts that ran elsewhere, what is in the middle is of no use, and used by nobody.
         middle_operand.fill(pool, columns, model.expert_forms(), tiles, |row| {
             let job = job_of(row);
             Vector::of(&middle[job.first * panels * PANEL_ROWS..][..job.rows * panels * PANEL_ROWS], job.rows, 0, row - job.first)
@@ -323,16 +325,26 @@ impl MoeWork {
         let at_a_time = panels_at_a_time(out.panels(), pool.threads());
         let stride = tokens * PANEL_ROWS;
         pool.chunks_with(out.data_mut(), at_a_time * stride, scratch, |chunk, scratch, out| {
-            for (job, expert) in jobs.iter().zip(&*present) {
-                let [_, _, down] = expert.as_ref().expect("all have come").matrices();
+            for (job, present) in jobs.iter().zip(&*present) {
+                let assigned = &assigned[job.first..][..job.rows];
                 for (number, out) in out.chunks_mut(PANELS_MAX * stride).enumerate() {
                     let first = chunk * at_a_time + number * PANELS_MAX;
                     let panels = first..first + out.len() / stride;
-                    for &tile in &tiles[job.tiles_from..job.tiles_to] {
-                        let of_panel = tile.rows * PANEL_ROWS;
-                        down.times(kernels, panels.clone(), middle_operand, tile, &mut scratch.results, of_panel);
-                        for (results, out) in scratch.results.chunks_exact(of_panel).zip(out.chunks_exact_mut(stride)) {
-                            add_weighted(out, &assigned[tile.first..][..tile.rows], results);
+                    match present.as_ref().expect("all have come") {
+                        Present::Here(expert) => {
+                            let [_, _, down] = expert.matrices();
+                            for &tile in &tiles[job.tiles_from..job.tiles_to] {
+                                let of_panel = tile.rows * PANEL_ROWS;
+                                down.times(kernels, panels.clone(), middle_operand, tile, &mut scratch.results, of_panel);
+                                let assigned = &assigned[tile.first - job.first..][..tile.rows];
+                                for (results, out) in scratch.results.chunks_exact(of_panel).zip(out.chunks_exact_mut(stride)) {
+                                    add_weighted(out, assigned, results);
+                                }
+                            }
+                        }
+                        Present::Computed(results) => {
+                            let results = results.panels(panels).chunks_exact(job.rows * PANEL_ROWS);
+                            results.zip(out.chunks_exact_mut(stride)).for_each(|(results, out)| add_weighted(out, assigned, results));
                         }
                     }
                 }
@@ -341,8 +353,30 @@ impl MoeWork {
     }
 }
 
+/// What the experts of a layer work on: rows of activations, and which of them are whose.
+#[derive(Debug)]
+pub struct LayerInputs<'a> {
+    tokens: &'a Operand,
+    token_tiles: &'a [Tile],
+    assigned: &'a [(u32, f32)],
+    starts: &'a [u32],
+}
+
+impl LayerInputs<'_> {
+    /// Numbers of the rows that an expert works on, ascending.
+    pub fn rows_of(&self, expert: u32) -> impl ExactSizeIterator<Item = u32> {
+        let (start, end) = (self.starts[expert as usize] as usize, self.starts[expert as usize + 1] as usize);
+        self.assigned[start..end].iter().map(|(row, _)| *row)
+    }
+
+    /// Appends a row as it travels (see [`protocol::execute`]). Of a layer with packed experts only: others take rows in another form.
+    pub fn write_row(&self, row: u32, out: &mut Vec<u8>) {
+        self.tokens.write_row(self.token_tiles, row as usize, out);
+    }
+}
+
 /// Writes silu(gate) × up for some panels, (panels, rows, 16), of rows that begin at `first` in the operand.
-fn gate_and_up(
+pub(crate) fn gate_and_up(
     kernels: &Kernels,
     [gate, up]: [Matrix<'_>; 2],
     (operand, tiles): (&Operand, &[Tile]),

@@ -89,6 +89,11 @@ impl DataDir {
         lock.map_err(|error| io_failure("lock", &path, &error))
     }
 
+    /// Where evidence against peers is kept.
+    pub(crate) fn evidence(&self) -> PathBuf {
+        self.root.join("evidence")
+    }
+
     /// The keys whose models this user runs, besides the node's own.
     pub(crate) fn publishers(&self) -> Result<BTreeSet<NodeId>, Failure> {
         let path = self.root.join("publishers");

@@ -24,13 +24,15 @@ use tracing::info;
 
 use crate::clock::{now_ms, until_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
+use crate::dispatcher::{
+    Dispatcher, DispatcherOptions, DispatcherPeers, Providers, RemoteOptions, RemoteReport, SharedFetcher, SharedReport,
+};
 use crate::failure::{Failure, Kind};
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::link::{Sink, Wanted};
 use crate::net::swarm::{Network, NetworkOptions};
 use crate::net::{Multiaddr, PeerId};
 use crate::output::{byte_bar, human_bytes, note};
-use crate::peer_experts::{PeerExperts, Providers, SharedFetcher};
 
 const RESULTS_MAX: usize = 32;
 
@@ -41,6 +43,7 @@ pub(crate) struct PeerOptions {
     pub(crate) mdns: bool,
     pub(crate) timeout: Duration,
     pub(crate) publishers: Publishers,
+    pub(crate) remote: RemoteOptions,
 }
 
 /// Whose manifests count.
@@ -56,7 +59,9 @@ pub(crate) enum Publishers {
 pub(crate) struct Federation<'a> {
     runtime: &'a Runtime,
     fetcher: Option<SharedFetcher>,
+    network: Option<Network>,
     publishers: Publishers,
+    remote: RemoteOptions,
 }
 
 impl<'a> Federation<'a> {
@@ -71,14 +76,14 @@ impl<'a> Federation<'a> {
     pub(crate) fn connect_to(runtime: &'a Runtime, dir: &DataDir, options: PeerOptions, offline: bool) -> Result<Self, Failure> {
         let PeerOptions { peers, publishers, .. } = options;
         if offline || (peers.is_empty() && !options.mdns) {
-            return Ok(Self { runtime, fetcher: None, publishers });
+            return Ok(Self { runtime, fetcher: None, network: None, publishers, remote: options.remote });
         }
         let key = dir.key()?;
         let _in_runtime = runtime.enter();
         let network = Network::start(NetworkOptions { key: &key, listen: Vec::new(), peers, mdns: options.mdns })?;
         info!(local = %network.local, "asking peers");
-        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network, options.timeout)));
-        Ok(Self { runtime, fetcher: Some(fetcher), publishers })
+        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network.clone(), options.timeout)));
+        Ok(Self { runtime, fetcher: Some(fetcher), network: Some(network), publishers, remote: options.remote })
     }
 
     /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
@@ -182,11 +187,21 @@ impl<'a> Federation<'a> {
         let process = resident_bytes();
         let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
         let providers = Providers::default();
-        let peers = self.fetcher.clone().map(|fetcher| (fetcher, self.runtime.handle().clone()));
-        let source = PeerExperts::new(Arc::clone(&open.store), peers, Arc::clone(&providers));
+        let report = SharedReport::new(self.remote.audit);
+        let runtime = self.runtime.handle().clone();
+        let both = self.fetcher.clone().zip(self.network.clone());
+        let peers = both.map(|(fetcher, network)| DispatcherPeers { fetcher, network, runtime });
+        let dispatching = DispatcherOptions {
+            shape: manifest.config.expert_shape(manifest.expert_precision),
+            kernels: options.kernels,
+            remote: self.remote.clone(),
+            report: report.clone(),
+            evidence: open.dir.evidence(),
+        };
+        let source = Dispatcher::new(Arc::clone(&open.store), peers, Arc::clone(&providers), dispatching);
         let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
         let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
-        Ok(Loaded { engine, tokenizer, chat, providers, process })
+        Ok(Loaded { engine, tokenizer, chat, providers, report, process })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
@@ -234,6 +249,7 @@ pub(crate) struct Loaded {
     pub(crate) tokenizer: Option<Tokenizer>,
     pub(crate) chat: Option<ChatTemplate>,
     providers: Providers,
+    report: SharedReport,
     /// Memory that the process had before the model was loaded.
     process: u64,
 }
@@ -242,6 +258,11 @@ impl Loaded {
     /// Memory that we count as taken, with the keys and values of `session`.
     pub(crate) fn counted_bytes(&mut self, session: &Session) -> u64 {
         self.process + self.engine.bytes() + session.bytes()
+    }
+
+    /// What running experts at peers came to so far.
+    pub(crate) fn remote_report(&self) -> RemoteReport {
+        self.report.snapshot()
     }
 
     /// The peers that have sent experts.

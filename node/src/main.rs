@@ -4,11 +4,11 @@ mod api;
 mod cli;
 mod clock;
 mod data_dir;
+mod dispatcher;
 mod failure;
 mod federation;
 mod net;
 mod output;
-mod peer_experts;
 
 use std::process::ExitCode;
 

@@ -4,8 +4,10 @@
 //! and never allocate by a length they were told; frozen signing domains.
 //! Non-goals: no input or output, no clock, no threads. Sockets are `node`'s, files are `store`'s.
 
+pub mod audit;
 pub mod codec;
 pub mod envelope;
+pub mod execute;
 pub mod expert_blob;
 pub mod hash;
 pub mod identity;

@@ -69,6 +69,26 @@ fn neither_cache_size_nor_order_of_arrival_nor_threads_nor_kernels_change_a_bit(
 }
 
 #[test]
+fn experts_that_run_elsewhere_change_no_bit() {
+    for (model, precision) in [("tiny-qwen3-omni", Precision::Q4), ("tiny-qwen3-omni", Precision::Q8), ("tiny-qwen3-moe", Precision::Q4)] {
+        let imported = imported(model, precision);
+        let tokens: Vec<u32> = prompt().into_iter().cycle().take(300).collect();
+        let expected = bits(&mut imported.engine(u64::MAX, 1), &tokens, 300);
+        for (seed, kernels) in Kernels::available().enumerate() {
+            for parts in [1, 7, 300] {
+                let cached = imported.manifest.experts[0].length * seed as u64;
+                let experts = imported.experts_elsewhere(cached, seed as u64, kernels);
+                let mut engine = Engine::new(imported.model(), experts, imported.options());
+                let found = bits(&mut engine, &tokens, parts);
+                assert!(found == expected, "{model} at {precision}, {parts} tokens at a time, with {} kernels elsewhere", kernels.name);
+                let usage = engine.experts().usage();
+                assert!(usage.remote > 0 && usage.remote_rows >= usage.remote as u64, "{usage:?}");
+            }
+        }
+    }
+}
+
+#[test]
 fn sequences_decoded_together_are_as_each_alone() {
     for (precision, kv) in [(Precision::Q4, KvPrecision::F16), (Precision::Q8, KvPrecision::Q8), (Precision::Bf16, KvPrecision::F32)] {
         let imported = imported("tiny-qwen3-omni", precision);

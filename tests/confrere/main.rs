@@ -3,6 +3,8 @@
 mod binary;
 mod cli;
 mod engine;
+mod execute;
+mod false_executor;
 mod floors;
 mod fuzz;
 mod hostile;

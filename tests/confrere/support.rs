@@ -11,8 +11,11 @@ use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, ImportError, import};
 use inference::convert::Target;
 use inference::engine::{Engine, EngineOptions};
-use inference::expert_source::{Arrival, ExpertRequest, ExpertSource, Origin, SourceError};
+use inference::expert::Expert;
+use inference::expert_runner::{ExpertResults, ExpertRunner};
+use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, LayerInputs, Origin, SourceError};
 use inference::experts::Experts;
+use inference::kernels::Kernels;
 use inference::kv_cache::KvPrecision;
 use inference::model::Model;
 use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
@@ -92,7 +95,17 @@ impl Imported {
 
     /// Experts from memory, of which `bytes_max` bytes are cached, delivered in an order that `seed` decides.
     pub(crate) fn experts(&self, bytes_max: u64, seed: u64) -> Experts {
-        let source = Shuffled { blobs: Arc::clone(&self.blobs), state: seed, requests: Vec::new() };
+        self.experts_from(bytes_max, Shuffled::new(self, seed))
+    }
+
+    /// The same, but about half of what is missing runs elsewhere, with some kernels.
+    pub(crate) fn experts_elsewhere(&self, bytes_max: u64, seed: u64, kernels: &'static Kernels) -> Experts {
+        let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
+        let runner = ExpertRunner::new(shape, 1 + seed as usize % 2, kernels);
+        self.experts_from(bytes_max, Shuffled { elsewhere: Some(runner), ..Shuffled::new(self, seed) })
+    }
+
+    fn experts_from(&self, bytes_max: u64, source: Shuffled) -> Experts {
         Experts::new(Arc::clone(&self.manifest), bytes_max, PolicyKind::Lru, Box::new(source))
     }
 }
@@ -100,12 +113,54 @@ impl Imported {
 struct Shuffled {
     blobs: Arc<MemoryBlobs>,
     state: u64,
-    requests: Vec<ExpertRequest>,
+    coming: Vec<Arrival>,
+    elsewhere: Option<ExpertRunner>,
+}
+
+impl Shuffled {
+    fn new(model: &Imported, seed: u64) -> Self {
+        Self { blobs: Arc::clone(&model.blobs), state: seed, coming: Vec::new(), elsewhere: None }
+    }
+
+    fn random(&mut self) -> usize {
+        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.state >> 33) as usize
+    }
+
+    fn weights(&self, ExpertRequest { slot, blob, mut buffer }: ExpertRequest) -> Arrival {
+        buffer.copy_from_slice(&self.blobs.get(blob));
+        Arrival { slot, buffer, brought: Brought::Weights(Origin::Disk) }
+    }
 }
 
 impl ExpertSource for Shuffled {
-    fn request(&mut self, requests: Vec<ExpertRequest>) {
-        self.requests.extend(requests);
+    fn request(&mut self, requests: Vec<ExpertRequest>, inputs: &LayerInputs<'_>) {
+        for request in requests {
+            let run = self.random().is_multiple_of(2);
+            let Some(runner) = self.elsewhere.as_mut().filter(|_| run) else {
+                self.coming.push(self.weights(request));
+                continue;
+            };
+            let ExpertRequest { slot, blob, buffer } = request;
+            let bytes = AlignedBytes::copy_of(&self.blobs.get(blob));
+            let expert = Expert::from_verified(bytes, runner.shape()).expect("an expert of the model");
+            let mut rows = Vec::new();
+            for row in inputs.rows_of(slot.expert) {
+                let mut bytes = Vec::new();
+                inputs.write_row(row, &mut bytes);
+                rows.push(bytes);
+            }
+            let mut results = Vec::new();
+            runner.run(&expert, &rows.iter().map(Vec::as_slice).collect::<Vec<_>>(), &mut results);
+            let results = ExpertResults::from_bytes(&results, runner.shape().hidden_size).expect("whole rows");
+            self.coming.push(Arrival { slot, buffer, brought: Brought::Results(results) });
+        }
+    }
+
+    fn foresee(&mut self, requests: Vec<ExpertRequest>) {
+        for request in requests {
+            self.coming.push(self.weights(request));
+        }
     }
 
     fn is_near(&self, _: &BlobRef) -> bool {
@@ -113,14 +168,12 @@ impl ExpertSource for Shuffled {
     }
 
     fn receive(&mut self) -> Result<Arrival, SourceError> {
-        self.state = self.state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let ExpertRequest { slot, blob, mut buffer } = self.requests.swap_remove((self.state >> 33) as usize % self.requests.len());
-        buffer.copy_from_slice(&self.blobs.get(blob));
-        Ok(Arrival { slot, bytes: buffer, origin: Origin::Disk })
+        let chosen = self.random() % self.coming.len();
+        Ok(self.coming.swap_remove(chosen))
     }
 
     fn cancel(&mut self) {
-        self.requests.clear();
+        self.coming.clear();
     }
 }
 

@@ -391,6 +391,25 @@ impl Operand {
     }
 }
 
+impl Operand {
+    /// Appends a quantised row, as it travels to another node: group by group, the numbers and their scale.
+    pub(crate) fn write_row(&self, tiles: &[Tile], row: usize, out: &mut Vec<u8>) {
+        let tile = tiles[tiles.partition_point(|tile| tile.first + tile.rows <= row)];
+        let words = &self.words[tile.first * self.groups * GROUP_WORDS..][..tile.rows * self.groups * GROUP_WORDS];
+        packed::write_row(self.groups, tile.rows, words, row - tile.first, out);
+    }
+
+    /// Takes in rows that travelled: row i of the operand becomes `source(i)`. Results are defined only where activations can be what
+    /// the rows say, which is checked where they come in.
+    pub(crate) fn read_rows<'a>(&mut self, columns: usize, tiles: &[Tile], source: impl Fn(usize) -> &'a [u8]) {
+        (self.columns, self.groups) = (columns, columns.div_ceil(GROUP_COLUMNS));
+        for tile in tiles {
+            let words = &mut self.words[tile.first * self.groups * GROUP_WORDS..][..tile.rows * self.groups * GROUP_WORDS];
+            (0..tile.rows).for_each(|row| packed::read_row(self.groups, tile.rows, words, row, source(tile.first + row)));
+        }
+    }
+}
+
 /// A token's vector, panel by panel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vector<'a> {

@@ -160,6 +160,30 @@ pub(super) fn gather<'a>(groups: usize, rows: usize, words: &mut [u32], source: 
     }
 }
 
+/// Appends row `row` of a tile as it travels: each group's numbers, then its scale.
+pub(super) fn write_row(groups: usize, rows: usize, words: &[u32], row: usize, out: &mut Vec<u8>) {
+    let (numbers, rest) = words.split_at(groups * rows * NUMBER_WORDS);
+    let numbers = numbers.as_chunks::<NUMBER_WORDS>().0;
+    for group in 0..groups {
+        out.extend_from_slice(bytemuck::cast_slice(&numbers[group * rows + row]));
+        out.extend_from_slice(&rest[group * rows + row].to_le_bytes());
+    }
+}
+
+/// Writes a row that travelled to row `row` of a tile.
+pub(super) fn read_row(groups: usize, rows: usize, words: &mut [u32], row: usize, from: &[u8]) {
+    let (numbers, rest) = words.split_at_mut(groups * rows * NUMBER_WORDS);
+    let (scales, excesses) = rest.split_at_mut(groups * rows);
+    let numbers = numbers.as_chunks_mut::<NUMBER_WORDS>().0;
+    for (group, from) in from.as_chunks::<{ GROUP_COLUMNS + 4 }>().0.iter().enumerate() {
+        let (from, scale) = from.split_first_chunk::<GROUP_COLUMNS>().expect("a group has its numbers");
+        numbers[group * rows + row] = bytemuck::cast(*from);
+        scales[group * rows + row] = u32::from_le_bytes(scale.try_into().expect("and its scale"));
+        let sum: i32 = from.iter().map(|&number| i32::from(number as i8)).sum();
+        excesses[group * rows + row] = (-Q4_BIAS * sum) as u32;
+    }
+}
+
 /// Quantises one group: returns the bits of its scale, and the sum of its numbers.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]

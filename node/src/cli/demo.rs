@@ -18,6 +18,7 @@ use super::import::import_into;
 use super::run::{Answer, Prompt, answer, default_sampling, request};
 use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
+use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, Loaded, PeerOptions, Publishers, default_memory};
 use crate::net::Multiaddr;
@@ -124,8 +125,13 @@ fn generate_all(
     show: Show,
 ) -> Result<Vec<Row>, Failure> {
     let mut open = dir.lock(u64::MAX)?;
-    let options =
-        PeerOptions { peers: peer.into_iter().collect(), mdns: false, timeout: Duration::from_secs(10), publishers: Publishers::Trusted };
+    let options = PeerOptions {
+        peers: peer.into_iter().collect(),
+        mdns: false,
+        timeout: Duration::from_secs(10),
+        publishers: Publishers::Trusted,
+        remote: RemoteOptions::default(),
+    };
     let federation = Federation::connect(runtime, dir, &options, false)?;
     let found = federation.find(&mut open, &model.to_string(), Some("demo"))?;
     let options = EngineArgs::default().options(&found.manifest, None);

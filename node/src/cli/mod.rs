@@ -20,15 +20,18 @@ use clap::{Args, Parser, Subcommand};
 use inference::engine::EngineOptions;
 use inference::kernels::Kernels;
 use inference::kv_cache::KvPrecision;
+use protocol::audit::AuditShare;
 use protocol::{ModelManifest, NodeId};
 use tokio::runtime::Runtime;
 
 use crate::clock::watch_for_interrupts;
 use crate::data_dir::{DataDir, OpenDataDir};
+use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
 use crate::federation::{PeerOptions, Publishers, default_memory};
 use crate::net::Multiaddr;
 use crate::net::address::parse_address;
+use crate::net::allowed::{Allowed, AllowedPeers};
 use crate::output;
 
 /// Runs Mixture-of-Experts models together with your other devices: what one lacks, it fetches from its peers.
@@ -179,8 +182,30 @@ impl PeerArgs {
             mdns: self.mdns,
             timeout: Duration::from_secs_f64(self.timeout),
             publishers: if self.allow_unsigned { Publishers::Anybody } else { Publishers::Trusted },
+            remote: RemoteOptions::default(),
         }
     }
+}
+
+/// Which peers may run experts for a command.
+#[derive(Args, Clone)]
+struct RemoteArgs {
+    /// Let a peer run experts of q8 and q4 models: its key, its id, or any. It sees activations, which say much of the text
+    #[arg(long, value_name = "PEER", env = "CONFRERE_EXECUTE_AT", value_delimiter = ',')]
+    execute_at: Vec<Allowed>,
+    /// Share of peers' results that is computed again here and compared
+    #[arg(long, value_name = "SHARE", default_value = "0.05", value_parser = parse_share)]
+    audit: AuditShare,
+}
+
+impl RemoteArgs {
+    fn options(&self) -> RemoteOptions {
+        RemoteOptions { execute_at: AllowedPeers::new(&self.execute_at), audit: self.audit }
+    }
+}
+
+fn parse_share(text: &str) -> Result<AuditShare, String> {
+    text.parse().ok().and_then(AuditShare::of).ok_or_else(|| format!("{text:?} is not a number from 0 to 1"))
 }
 
 /// What every command may use.

@@ -16,11 +16,11 @@ use inference::tokenizer::SpecialTokens;
 use protocol::manifest::GenerationDefaults;
 use serde_json::{Value, json};
 
-use super::{Context, EngineArgs, PeerArgs};
+use super::{Context, EngineArgs, PeerArgs, RemoteArgs};
 use crate::clock::{instant, interrupted, while_waiting_for_input};
 use crate::data_dir::io_failure;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded, resident_bytes};
+use crate::federation::{Federation, Loaded, PeerOptions, resident_bytes};
 use crate::output::{human_bytes, note, print, print_json};
 
 /// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.
@@ -62,11 +62,14 @@ pub(super) struct RunArgs {
     engine: EngineArgs,
     #[command(flatten)]
     peers: PeerArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
+    let federation = Federation::connect(&context.runtime, &open.dir, &peers, context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let defaults = &found.manifest.generation;
     let prompt = match &args.prompt {
@@ -163,14 +166,15 @@ pub(super) fn answer(
 
 impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, uses, hits, bytes_read, foreseen, foreseen_used } = self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, remote_rows, uses, hits, bytes_read, foreseen, foreseen_used } =
+            self.experts;
         let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
             "tokens": self.generated.tokens,
-            // None are run at peers yet; the field is part of the contract.
-            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": 0, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
+            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": remote, "remote_rows": remote_rows, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
                         "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used},
+            "remote": loaded.remote_report().json(),
             "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,
             "stop_reason": match self.generated.stop_reason {
                 StopReason::EndOfText | StopReason::StopString => "stop",
@@ -182,16 +186,18 @@ impl Answer {
 
     /// The line after an answer.
     fn summary(&self, loaded: &Loaded) -> String {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, .. } = self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, .. } = self.experts;
         let providers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         let from = if providers.is_empty() { String::new() } else { format!(" from {}", providers.join(", ")) };
+        let ran = if remote > 0 { format!(", {remote} run at peers") } else { String::new() };
         let tokens = self.generated.tokens.len();
-        format!(
-            "[experts: {needed} needed, {} had ({ram} in memory, {disk} on disk), {fetched} fetched{from}, {}; {tokens} tokens, {:.1} a second]",
+        let line = format!(
+            "[experts: {needed} needed, {} had ({ram} in memory, {disk} on disk){ran}, {fetched} fetched{from}, {}; {tokens} tokens, {:.1} a second]",
             ram + disk,
             human_bytes(bytes_fetched),
             self.tokens_per_second
-        )
+        );
+        [vec![line], loaded.remote_report().lines()].concat().join("\n")
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::num::NonZero;
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use inference::kernels::Kernels;
 use protocol::message::{LISTING_MODELS_MAX, Listing};
 use protocol::ticket::{TICKET_ADDRESSES_MAX, Ticket};
 use serde_json::json;
@@ -13,8 +15,11 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::failure::{Failure, Kind};
+use crate::federation::process_bytes;
 use crate::net::Multiaddr;
 use crate::net::address::{is_loopback, is_tcp, parse_address, parse_listen};
+use crate::net::allowed::{Allowed, AllowedPeers};
+use crate::net::executor::{self, ExecutorOptions};
 use crate::net::provider::{self, Provider};
 use crate::net::swarm::{Network, NetworkOptions, Peers};
 use crate::output::{announce, note};
@@ -36,6 +41,12 @@ pub(super) struct ServeArgs {
     /// A peer to stay connected to; may be given again
     #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
     peers: Vec<Multiaddr>,
+    /// Run experts for a peer: its key, its id, or any; may be given again
+    #[arg(long, value_name = "PEER", env = "CONFRERE_EXECUTE_FOR", value_delimiter = ',')]
+    execute_for: Vec<Allowed>,
+    /// Threads that run experts for peers [default: all cores]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "CONFRERE_THREADS")]
+    threads: Option<u16>,
     /// Stop when standard input closes: for a program that starts a node and must not leave it behind
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
@@ -60,6 +71,18 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
         let network = Network::start(NetworkOptions { key: &key, listen, peers, mdns: args.mdns && !context.offline })?;
         provider::start(Provider::new(Arc::clone(&open.store), manifests, listing), &network)?;
+        let works_for = AllowedPeers::new(&args.execute_for);
+        if !works_for.is_empty() {
+            let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
+            let options = ExecutorOptions {
+                key: open.dir.key()?,
+                works_for,
+                threads,
+                kernels: Kernels::best(),
+                bytes_max: context.memory_max.saturating_sub(process_bytes()),
+            };
+            executor::start(Arc::clone(&open.store), options, &network)?;
+        }
         let api = match args.api {
             Some(address) => Some(crate::api::serve(address).await?),
             None => None,

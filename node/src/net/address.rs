@@ -12,6 +12,12 @@ pub(crate) fn peer_id(node: NodeId) -> Option<PeerId> {
     Some(libp2p::identity::PublicKey::from(key).to_peer_id())
 }
 
+/// The key of a node by its libp2p name, which holds it.
+pub(crate) fn node_id(peer: PeerId) -> Option<NodeId> {
+    let key = libp2p::identity::PublicKey::try_decode_protobuf(peer.as_ref().digest()).ok()?;
+    Some(NodeId::from_bytes(key.try_into_ed25519().ok()?.to_bytes()))
+}
+
 /// Reads an address: a multiaddr, or HOST:PORT for TCP. Names are looked up here, by the operating system.
 pub(crate) fn parse_address(text: &str) -> Result<Multiaddr, String> {
     if text.starts_with('/') {
@@ -97,6 +103,7 @@ mod tests {
         let keypair = libp2p::identity::Keypair::ed25519_from_bytes([5; 32]).expect("a secret");
         let peer = keypair.public().to_peer_id();
         assert_eq!(peer_id(key.id()), Some(peer));
+        assert_eq!(node_id(peer), Some(key.id()));
         let address = with_peer(parse_address("127.0.0.1:7").expect("an address"), peer);
         assert_eq!(peer_of(&address), Some(peer));
     }

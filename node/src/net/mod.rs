@@ -1,9 +1,13 @@
 //! The network. libp2p is named in here and nowhere else.
 
 pub(crate) mod address;
+pub(crate) mod allowed;
+pub(crate) mod execute_link;
+pub(crate) mod executor;
 pub(crate) mod fetcher;
 pub(crate) mod link;
 pub(crate) mod provider;
+mod stream;
 pub(crate) mod swarm;
 
 pub(crate) use libp2p::{Multiaddr, PeerId};

@@ -8,11 +8,11 @@ use inference::probe::{KernelProbe, MemoryProbe, TokenCost};
 use protocol::Precision;
 use serde_json::{Value, json};
 
-use super::super::{Context, PeerArgs, parse_kernels};
+use super::super::{Context, PeerArgs, RemoteArgs, parse_kernels};
 use super::Median;
 use crate::clock::{check_interrupted, instant};
 use crate::failure::Failure;
-use crate::federation::Federation;
+use crate::federation::{Federation, PeerOptions};
 use crate::output::{human_bytes, note, print_json, print_line};
 use inference::kv_cache::KvPrecision;
 
@@ -53,6 +53,8 @@ pub(in crate::cli) struct SpeedArgs {
     cold: bool,
     #[command(flatten)]
     peers: PeerArgs,
+    #[command(flatten)]
+    remote: RemoteArgs,
 }
 
 struct Line {
@@ -64,7 +66,8 @@ struct Line {
 
 pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
+    let federation = Federation::connect(&context.runtime, &open.dir, &peers, context.offline)?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u16;
     let threads = if args.threads.is_empty() { (0..16).map(|i| 1 << i).filter(|&n| n <= cores).collect() } else { args.threads.clone() };
     let kernels = args.kernels.unwrap_or_else(Kernels::best);

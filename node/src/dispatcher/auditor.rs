@@ -1,0 +1,234 @@
+//! Computes results of peers again and compares, bit for bit, beside the model's work.
+//!
+//! Weights come from the store; those that it lacks are fetched when nobody else is fetching, and for a part of the time only, so that
+//! an audit does not crowd out the work. A result that differs is kept as evidence, with the receipt that its maker signed.
+
+use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
+
+use inference::aligned::AlignedBytes;
+use inference::expert::Expert;
+use inference::expert_runner::ExpertRunner;
+use inference::kernels::Kernels;
+use protocol::audit::Verdict;
+use protocol::execute::{NONCE_BYTES, Receipt, row_bytes};
+use protocol::expert_blob::ExpertShape;
+use protocol::hash::to_hex;
+use protocol::{BlobRef, ContentHash, ExpertSlot};
+use serde_json::json;
+use store::BlobStore;
+use tokio::runtime::Handle;
+use tokio::sync::mpsc as tokio_mpsc;
+use tracing::debug;
+
+use super::SharedFetcher;
+use super::report::SharedReport;
+use crate::clock::{instant, interrupted, now_ms};
+use crate::net::PeerId;
+use crate::net::address::node_id;
+use crate::net::executor;
+use crate::net::fetcher::Want;
+use crate::net::link::Wanted;
+use crate::net::swarm::Network;
+use crate::output::note;
+
+/// Results that wait to be audited; while so many do, more are passed over and counted.
+const AUDITS_MAX: usize = 1024;
+/// After fetching an expert for an audit, nothing is fetched for so many times as long as that took.
+const FETCH_PAUSE: u32 = 3;
+/// At the end of a command, audits that can be done at once go on for so long at most.
+const END_MAX: Duration = Duration::from_secs(2);
+
+/// A result to compute again.
+pub(super) struct Audit {
+    pub(super) peer: PeerId,
+    pub(super) slot: ExpertSlot,
+    pub(super) blob: BlobRef,
+    pub(super) nonce: [u8; NONCE_BYTES],
+    pub(super) input: Vec<u8>,
+    pub(super) output: Vec<u8>,
+    /// What the peer signed, unless it was gone before.
+    pub(super) receipt: Option<Vec<u8>>,
+}
+
+/// The thread that audits, and what waits for it.
+pub(super) struct Auditor {
+    queue: Option<mpsc::SyncSender<Audit>>,
+    report: SharedReport,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+/// What an auditor works with.
+pub(super) struct AuditorParts {
+    pub(super) store: Arc<BlobStore>,
+    pub(super) network: Network,
+    pub(super) fetcher: SharedFetcher,
+    pub(super) runtime: Handle,
+    pub(super) report: SharedReport,
+    pub(super) shape: ExpertShape,
+    pub(super) kernels: &'static Kernels,
+    /// Where evidence goes.
+    pub(super) evidence: PathBuf,
+}
+
+impl Auditor {
+    pub(super) fn start(parts: AuditorParts) -> Self {
+        let (queue, audits) = mpsc::sync_channel(AUDITS_MAX);
+        let report = parts.report.clone();
+        let thread = std::thread::spawn(move || {
+            let runner = ExpertRunner::new(parts.shape, 1, parts.kernels);
+            AuditThread { parts, runner, fetch_after: instant() }.run(&audits);
+        });
+        Self { queue: Some(queue), report, thread: Some(thread) }
+    }
+
+    pub(super) fn audit(&self, audit: Audit) {
+        if let Some(queue) = &self.queue
+            && queue.try_send(audit).is_err()
+        {
+            self.report.lock().audits_skipped += 1;
+        }
+    }
+}
+
+impl Drop for Auditor {
+    fn drop(&mut self) {
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+struct AuditThread {
+    parts: AuditorParts,
+    runner: ExpertRunner,
+    fetch_after: std::time::Instant,
+}
+
+impl AuditThread {
+    fn run(&mut self, audits: &mpsc::Receiver<Audit>) {
+        let mut later = Vec::new(); // their weights are not here
+        let mut end = None;
+        loop {
+            match audits.recv_timeout(Duration::from_millis(20)) {
+                Ok(audit) => {
+                    if let Some(audit) = self.audit(audit, None) {
+                        later.push(audit);
+                    }
+                }
+                Err(mpsc::RecvTimeoutError::Timeout) => {}
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    end.get_or_insert_with(|| instant() + END_MAX);
+                }
+            }
+            if let Some(audit) = later.pop() {
+                match self.fetch(audit.blob) {
+                    Some(bytes) => drop(self.audit(audit, Some(bytes))),
+                    None => later.push(audit),
+                }
+            }
+            if later.len() > AUDITS_MAX {
+                later.swap_remove(later.len() / 2);
+                self.parts.report.lock().audits_skipped += 1;
+            }
+            if end.is_some_and(|end| later.is_empty() || end <= instant() || interrupted()) {
+                self.parts.report.lock().audits_skipped += later.len() as u64;
+                return;
+            }
+        }
+    }
+
+    /// Audits a result; gives it back when the weights are missing.
+    fn audit(&mut self, audit: Audit, fetched: Option<AlignedBytes>) -> Option<Audit> {
+        if let Some(fault) = receipt_fault(&audit) {
+            self.accuse(&audit, &fault, None);
+            return None;
+        }
+        let shape = self.runner.shape();
+        let expert = match fetched {
+            Some(bytes) => Expert::from_verified(bytes, shape).ok(),
+            None => match executor::load(&self.parts.store, audit.blob.hash) {
+                Some(expert) => Some(expert).filter(|expert| expert.shape() == shape),
+                None => return Some(audit),
+            },
+        };
+        let Some(expert) = expert else {
+            self.parts.report.lock().book.conclude(audit.peer, Verdict::Unknown);
+            return None;
+        };
+        let rows: Vec<&[u8]> = audit.input.chunks_exact(row_bytes(shape.hidden_size)).collect();
+        let mut ours = Vec::with_capacity(audit.output.len());
+        self.runner.run(&expert, &rows, &mut ours);
+        if ours == audit.output {
+            self.parts.report.lock().book.conclude(audit.peer, Verdict::Same);
+        } else {
+            self.accuse(&audit, &format!("sent a wrong result for {}", audit.slot), Some(&ours));
+        }
+        None
+    }
+
+    /// Drops a peer and keeps the evidence.
+    fn accuse(&self, audit: &Audit, what: &str, ours: Option<&[u8]>) {
+        let AuditorParts { report, network, runtime, evidence, .. } = &self.parts;
+        let record = json!({
+            "peer": audit.peer.to_string(), "what": what, "layer": audit.slot.layer, "expert": audit.slot.expert, "blob": audit.blob.hash.to_string(),
+            "at_ms": now_ms(), "nonce": to_hex(&audit.nonce), "receipt": audit.receipt.as_deref().map(to_hex), "input": to_hex(&audit.input),
+            "output": to_hex(&audit.output), "expected_output_hash": ours.map(|ours| ContentHash::of(ours).to_string()),
+        });
+        let path = evidence.join(format!("{}.json", ContentHash::of(&audit.output).to_hex()));
+        let written = std::fs::create_dir_all(evidence).and_then(|()| std::fs::write(&path, record.to_string()));
+        let kept =
+            written.map_or_else(|error| format!("the evidence could not be kept: {error}"), |()| format!("evidence in {}", path.display()));
+        {
+            let mut report = report.lock();
+            report.book.conclude(audit.peer, Verdict::Different);
+            if report.dropped.insert(audit.peer, what.to_owned()).is_some() {
+                return;
+            }
+        }
+        note(&format!("warning: {} {what}: it is no longer asked ({kept})", audit.peer));
+        let (network, peer) = (network.clone(), audit.peer);
+        runtime.spawn(async move { network.drop_peer(peer).await });
+    }
+
+    /// Fetches weights for an audit, if nobody else is fetching and the time for it has come; keeps them where there is room.
+    fn fetch(&mut self, blob: BlobRef) -> Option<AlignedBytes> {
+        if instant() < self.fetch_after {
+            return None;
+        }
+        let started = instant();
+        let fetched = self.parts.runtime.block_on(async {
+            let mut fetcher = self.parts.fetcher.try_lock().ok()?;
+            let (results, mut queue) = tokio_mpsc::channel(1);
+            let want = Want { wanted: Wanted::Blob(blob), name: "weights for an audit".to_owned() };
+            if let Err(error) = fetcher.fetch(vec![want], &results).await {
+                debug!(%error, "cannot audit now");
+            }
+            queue.try_recv().ok()
+        });
+        self.fetch_after = instant() + (instant() - started).max(Duration::from_millis(20)) * FETCH_PAUSE;
+        let bytes = fetched?.bytes;
+        let kept = self.parts.store.writer(blob).and_then(|mut writer| {
+            writer.write(&bytes)?;
+            writer.finish(now_ms())
+        });
+        if let Err(error) = kept {
+            debug!(%error, "weights for an audit are not kept");
+        }
+        Some(AlignedBytes::copy_of(&bytes))
+    }
+}
+
+/// What is wrong with what the peer signed, if anything is.
+fn receipt_fault(audit: &Audit) -> Option<String> {
+    let (node, receipt) = node_id(audit.peer).zip(audit.receipt.clone())?;
+    let receipt = match Receipt::open(node, audit.nonce, receipt) {
+        Ok(receipt) => receipt,
+        Err(error) => return Some(format!("sent a receipt that does not hold: {error}")),
+    };
+    let (input, output) = (ContentHash::of(&audit.input), ContentHash::of(&audit.output));
+    let named = receipt.results.iter().any(|result| result.expert == audit.blob.hash && result.input == input && result.output == output);
+    (!named).then(|| format!("signed something else than the result that it sent for {}", audit.slot))
+}

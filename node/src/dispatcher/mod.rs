@@ -1,0 +1,435 @@
+//! Where the engine's experts come from: this node's store, or peers, who send their bytes or run them. Each goes the way that is done
+//! first by what was measured; a late answer is sought another way too, and the first that comes counts. The tokens are the same.
+//!
+//! Reading, verifying, fetching and running go on beside the engine's work; what is ready is handed over through one queue.
+
+mod auditor;
+mod choice;
+mod remote;
+mod report;
+mod saver;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
+use std::time::{Duration, Instant};
+
+use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, LayerInputs, Origin, SourceError};
+use inference::kernels::Kernels;
+use protocol::audit::AuditShare;
+use protocol::expert_blob::ExpertShape;
+use protocol::{BlobRef, ExpertSlot};
+use store::{BlobStore, StoreError};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+use tokio::task::JoinHandle;
+
+use self::auditor::{Auditor, AuditorParts};
+use self::choice::{Cost, Way, Ways};
+use self::remote::{Came, Lateness, LayerRows, Remote};
+pub(crate) use self::report::{RemoteReport, SharedReport};
+use self::saver::Saver;
+use crate::clock::{instant, interrupted, now_ms};
+use crate::failure::{Failure, Kind};
+use crate::net::PeerId;
+use crate::net::allowed::AllowedPeers;
+use crate::net::execute_link::Told;
+use crate::net::fetcher::{Fetched, Fetcher, Want};
+use crate::net::link::Wanted;
+use crate::net::swarm::Network;
+use crate::output::note;
+
+const RESULTS_MAX: usize = 8;
+/// The engine asks for a few experts at a time, never for more than a layer has.
+const READS_MAX: usize = 4096;
+/// Each of them makes an event, and the end of a fetch another.
+const EVENTS_MAX: usize = 2 * READS_MAX;
+/// Threads that read and verify: while one hashes, another's read is under way.
+const READERS: usize = 2;
+/// How often a wait looks for Ctrl-C.
+const LOOK_UP: Duration = Duration::from_millis(100);
+/// What a read, and a fetch, are thought to cost before they have been measured, in milliseconds.
+const DISK_FIRST: Cost = Cost { start: 0.0, each: 1.5 };
+const FETCH_FIRST: Cost = Cost { start: 5.0, each: 50.0 };
+
+/// A fetcher that several parts of a command use in turn.
+pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
+
+/// Who has sent experts so far, shared with whoever reports it.
+pub(crate) type Providers = Arc<Mutex<BTreeSet<PeerId>>>;
+
+/// Peers, as a dispatcher uses them.
+#[derive(Clone)]
+pub(crate) struct DispatcherPeers {
+    pub(crate) fetcher: SharedFetcher,
+    pub(crate) network: Network,
+    pub(crate) runtime: Handle,
+}
+
+/// Which experts may run at peers, and how that is checked.
+#[derive(Clone, Debug)]
+pub(crate) struct RemoteOptions {
+    /// Peers that may see activations.
+    pub(crate) execute_at: AllowedPeers,
+    /// The share of results that is computed again.
+    pub(crate) audit: AuditShare,
+}
+
+impl Default for RemoteOptions {
+    fn default() -> Self {
+        Self { execute_at: AllowedPeers::default(), audit: AuditShare::DEFAULT }
+    }
+}
+
+/// What a dispatcher needs to know of a model and of the user's wishes.
+pub(crate) struct DispatcherOptions {
+    pub(crate) shape: ExpertShape,
+    pub(crate) kernels: &'static Kernels,
+    pub(crate) remote: RemoteOptions,
+    pub(crate) report: SharedReport,
+    /// Where evidence against peers goes.
+    pub(crate) evidence: PathBuf,
+}
+
+/// The experts of one model.
+pub(crate) struct Dispatcher {
+    store: Arc<BlobStore>,
+    peers: Option<DispatcherPeers>,
+    remote: Option<Remote>,
+    hidden_size: usize,
+    saver: Saver,
+    providers: Providers,
+    report: SharedReport,
+    reads: std_mpsc::SyncSender<(u64, ExpertRequest)>,
+    happened: std_mpsc::Receiver<(u64, Event)>,
+    happening: std_mpsc::SyncSender<(u64, Event)>,
+    /// What was asked for before the last `cancel` is of an earlier round, and nobody's.
+    round: u64,
+    /// Experts that a layer waits for.
+    waiting: HashMap<ExpertSlot, Waiting>,
+    rows: LayerRows,
+    reading: usize,
+    /// Not in the store, and not asked for yet.
+    missing: Vec<ExpertRequest>,
+    fetching: Option<Fetching>,
+    disk: Cost,
+    fetch: Cost,
+}
+
+/// An expert that a layer waits for.
+struct Waiting {
+    /// While it runs at peers; gone once its bytes are on their way.
+    request: Option<ExpertRequest>,
+    /// Peers that were asked to run it.
+    asked: Vec<PeerId>,
+}
+
+/// Experts on their way from peers.
+struct Fetching {
+    task: JoinHandle<()>,
+    requests: Vec<Option<ExpertRequest>>,
+    since: Instant,
+}
+
+enum Event {
+    /// Read and verified, in so many milliseconds.
+    Read(ExpertRequest, f64),
+    /// The store has it no more.
+    Missing(ExpertRequest),
+    /// It cannot be read, and no peer would help.
+    Failed(Failure),
+    /// A peer has sent it.
+    Fetched(Fetched),
+    /// The peers have sent all, or this is why not.
+    FetchEnded(Result<(), Failure>),
+    /// A peer that runs experts says something.
+    Told(PeerId, Told),
+}
+
+impl Dispatcher {
+    /// Experts from `store`, and from `peers` if there are any.
+    pub(crate) fn new(store: Arc<BlobStore>, peers: Option<DispatcherPeers>, providers: Providers, options: DispatcherOptions) -> Self {
+        let (reads, queue) = std_mpsc::sync_channel(READS_MAX);
+        let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
+        let queue = Arc::new(Mutex::new(queue));
+        for _ in 0..READERS {
+            let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(&store));
+            std::thread::spawn(move || {
+                // Ends when the sender is dropped.
+                while let Ok((round, request)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
+                    if happening.send((round, read(&store, request))).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        let DispatcherOptions { shape, kernels, remote, report, evidence } = options;
+        let runs = shape.precision.is_packed() && !remote.execute_at.is_empty();
+        let remote = peers.as_ref().filter(|_| runs).map(|peers| {
+            let DispatcherPeers { fetcher, network, runtime } = peers.clone();
+            let parts = AuditorParts {
+                store: Arc::clone(&store),
+                network: network.clone(),
+                fetcher,
+                runtime: runtime.clone(),
+                report: report.clone(),
+                shape,
+                kernels,
+                evidence,
+            };
+            Remote::new(network, runtime, remote.execute_at, report.clone(), Auditor::start(parts), happening.clone())
+        });
+        let saver = Saver::start(Arc::clone(&store));
+        Self {
+            store,
+            peers,
+            remote,
+            hidden_size: shape.hidden_size,
+            saver,
+            providers,
+            report,
+            reads,
+            happened,
+            happening,
+            round: 0,
+            waiting: HashMap::new(),
+            rows: LayerRows::default(),
+            reading: 0,
+            missing: Vec::new(),
+            fetching: None,
+            disk: DISK_FIRST,
+            fetch: FETCH_FIRST,
+        }
+    }
+
+    /// Sends each expert of a layer the way that is done first. `late` says that some peers have been asked and do not answer.
+    fn place(&mut self, slots: &[ExpertSlot], late: Option<Lateness>) {
+        let fetching = self.missing.len() + self.fetching.as_ref().map_or(0, |fetching| fetching.requests.iter().flatten().count());
+        let mut offers = vec![(Way::Disk, self.disk, self.reading as u64)];
+        if self.peers.is_some() {
+            offers.push((Way::Fetch, self.fetch, fetching as u64));
+        }
+        if let Some(remote) = &mut self.remote {
+            offers.extend(remote.ready().into_iter().map(|(peer, cost, busy)| (Way::Run(peer), cost, busy)));
+        }
+        let mut ways = Ways::new(offers);
+        let mut runs: BTreeMap<PeerId, Vec<(ExpertSlot, BlobRef)>> = BTreeMap::new();
+        for &slot in slots {
+            let Some(waiting) = self.waiting.get_mut(&slot) else { continue };
+            let Some(request) = waiting.request.take() else { continue }; // its bytes are on their way
+            let blob = request.blob;
+            let here = self.store.contains(&blob.hash);
+            let able = |way| match way {
+                Way::Disk => here,
+                // What is on the disk need not be fetched; and a late answer is still likely to come before a fetch.
+                Way::Fetch => !here && late != Some(Lateness::Late),
+                Way::Run(peer) => {
+                    !waiting.asked.contains(&peer) && self.remote.as_ref().is_some_and(|remote| !remote.lacks(peer, &blob.hash))
+                }
+            };
+            match ways.choose(self.rows.count(slot.expert), able) {
+                Some(Way::Disk) => {
+                    self.reading += 1;
+                    let _ = self.reads.send((self.round, request)); // the readers live as long as this does
+                }
+                Some(Way::Run(peer)) => {
+                    waiting.asked.push(peer);
+                    waiting.request = Some(request);
+                    runs.entry(peer).or_default().push((slot, blob));
+                }
+                // There is no other way yet, and the answer may still come.
+                None if late == Some(Lateness::Late) => waiting.request = Some(request),
+                Some(Way::Fetch) | None => self.missing.push(request),
+            }
+        }
+        if late.is_some() && !runs.is_empty() {
+            self.report.lock().hedged += 1;
+        }
+        if let Some(remote) = &mut self.remote {
+            runs.iter().for_each(|(&peer, slots)| remote.send(peer, slots, &self.rows));
+        }
+    }
+
+    /// Asks the peers for what the store lacks.
+    fn fetch_missing(&mut self) -> Result<(), SourceError> {
+        let requests = std::mem::take(&mut self.missing);
+        let Some(DispatcherPeers { fetcher, runtime, .. }) = &self.peers else {
+            let names: Vec<_> = requests.iter().map(|request| request.slot.to_string()).collect();
+            return Err(source_error(Failure::new(Kind::NoPeers, format!("missing {}: no peer is known (--peer ADDR)", names.join(", ")))));
+        };
+        let wants = requests.iter().map(|request| Want { wanted: Wanted::Blob(request.blob), name: request.slot.to_string() }).collect();
+        let (fetcher, happening, round) = (Arc::clone(fetcher), self.happening.clone(), self.round);
+        let task = runtime.spawn(async move {
+            let (results, mut arrivals) = mpsc::channel(RESULTS_MAX);
+            let mut fetcher = fetcher.lock().await;
+            let fetch = async {
+                let result = fetcher.fetch(wants, &results).await;
+                drop(results);
+                result
+            };
+            let forward = async {
+                while let Some(fetched) = arrivals.recv().await {
+                    let _ = happening.send((round, Event::Fetched(fetched)));
+                }
+            };
+            let (result, ()) = tokio::join!(fetch, forward);
+            let _ = happening.send((round, Event::FetchEnded(result)));
+        });
+        self.fetching = Some(Fetching { task, requests: requests.into_iter().map(Some).collect(), since: instant() });
+        Ok(())
+    }
+
+    /// Hands over what a peer has sent.
+    fn take(&mut self, Fetched { index, bytes, peer }: Fetched) -> Option<Arrival> {
+        let mut request = self.fetching.as_mut()?.requests.get_mut(index)?.take()?;
+        self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+        request.buffer.copy_from_slice(&bytes);
+        self.saver.save(request.blob, bytes);
+        Some(self.weights(request, Origin::Peer))
+    }
+
+    fn weights(&mut self, request: ExpertRequest, origin: Origin) -> Arrival {
+        self.waiting.remove(&request.slot);
+        Arrival { slot: request.slot, buffer: request.buffer, brought: Brought::Weights(origin) }
+    }
+
+    /// Takes in what a peer that runs experts says.
+    fn hear(&mut self, peer: PeerId, told: Told) -> Option<Arrival> {
+        let remote = self.remote.as_mut()?;
+        match remote.hear(peer, told) {
+            Came::Results { number, task, slot, results, bytes } => {
+                // Somebody else may have been faster, or the expert itself is on its way.
+                let request = self.waiting.get_mut(&slot)?.request.take()?;
+                remote.used(number, task, bytes);
+                self.waiting.remove(&slot);
+                Some(Arrival { slot, buffer: request.buffer, brought: Brought::Results(results) })
+            }
+            Came::Replace(slots) => {
+                self.place(&slots, None);
+                None
+            }
+            Came::Nothing => None,
+        }
+    }
+
+    /// Seeks another way to what is late.
+    fn hurry(&mut self) {
+        let Some(remote) = &mut self.remote else { return };
+        for (_, lateness, slots) in remote.late() {
+            self.place(&slots, Some(lateness));
+        }
+    }
+
+    /// How long to wait for an event.
+    fn patience(&self) -> Duration {
+        let late = self.remote.as_ref().and_then(Remote::next_late);
+        late.map_or(LOOK_UP, |late| late.saturating_duration_since(instant()).min(LOOK_UP))
+    }
+}
+
+fn read(store: &BlobStore, mut request: ExpertRequest) -> Event {
+    let (length, started) = (request.buffer.len(), instant());
+    match store.read_pages(&request.blob.hash, request.buffer.whole_pages(), length, now_ms()) {
+        Ok(true) => Event::Read(request, (instant() - started).as_secs_f64() * 1e3),
+        Ok(false) => Event::Missing(request),
+        // A disk that cannot read it any more is as good as one that has lost it.
+        Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
+            note(&format!("warning: {}: {error}; fetching it again", request.slot));
+            Event::Missing(request)
+        }
+        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
+    }
+}
+
+impl ExpertSource for Dispatcher {
+    fn request(&mut self, requests: Vec<ExpertRequest>, inputs: &LayerInputs<'_>) {
+        if self.remote.is_some() {
+            self.rows = LayerRows::of(inputs, requests.iter().map(|request| request.slot.expert), self.hidden_size);
+        }
+        let slots: Vec<_> = requests.iter().map(|request| request.slot).collect();
+        self.waiting.extend(requests.into_iter().map(|request| (request.slot, Waiting { request: Some(request), asked: Vec::new() })));
+        self.place(&slots, None);
+    }
+
+    fn foresee(&mut self, requests: Vec<ExpertRequest>) {
+        for request in requests {
+            self.reading += 1;
+            let _ = self.reads.send((self.round, request)); // as in `place`; what is near is in the store
+        }
+    }
+
+    fn is_near(&self, blob: &BlobRef) -> bool {
+        self.store.contains(&blob.hash)
+    }
+
+    fn receive(&mut self) -> Result<Arrival, SourceError> {
+        loop {
+            // What peers send can come while the disk reads.
+            if self.fetching.is_none() && !self.missing.is_empty() {
+                self.fetch_missing()?;
+            }
+            let running = self.remote.as_ref().is_some_and(Remote::is_waiting);
+            if self.reading == 0 && self.fetching.is_none() && !running {
+                return Err(source_error(Failure::new(Kind::Other, "an expert was awaited that nobody asked for")));
+            }
+            let event = match self.happened.recv_timeout(self.patience()) {
+                Ok((round, event)) if round == self.round || matches!(event, Event::Told(..)) => event,
+                Err(_) if interrupted() => return Err(source_error(Failure::interrupted())),
+                Ok(_) => continue,
+                Err(_) => {
+                    self.hurry();
+                    continue;
+                }
+            };
+            match event {
+                Event::Read(request, milliseconds) => {
+                    self.reading -= 1;
+                    self.disk.learn(0.0, Some(milliseconds / READERS as f64));
+                    return Ok(self.weights(request, Origin::Disk));
+                }
+                Event::Missing(request) => {
+                    self.reading -= 1;
+                    self.missing.push(request);
+                }
+                Event::Failed(failure) => return Err(source_error(failure)),
+                Event::Fetched(fetched) => {
+                    if let Some(arrival) = self.take(fetched) {
+                        return Ok(arrival);
+                    }
+                }
+                Event::FetchEnded(result) => {
+                    if let Some(fetching) = self.fetching.take()
+                        && result.is_ok()
+                    {
+                        let milliseconds = (instant() - fetching.since).as_secs_f64() * 1e3;
+                        self.fetch.learn(0.0, Some(milliseconds / fetching.requests.len() as f64));
+                    }
+                    result.map_err(source_error)?;
+                }
+                Event::Told(peer, told) => {
+                    if let Some(arrival) = self.hear(peer, told) {
+                        return Ok(arrival);
+                    }
+                }
+            }
+            self.hurry();
+        }
+    }
+
+    fn cancel(&mut self) {
+        self.round += 1;
+        self.reading = 0;
+        self.missing.clear();
+        self.waiting.clear();
+        if let Some(remote) = &mut self.remote {
+            remote.cancel();
+        }
+        if let Some(fetching) = self.fetching.take() {
+            fetching.task.abort();
+        }
+    }
+}
+
+fn source_error(failure: Failure) -> SourceError {
+    SourceError(Box::new(failure))
+}
