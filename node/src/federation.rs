@@ -1,7 +1,7 @@
 //! A command's view of its peers, and how it comes by a model: manifest, trust, trunk.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
@@ -26,6 +26,7 @@ use crate::clock::{now_ms, until_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
 use crate::failure::{Failure, Kind};
 use crate::net::fetcher::{Fetched, Fetcher, Want};
+use crate::net::group::GroupKey;
 use crate::net::link::{Sink, Wanted};
 use crate::net::swarm::{Network, NetworkOptions};
 use crate::net::{Multiaddr, PeerId};
@@ -39,6 +40,8 @@ const RESULTS_MAX: usize = 32;
 pub(crate) struct PeerOptions {
     pub(crate) peers: Vec<Multiaddr>,
     pub(crate) mdns: bool,
+    /// The key file of a closed group: its nodes are asked, and no others.
+    pub(crate) private: Option<PathBuf>,
     pub(crate) timeout: Duration,
     pub(crate) publishers: Publishers,
 }
@@ -74,8 +77,11 @@ impl<'a> Federation<'a> {
             return Ok(Self { runtime, fetcher: None, publishers });
         }
         let key = dir.key()?;
+        let group = options.private.as_deref().map(GroupKey::read).transpose()?;
         let _in_runtime = runtime.enter();
-        let network = Network::start(NetworkOptions { key: &key, listen: Vec::new(), peers, mdns: options.mdns })?;
+        let options_of_network =
+            NetworkOptions { key: &key, listen: Vec::new(), peers, mdns: options.mdns, group, memory_max: network_memory() };
+        let network = Network::start(options_of_network)?;
         info!(local = %network.local, "asking peers");
         let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network, options.timeout)));
         Ok(Self { runtime, fetcher: Some(fetcher), publishers })
@@ -280,10 +286,19 @@ pub(crate) fn resident_bytes() -> u64 {
 
 /// Memory that models may use when the user says nothing: three quarters of what is free now.
 pub(crate) fn default_memory() -> u64 {
-    const FALLBACK: u64 = 4 << 30;
+    available_bytes() / 4 * 3
+}
+
+/// Memory beyond which the process makes no more connections: close to all that it could have.
+pub(crate) fn network_memory() -> u64 {
+    resident_bytes() + available_bytes() / 16 * 15
+}
+
+fn available_bytes() -> u64 {
+    const FALLBACK: u64 = 5 << 30;
     let Ok(text) = std::fs::read_to_string(Path::new("/proc/meminfo")) else { return FALLBACK };
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    available.map_or(FALLBACK, |kilobytes| kilobytes * 1024 / 4 * 3)
+    available.map_or(FALLBACK, |kilobytes| kilobytes * 1024)
 }
 
 fn no_peer(what: &str) -> Failure {

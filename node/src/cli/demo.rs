@@ -124,8 +124,13 @@ fn generate_all(
     show: Show,
 ) -> Result<Vec<Row>, Failure> {
     let mut open = dir.lock(u64::MAX)?;
-    let options =
-        PeerOptions { peers: peer.into_iter().collect(), mdns: false, timeout: Duration::from_secs(10), publishers: Publishers::Trusted };
+    let options = PeerOptions {
+        peers: peer.into_iter().collect(),
+        mdns: false,
+        private: None,
+        timeout: Duration::from_secs(10),
+        publishers: Publishers::Trusted,
+    };
     let federation = Federation::connect(runtime, dir, &options, false)?;
     let found = federation.find(&mut open, &model.to_string(), Some("demo"))?;
     let options = EngineArgs::default().options(&found.manifest, None);

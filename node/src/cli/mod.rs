@@ -124,6 +124,9 @@ struct PeerArgs {
     /// Look for peers on the local network
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
+    /// Be in a closed group: ask only nodes that have the key in this file
+    #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
+    private: Option<PathBuf>,
     /// Give up after so many seconds without progress
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]
     timeout: f64,
@@ -177,6 +180,7 @@ impl PeerArgs {
         PeerOptions {
             peers: self.peers.clone(),
             mdns: self.mdns,
+            private: self.private.clone(),
             timeout: Duration::from_secs_f64(self.timeout),
             publishers: if self.allow_unsigned { Publishers::Anybody } else { Publishers::Trusted },
         }

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,8 +14,10 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::Context;
 use crate::failure::{Failure, Kind};
+use crate::federation::network_memory;
 use crate::net::Multiaddr;
 use crate::net::address::{is_loopback, is_tcp, parse_address, parse_listen};
+use crate::net::group::GroupKey;
 use crate::net::provider::{self, Provider};
 use crate::net::swarm::{Network, NetworkOptions, Peers};
 use crate::output::{announce, note};
@@ -39,6 +42,9 @@ pub(super) struct ServeArgs {
     /// Stop when standard input closes: for a program that starts a node and must not leave it behind
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
+    /// Serve a closed group: only nodes that have the key in this file
+    #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
+    private: Option<PathBuf>,
     /// Let nodes on the local network find this one
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
@@ -54,11 +60,19 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     }
     let listing = Listing { models: models.iter().take(LISTING_MODELS_MAX).map(|model| (model.name.clone(), model.id)).collect() };
     let listing = protocol::codec::to_bytes(&listing);
-    let listen = listen_addresses(&args.listen)?;
+    let group = args.private.as_deref().map(GroupKey::read).transpose()?;
+    let listen = listen_addresses(&args.listen, group)?;
     let peers = if context.offline { Vec::new() } else { args.peers.clone() };
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-        let network = Network::start(NetworkOptions { key: &key, listen, peers, mdns: args.mdns && !context.offline })?;
+        let network = Network::start(NetworkOptions {
+            key: &key,
+            listen,
+            peers,
+            mdns: args.mdns && !context.offline,
+            group,
+            memory_max: network_memory(),
+        })?;
         provider::start(Provider::new(Arc::clone(&open.store), manifests, listing), &network)?;
         let api = match args.api {
             Some(address) => Some(crate::api::serve(address).await?),
@@ -96,11 +110,17 @@ async fn stdin_closed() {
     let _ = wait.await;
 }
 
-fn listen_addresses(texts: &[String]) -> Result<Vec<Multiaddr>, Failure> {
+/// HOST:PORT means TCP alone in a closed group, which has no QUIC.
+fn listen_addresses(texts: &[String], group: Option<GroupKey>) -> Result<Vec<Multiaddr>, Failure> {
     let default = [format!("0.0.0.0:{DEFAULT_PORT}")];
     let texts = if texts.is_empty() { &default[..] } else { texts };
-    let parsed: Result<Vec<_>, _> = texts.iter().map(|text| parse_listen(text)).collect();
-    Ok(parsed.map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?.concat())
+    let mut addresses = Vec::new();
+    for text in texts {
+        let mut parsed = parse_listen(text).map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?;
+        parsed.retain(|address| group.is_none() || text.starts_with('/') || is_tcp(address));
+        addresses.append(&mut parsed);
+    }
+    Ok(addresses)
 }
 
 fn parse_socket(text: &str) -> Result<SocketAddr, String> {

@@ -1,10 +1,14 @@
 //! The network. libp2p is named in here and nowhere else.
 
 pub(crate) mod address;
+mod behaviour;
+mod crowding;
 pub(crate) mod fetcher;
+pub(crate) mod group;
 pub(crate) mod link;
 pub(crate) mod provider;
 pub(crate) mod swarm;
+mod transport;
 
 pub(crate) use libp2p::{Multiaddr, PeerId};
 

@@ -6,36 +6,23 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Duration;
 
 use futures::StreamExt;
-use libp2p::connection_limits::{self, ConnectionLimits};
-use libp2p::swarm::behaviour::toggle::Toggle;
 use libp2p::swarm::dial_opts::DialOpts;
-use libp2p::swarm::{ConnectionId, NetworkBehaviour, SwarmEvent};
-use libp2p::{Multiaddr, PeerId, Swarm, allow_block_list, identify, mdns, noise, ping, tcp, yamux};
+use libp2p::swarm::{ConnectionId, SwarmEvent};
+use libp2p::{Multiaddr, PeerId, Swarm, mdns};
 use protocol::NodeKey;
 use tokio::sync::{mpsc, watch};
 use tracing::{debug, info, warn};
 
+use super::address::{is_tcp, peer_of};
+use super::behaviour::{Behaviour, BehaviourEvent, Choices};
+use super::group::GroupKey;
+use super::transport::transport;
 use crate::failure::{Failure, Kind};
-use crate::net::address::peer_of;
 
 const COMMANDS_MAX: usize = 64;
-const PENDING_MAX: u32 = 32;
-const ESTABLISHED_IN_MAX: u32 = 128;
-const ESTABLISHED_OUT_MAX: u32 = 64;
-const ESTABLISHED_PER_PEER_MAX: u32 = 3;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const REDIAL_FIRST: Duration = Duration::from_millis(250);
 const REDIAL_MAX: Duration = Duration::from_secs(4);
-
-#[derive(NetworkBehaviour)]
-struct Behaviour {
-    limits: connection_limits::Behaviour,
-    blocked: allow_block_list::Behaviour<allow_block_list::BlockedPeers>,
-    identify: identify::Behaviour,
-    ping: ping::Behaviour,
-    mdns: Toggle<mdns::tokio::Behaviour>,
-    stream: libp2p_stream::Behaviour,
-}
 
 /// What a node's network is made of.
 pub(crate) struct NetworkOptions<'a> {
@@ -46,6 +33,10 @@ pub(crate) struct NetworkOptions<'a> {
     pub(crate) peers: Vec<Multiaddr>,
     /// Whether to look for peers by multicast.
     pub(crate) mdns: bool,
+    /// The closed group to be in; none is everybody's.
+    pub(crate) group: Option<GroupKey>,
+    /// Bytes of memory beyond which the process makes no more connections.
+    pub(crate) memory_max: u64,
 }
 
 /// What is known of peers at a moment.
@@ -75,19 +66,17 @@ enum Command {
 impl Network {
     /// Starts the network on the current runtime.
     pub(crate) fn start(options: NetworkOptions<'_>) -> Result<Self, Failure> {
-        let NetworkOptions { key, listen, peers, mdns } = options;
+        let NetworkOptions { key, listen, peers, mdns, group, memory_max } = options;
         let failed = |error: &dyn std::fmt::Display| Failure::new(Kind::Other, format!("cannot start the network: {error}"));
         let keypair = libp2p::identity::Keypair::ed25519_from_bytes(key.secret()).map_err(|error| failed(&error))?;
         let local = keypair.public().to_peer_id();
-        let mut swarm = libp2p::SwarmBuilder::with_existing_identity(keypair)
-            .with_tokio()
-            .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
-            .map_err(|error| failed(&error))?
-            .with_quic()
-            .with_behaviour(|keypair| behaviour(keypair, mdns))
-            .map_err(|error| failed(&error))?
-            .with_swarm_config(|config| config.with_idle_connection_timeout(IDLE_TIMEOUT))
-            .build();
+        if let Some(address) = listen.iter().chain(&peers).find(|address| group.is_some() && !is_tcp(address)) {
+            return Err(Failure::new(Kind::Usage, format!("{address}: a closed group speaks TCP alone")));
+        }
+        let transport = transport(&keypair, group).map_err(|error| failed(&error))?;
+        let behaviour = Behaviour::new(&keypair, &Choices { mdns, memory_max }).map_err(|error| failed(&error))?;
+        let config = libp2p::swarm::Config::with_tokio_executor().with_idle_connection_timeout(IDLE_TIMEOUT);
+        let mut swarm = Swarm::new(transport, behaviour, local, config);
         for address in listen {
             let listening = swarm.listen_on(address.clone());
             listening.map_err(|error| Failure::of(Kind::Other, &error).about(format_args!("cannot listen on {address}")))?;
@@ -105,25 +94,6 @@ impl Network {
     pub(crate) async fn drop_peer(&self, peer: PeerId) {
         let _ = self.commands.send(Command::Drop(peer)).await;
     }
-}
-
-fn behaviour(keypair: &libp2p::identity::Keypair, with_mdns: bool) -> Result<Behaviour, Box<dyn std::error::Error + Send + Sync>> {
-    let limits = ConnectionLimits::default()
-        .with_max_pending_incoming(Some(PENDING_MAX))
-        .with_max_pending_outgoing(Some(PENDING_MAX))
-        .with_max_established_incoming(Some(ESTABLISHED_IN_MAX))
-        .with_max_established_outgoing(Some(ESTABLISHED_OUT_MAX))
-        .with_max_established_per_peer(Some(ESTABLISHED_PER_PEER_MAX));
-    let mdns = if with_mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), keypair.public().to_peer_id())?) } else { None };
-    let agent = concat!("confrere/", env!("CARGO_PKG_VERSION")).to_owned();
-    Ok(Behaviour {
-        limits: connection_limits::Behaviour::new(limits),
-        blocked: allow_block_list::Behaviour::default(),
-        identify: identify::Behaviour::new(identify::Config::new("/confrere/1".to_owned(), keypair.public()).with_agent_version(agent)),
-        ping: ping::Behaviour::default(),
-        mdns: mdns.into(),
-        stream: libp2p_stream::Behaviour::new(),
-    })
 }
 
 struct SwarmTask {
