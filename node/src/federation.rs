@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use inference::aligned::AlignedBytes;
@@ -20,7 +20,7 @@ use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
 use store::BlobStore;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::clock::{now_ms, until_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
@@ -28,8 +28,8 @@ use crate::failure::{Failure, Kind};
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::group::GroupKey;
 use crate::net::link::{Sink, Wanted};
-use crate::net::swarm::{Network, NetworkOptions};
-use crate::net::{Multiaddr, PeerId};
+use crate::net::swarm::{Network, NetworkOptions, Peers, Role};
+use crate::net::{Multiaddr, PeerId, random};
 use crate::output::{byte_bar, human_bytes, note};
 use crate::peer_experts::{PeerExperts, Providers, SharedFetcher};
 
@@ -60,31 +60,78 @@ pub(crate) struct Federation<'a> {
     runtime: &'a Runtime,
     fetcher: Option<SharedFetcher>,
     publishers: Publishers,
+    acquaintance: Option<Acquaintance>,
+}
+
+/// The peers of a command, who are remembered when it ends.
+struct Acquaintance {
+    network: Network,
+    dir: DataDir,
+    group: Option<String>,
+    /// Who has sent something, by what was fetched.
+    useful: Mutex<Vec<Providers>>,
 }
 
 impl<'a> Federation<'a> {
-    /// Connects to the peers that were named and to those known from before.
+    /// Connects to the peers that were named, to those joined and to those met before.
     pub(crate) fn connect(runtime: &'a Runtime, dir: &DataDir, options: &PeerOptions, offline: bool) -> Result<Self, Failure> {
         let mut options = options.clone();
         options.peers.extend(dir.peers()?);
-        Self::connect_to(runtime, dir, options, offline)
+        let group = options.private.as_deref().map(GroupKey::read).transpose()?;
+        let book = dir.book(group.map(|group| group.fingerprint()).as_deref())?.plan(random);
+        Self::connect_with(runtime, dir, options, book, offline)
     }
 
     /// Connects to the peers that were named, and to no others.
     pub(crate) fn connect_to(runtime: &'a Runtime, dir: &DataDir, options: PeerOptions, offline: bool) -> Result<Self, Failure> {
+        Self::connect_with(runtime, dir, options, Vec::new(), offline)
+    }
+
+    fn connect_with(
+        runtime: &'a Runtime,
+        dir: &DataDir,
+        options: PeerOptions,
+        book: Vec<Multiaddr>,
+        offline: bool,
+    ) -> Result<Self, Failure> {
         let PeerOptions { peers, publishers, .. } = options;
-        if offline || (peers.is_empty() && !options.mdns) {
-            return Ok(Self { runtime, fetcher: None, publishers });
+        if offline || (peers.is_empty() && book.is_empty() && !options.mdns) {
+            return Ok(Self { runtime, fetcher: None, publishers, acquaintance: None });
         }
         let key = dir.key()?;
         let group = options.private.as_deref().map(GroupKey::read).transpose()?;
         let _in_runtime = runtime.enter();
-        let options_of_network =
-            NetworkOptions { key: &key, listen: Vec::new(), peers, mdns: options.mdns, group, memory_max: network_memory() };
-        let network = Network::start(options_of_network)?;
+        let network = Network::start(NetworkOptions {
+            key: &key,
+            listen: Vec::new(),
+            peers,
+            book,
+            mdns: options.mdns,
+            group,
+            memory_max: network_memory(),
+            role: Role::Guest,
+        })?;
         info!(local = %network.local, "asking peers");
+        let group = group.map(|group| group.fingerprint());
+        let acquaintance = Acquaintance { network: network.clone(), dir: dir.clone(), group, useful: Mutex::default() };
         let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network, options.timeout)));
-        Ok(Self { runtime, fetcher: Some(fetcher), publishers })
+        Ok(Self { runtime, fetcher: Some(fetcher), publishers, acquaintance: Some(acquaintance) })
+    }
+
+    /// Has the peers asked who else has a model.
+    fn look_for(&self, model: ModelId) {
+        if let Some(acquaintance) = &self.acquaintance {
+            self.runtime.block_on(acquaintance.network.look_for(model));
+        }
+    }
+
+    /// A set for those who send something, which the address book will see.
+    fn new_providers(&self) -> Providers {
+        let providers = Providers::default();
+        if let Some(acquaintance) = &self.acquaintance {
+            acquaintance.useful.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&providers));
+        }
+        providers
     }
 
     /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
@@ -94,8 +141,12 @@ impl<'a> Federation<'a> {
         }
         let found = match open.resolve(model)? {
             Resolved::Here(found) => found,
-            Resolved::Elsewhere(id) => return self.fetch_manifest(open, id, name),
+            Resolved::Elsewhere(id) => {
+                self.look_for(id);
+                return self.fetch_manifest(open, id, name);
+            }
         };
+        self.look_for(found.id);
         self.check_publisher(&open.dir, found.publisher)?;
         match name {
             Some(name) if name != found.name => {
@@ -143,10 +194,12 @@ impl<'a> Federation<'a> {
         let wants =
             missing.iter().map(|(blob, name)| Want { wanted: Wanted::StoredBlob(*blob, Arc::clone(&sink)), name: name.clone() }).collect();
         let (results, mut arrivals) = mpsc::channel::<Fetched>(RESULTS_MAX);
+        let providers = self.new_providers();
         self.wait(async {
             let mut fetcher = fetcher.lock().await;
             let count = async {
                 while let Some(fetched) = arrivals.recv().await {
+                    providers.lock().unwrap_or_else(PoisonError::into_inner).insert(fetched.peer);
                     bar.inc(missing[fetched.index].0.length);
                 }
             };
@@ -187,7 +240,7 @@ impl<'a> Federation<'a> {
         let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
         let process = resident_bytes();
         let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
-        let providers = Providers::default();
+        let providers = self.new_providers();
         let peers = self.fetcher.clone().map(|fetcher| (fetcher, self.runtime.handle().clone()));
         let source = PeerExperts::new(Arc::clone(&open.store), peers, Arc::clone(&providers));
         let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
@@ -232,6 +285,37 @@ impl<'a> Federation<'a> {
             }
         })
     }
+}
+
+impl Acquaintance {
+    fn remember(&self) -> Result<(), Failure> {
+        let useful = self.useful.lock().unwrap_or_else(PoisonError::into_inner);
+        let useful: BTreeSet<_> = useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
+        remember(&self.dir, self.group.as_deref(), &self.network.peers.borrow(), &useful, &BTreeSet::new())
+    }
+}
+
+impl Drop for Acquaintance {
+    fn drop(&mut self) {
+        if let Err(failure) = self.remember() {
+            warn!(%failure, "peers are not remembered");
+        }
+    }
+}
+
+/// Writes into an address book what was seen of peers.
+pub(crate) fn remember(
+    dir: &DataDir,
+    group: Option<&str>,
+    peers: &Peers,
+    useful: &BTreeSet<PeerId>,
+    promising: &BTreeSet<PeerId>,
+) -> Result<(), Failure> {
+    let _editing = dir.exclusive()?;
+    let known = dir.book(group)?;
+    let mut book = known.clone();
+    book.learn(peers, useful, promising, now_ms());
+    if book == known { Ok(()) } else { dir.set_book(group, &book) }
 }
 
 /// A model ready to run.

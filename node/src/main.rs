@@ -8,6 +8,7 @@ mod failure;
 mod federation;
 mod net;
 mod output;
+mod peer_book;
 mod peer_experts;
 
 use std::process::ExitCode;

@@ -7,6 +7,7 @@ mod import;
 mod join;
 mod keys;
 mod models;
+mod peers;
 mod plan;
 mod pull;
 mod repo;
@@ -79,6 +80,8 @@ enum Command {
     /// Keep the list of those whose models you run
     #[command(subcommand)]
     Publishers(keys::PublishersCommand),
+    /// List the peers that this node remembers
+    Peers(peers::PeersArgs),
     /// Print this node's key, in the form that `publishers add` takes
     Id,
     /// List the models
@@ -231,6 +234,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Requantize(args) => import::requantize(&context, &args),
         Command::Join(args) => join::join(&context, &args),
         Command::Publishers(command) => keys::publishers(&context, &command),
+        Command::Peers(args) => peers::peers(&context, &args),
         Command::Id => keys::id(&context),
         Command::Ls => models::ls(&context),
         Command::Show { model, blobs } => models::show(&context, &model, blobs),

@@ -162,9 +162,77 @@ fn reach(ip: IpAddr) -> Reach {
     }
 }
 
+/// Says whether an address of `peer`, told by one who is at `teller`, may be dialled: one from outside must not send us to
+/// machines of our own network, nor anybody to what is no node's address.
+pub(crate) fn is_sane(address: &Multiaddr, peer: PeerId, teller: IpAddr) -> bool {
+    let mut parts = address.iter();
+    let ip = match parts.next() {
+        Some(Protocol::Ip4(ip)) => IpAddr::from(ip),
+        Some(Protocol::Ip6(ip)) => IpAddr::from(ip),
+        _ => return false,
+    };
+    let nowhere = ip.is_unspecified() || ip.is_multicast() || ip == IpAddr::from([255; 4]);
+    if nowhere || reach(ip) < reach(teller) {
+        return false;
+    }
+    let mut next = match (parts.next(), parts.next()) {
+        (Some(Protocol::Udp(port)), Some(Protocol::QuicV1)) if port != 0 => parts.next(),
+        (Some(Protocol::Tcp(port)), next) if port != 0 => next,
+        _ => return false,
+    };
+    if let Some(Protocol::P2p(relay)) = next
+        && relay != peer
+    {
+        if parts.next() != Some(Protocol::P2pCircuit) {
+            return false;
+        }
+        next = parts.next();
+    }
+    (next.is_none() || next == Some(Protocol::P2p(peer))) && parts.next().is_none()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn addresses_from_outside_do_not_lead_inside() {
+        let peer = PeerId::random();
+        let relay = PeerId::random();
+        let sane = |text: &str, teller: &str| {
+            let address: Multiaddr = text.parse().expect("an address");
+            is_sane(&address, peer, teller.parse().expect("an address"))
+        };
+        let near = ["/ip4/127.0.0.1/tcp/1", "/ip4/192.168.1.2/tcp/1", "/ip6/fd00::1/tcp/1", "/ip4/203.0.113.1/tcp/1"];
+        for (teller, fine) in [("127.0.0.1", 0), ("::1", 0), ("10.0.0.9", 1), ("fe80::1", 1), ("100.64.1.1", 1), ("203.0.113.7", 3)] {
+            for (i, address) in near.iter().enumerate() {
+                assert_eq!(sane(address, teller), i >= fine, "{address} told by {teller}");
+            }
+        }
+        for address in [
+            "/ip4/203.0.113.1/udp/4747/quic-v1".to_owned(),
+            format!("/ip4/203.0.113.1/tcp/1/p2p/{peer}"),
+            format!("/ip4/203.0.113.1/tcp/1/p2p/{relay}/p2p-circuit"),
+            format!("/ip4/203.0.113.1/udp/1/quic-v1/p2p/{relay}/p2p-circuit/p2p/{peer}"),
+        ] {
+            assert!(sane(&address, "203.0.113.7"), "{address}");
+        }
+        for address in [
+            "/ip4/0.0.0.0/tcp/1".to_owned(),
+            "/ip4/255.255.255.255/tcp/1".to_owned(),
+            "/ip4/224.0.0.251/udp/5353/quic-v1".to_owned(),
+            "/ip4/203.0.113.1/tcp/0".to_owned(),
+            "/ip4/203.0.113.1/udp/1".to_owned(),
+            "/ip4/203.0.113.1".to_owned(),
+            "/dns4/example.org/tcp/1".to_owned(),
+            "/ip4/203.0.113.1/tcp/1/ws".to_owned(),
+            format!("/ip4/203.0.113.1/tcp/1/p2p/{relay}"),
+            format!("/ip4/203.0.113.1/tcp/1/p2p/{relay}/p2p-circuit/p2p/{relay}"),
+            format!("/ip4/203.0.113.1/tcp/1/p2p/{peer}/p2p-circuit"),
+        ] {
+            assert!(!sane(&address, "127.0.0.1"), "{address}");
+        }
+    }
 
     #[test]
     fn neighbourhoods_are_24_and_48_bits_long() {

@@ -4,9 +4,12 @@ use libp2p::connection_limits::{self, ConnectionLimits};
 use libp2p::identity::Keypair;
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
-use libp2p::{allow_block_list, identify, mdns, memory_connection_limits, ping};
+use libp2p::{allow_block_list, autonat, dcutr, identify, mdns, memory_connection_limits, ping, relay};
 
 use super::crowding;
+use super::finder::{Table, table};
+use super::relaying::relay_limits;
+use super::swarm::{Relay, Role};
 
 const PENDING_MAX: u32 = 32;
 const ESTABLISHED_IN_MAX: u32 = 128;
@@ -24,17 +27,26 @@ pub(super) struct Behaviour {
     pub(super) ping: ping::Behaviour,
     pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
     pub(super) stream: libp2p_stream::Behaviour,
+    pub(super) kad: Table,
+    /// Asks others whether this node can be reached.
+    pub(super) autonat: Toggle<autonat::v2::client::Behaviour>,
+    /// Answers others that question.
+    pub(super) autonat_server: Toggle<autonat::v2::server::Behaviour>,
+    pub(super) relay_client: relay::client::Behaviour,
+    pub(super) relay: Toggle<relay::Behaviour>,
+    pub(super) dcutr: dcutr::Behaviour,
 }
 
 /// What of it can be chosen.
-pub(super) struct Choices {
+pub(super) struct Choices<'a> {
     pub(super) mdns: bool,
     /// Bytes of memory beyond which the process makes no more connections.
     pub(super) memory_max: u64,
+    pub(super) role: &'a Role,
 }
 
 impl Behaviour {
-    pub(super) fn new(keypair: &Keypair, choices: &Choices) -> Result<Self, std::io::Error> {
+    pub(super) fn new(keypair: &Keypair, relay_client: relay::client::Behaviour, choices: &Choices<'_>) -> Result<Self, std::io::Error> {
         let local = keypair.public().to_peer_id();
         let limits = ConnectionLimits::default()
             .with_max_pending_incoming(Some(PENDING_MAX))
@@ -45,6 +57,10 @@ impl Behaviour {
         let mdns = if choices.mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), local)?) } else { None };
         let agent = concat!("confrere/", env!("CARGO_PKG_VERSION")).to_owned();
         let identify = identify::Config::new("/confrere/1".to_owned(), keypair.public()).with_agent_version(agent);
+        let (hosts, relays) = match choices.role {
+            Role::Guest => (false, false),
+            Role::Host { relay, .. } => (true, *relay == Relay::Yes),
+        };
         Ok(Self {
             limits: connection_limits::Behaviour::new(limits),
             memory: memory_connection_limits::Behaviour::with_max_bytes(choices.memory_max as usize),
@@ -54,6 +70,12 @@ impl Behaviour {
             ping: ping::Behaviour::default(),
             mdns: mdns.into(),
             stream: libp2p_stream::Behaviour::new(),
+            kad: table(local, choices.role),
+            autonat: hosts.then(autonat::v2::client::Behaviour::default).into(),
+            autonat_server: relays.then(autonat::v2::server::Behaviour::default).into(),
+            relay_client,
+            relay: relays.then(|| relay::Behaviour::new(local, relay_limits())).into(),
+            dcutr: dcutr::Behaviour::new(local),
         })
     }
 }
