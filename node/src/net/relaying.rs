@@ -58,6 +58,8 @@ pub(super) struct Relaying {
     places: HashMap<ListenerId, PeerId>,
     place_at: Option<Instant>,
     ports: Ports,
+    /// Whether a guest was told to call through a relay, and has had ports ever since.
+    ports_from_start: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,7 +85,7 @@ impl Relaying {
             Role::Host { relay: Relay::Yes, .. } => Standing::Relay,
         };
         let (relays, places) = (BTreeMap::new(), HashMap::new());
-        Self { standing, in_group, reachable: false, relays, places, place_at: None, ports: Ports::None }
+        Self { standing, in_group, reachable: false, relays, places, place_at: None, ports: Ports::None, ports_from_start: false }
     }
 
     pub(super) fn is_busy(&self) -> bool {
@@ -91,13 +93,28 @@ impl Relaying {
     }
 
     /// Any ports, for a guest.
-    pub(super) fn listen_addresses(&self) -> Vec<Multiaddr> {
+    fn listen_addresses(&self) -> Vec<Multiaddr> {
         let any = Multiaddr::from(Ipv4Addr::UNSPECIFIED);
         let mut addresses = vec![any.clone().with(Protocol::Tcp(0))];
         if !self.in_group {
             addresses.push(any.with(Protocol::Udp(0)).with(Protocol::QuicV1));
         }
         addresses
+    }
+
+    /// The ports of a guest that was told to call through a relay.
+    pub(super) fn open_from_start(&mut self) -> Vec<Multiaddr> {
+        self.ports_from_start = true;
+        self.listen_addresses()
+    }
+
+    /// Says whether the relays know how to call this node back; a host's ports they have seen when it took its place.
+    pub(super) fn is_ready_to_punch(&self, now: Instant) -> bool {
+        match self.ports {
+            _ if self.standing != Standing::Guest => true,
+            Ports::None | Ports::Opened(_) => self.ports_from_start,
+            Ports::Shown(at) => now.duration_since(at) >= SEEN_WAIT,
+        }
     }
 
     fn wants_places(&self) -> bool {
@@ -163,7 +180,7 @@ impl SwarmTask {
 
     /// Makes a guest ready to be called back by somebody behind a NAT; says whether it is.
     pub(super) fn prepare_to_punch(&mut self, addresses: &[Multiaddr], now: Instant) -> bool {
-        if self.relaying.standing != Standing::Guest {
+        if self.relaying.is_ready_to_punch(now) {
             return true;
         }
         match self.relaying.ports {
@@ -188,7 +205,20 @@ impl SwarmTask {
                 self.relaying.ports = Ports::Shown(now);
                 false
             }
-            Ports::Shown(at) => now.duration_since(at) >= SEEN_WAIT,
+            Ports::Shown(_) => self.relaying.is_ready_to_punch(now),
+        }
+    }
+
+    /// Says so when somebody was called through a relay and did not come.
+    pub(super) fn give_up_punching(&mut self, now: Instant) {
+        if self.relaying.standing != Standing::Guest {
+            return;
+        }
+        for (peer, contact) in &mut self.contacts {
+            if !contact.is_direct() && !contact.unmet && now.duration_since(contact.since) >= PUNCH_WAIT {
+                contact.unmet = true;
+                warn!(%peer, "no direct connection through the NATs, and relays carry no experts");
+            }
         }
     }
 

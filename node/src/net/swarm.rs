@@ -161,9 +161,9 @@ impl Network {
         if let Some(address) = listen.iter().chain(&peers).find(|address| group.is_some() && !is_tcp(address)) {
             return Err(Failure::new(Kind::Usage, format!("{address}: a closed group speaks TCP alone")));
         }
-        let relaying = Relaying::new(&role, group.is_some());
+        let mut relaying = Relaying::new(&role, group.is_some());
         if listen.is_empty() && peers.iter().any(is_relayed) {
-            listen = relaying.listen_addresses();
+            listen = relaying.open_from_start();
         }
         let (transport, relay_client) = transport(&keypair, group).map_err(|error| failed(&error))?;
         let choices = Choices { mdns, memory_max, role: &role };
@@ -307,6 +307,7 @@ impl SwarmTask {
         self.dial_from_book(now);
         self.find(now);
         self.relay(now);
+        self.give_up_punching(now);
         self.known.may_discover = self.mdns || self.is_dialling_book() || self.is_finding(now);
         self.publish.send_if_modified(|published| {
             let changed = *published != self.known;
@@ -411,6 +412,11 @@ impl SwarmTask {
     fn on_connected(&mut self, peer: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
         let address = (!endpoint.is_relayed()).then(|| endpoint.get_remote_address().clone());
         debug!(%peer, address = %endpoint.get_remote_address(), "connected");
+        if address.is_none() && !self.relaying.is_ready_to_punch(Instant::now()) {
+            // The table dials by itself whom it hears of. A call that comes before the ports were seen leads nowhere.
+            self.swarm.close_connection(connection);
+            return;
+        }
         let fresh = || Contact { connections: HashMap::new(), identified: false, since: Instant::now(), unmet: false };
         let contact = self.contacts.entry(peer).or_insert_with(fresh);
         contact.connections.insert(connection, address.clone());
