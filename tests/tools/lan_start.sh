@@ -21,11 +21,11 @@ for name in a b c; do
     number=$((number + 1))
     ip netns add "$n$name"
     ip -n "$n$name" link set lo up
-    ip -n "${n}hub" link add "$name" type veth peer name eth0 netns "$n$name"
-    ip -n "${n}hub" link set "$name" master br0 up
+    ip -n "${n}hub" link add "to_$name" type veth peer name eth0 netns "$n$name"
+    ip -n "${n}hub" link set "to_$name" master br0 up
     ip -n "$n$name" addr add "10.77.0.$number/24" dev eth0
     ip -n "$n$name" link set eth0 up
-    ip netns exec "${n}hub" tc qdisc add dev "$name" root tbf rate 1gbit burst 256kb latency 50ms
+    ip netns exec "${n}hub" tc qdisc add dev "to_$name" root tbf rate 1gbit burst 256kb latency 50ms
     ip netns exec "$n$name" tc qdisc add dev eth0 root tbf rate 1gbit burst 256kb latency 50ms
 done
 lines() { for _ in $(seq 300); do [ "$(wc -l <"$1")" -ge 2 ] && return; sleep 0.1; done; echo "$1 stays empty"; exit 1; }
