@@ -421,17 +421,20 @@ impl SwarmTask {
         let contact = self.contacts.entry(peer).or_insert_with(fresh);
         contact.connections.insert(connection, address.clone());
         let dial = self.dials.remove(&connection);
-        if let (Some(dial), Some(address)) = (&dial, &address) {
-            let source = match dial {
-                Dial::Wanted(_) => Source::Named,
-                Dial::Book(_) => Source::Book,
-                Dial::Found | Dial::Relay => Source::Found,
-                Dial::Local => Source::Local,
-            };
+        let source = match &dial {
+            Some(Dial::Wanted(_)) => Some(Source::Named),
+            Some(Dial::Book(_)) => Some(Source::Book),
+            Some(Dial::Found | Dial::Relay) => Some(Source::Found),
+            Some(Dial::Local) => Some(Source::Local),
+            // The table dials by itself, too. An address that a NAT opened for this one call is not where a peer is.
+            None if endpoint.is_dialer() && contact.connections.values().all(Option::is_some) => Some(Source::Found),
+            None => None,
+        };
+        if let (Some(source), Some(address)) = (source, &address)
+            && self.known.met.len() < MET_MAX
+        {
             let address = if peer_of(address).is_some() { address.clone() } else { with_peer(address.clone(), peer) };
-            if self.known.met.len() < MET_MAX {
-                self.known.met.entry(peer).or_insert(Met { address, source, serves: false });
-            }
+            self.known.met.entry(peer).or_insert(Met { address, source, serves: false });
         }
         match dial {
             Some(Dial::Wanted(address)) => {
