@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use crate::binary::{Node, text};
+use crate::hostile::Pretender;
 
 fn run<'a>(model: &'a str, more: &[&'a str]) -> Vec<&'a str> {
     [&["run", model, "[5, 60, 7]", "--max-tokens", "5", "--temperature", "0", "--raw"], more].concat()
@@ -153,4 +154,34 @@ fn a_model_s_peer_is_found_through_a_third_node() {
     let ended = c.run(&["pull", &unknown, "--peer", &knows.address]);
     assert_eq!(ended.code, Some(4), "{}", ended.err);
     assert!(ended.took < Duration::from_secs(8), "{:?}", ended.took);
+}
+
+/// N13: whoever says that he has the model costs a dial each, and not the model.
+#[test]
+fn those_who_pretend_to_have_a_model_do_not_hide_who_has_it() {
+    let (a, id) = Node::with("variant-tied");
+    let alone = a.json(&run("m", &[]));
+    let b = Node::new();
+    let knows = b.serve();
+    let sockets: Vec<_> = (0..6).map(|_| TcpListener::bind("127.0.0.1:0").expect("a port")).collect();
+    let port = |socket: &TcpListener| socket.local_addr().expect("an address").port();
+    let pretend = |socket| Pretender::tell(&knows.address, &id, &format!("/ip4/127.0.0.1/tcp/{}", port(socket)));
+    let _pretenders: Vec<_> = sockets.iter().map(pretend).collect();
+    let _serving = a.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--peer", &knows.address]);
+    std::thread::sleep(Duration::from_secs(2)); // until A has told B
+    let c = Node::new();
+    c.trust(&a);
+    let dials = |socket: &TcpListener| {
+        socket.set_nonblocking(true).expect("it can be asked");
+        std::iter::from_fn(|| socket.accept().ok()).count()
+    };
+    let before: Vec<_> = sockets.iter().map(dials).collect();
+    let ended = c.run(&run(&id, &["--json", "--timeout", "20", "--peer", &knows.address]));
+    let during: Vec<_> = sockets.iter().map(dials).collect();
+    eprintln!("dials of pretenders: {before:?} by the hosts before, {during:?} while C looked for {:?}", ended.took);
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    let answer: serde_json::Value = serde_json::from_str(&ended.out).expect("JSON");
+    assert_eq!(answer["tokens"], alone["tokens"]);
+    // The search dials each once, and so does the table in each of its questions.
+    assert!(during.iter().all(|&dials| dials <= 2), "{during:?}");
 }
