@@ -3,7 +3,8 @@
 //! ```text
 //! key             secret key, hexadecimal, readable by its owner alone
 //! publishers      trusted keys, one a line
-//! peers           addresses of known peers, one a line
+//! peers           addresses of peers that were joined, one a line
+//! met, met-GROUP  address books: peers that were met and useful, of everybody's network and of each closed group
 //! models.json     local names of models
 //! manifests/ID    signed manifests, as received
 //! store/          blobs and their index
@@ -27,6 +28,7 @@ use tracing::warn;
 use crate::failure::{Failure, Kind};
 use crate::net::{Multiaddr, new_secret};
 use crate::output::note;
+use crate::peer_book::Book;
 
 /// Longest of the small files, in bytes.
 const SMALL_FILE_BYTES_MAX: u64 = 4 << 20;
@@ -121,6 +123,18 @@ impl DataDir {
     /// Replaces the list of known peers.
     pub(crate) fn set_peers(&self, peers: &[Multiaddr]) -> Result<(), Failure> {
         self.set_lines("peers", peers.iter().map(ToString::to_string))
+    }
+
+    /// The address book of a closed group, by its fingerprint, or of everybody's network.
+    pub(crate) fn book(&self, group: Option<&str>) -> Result<Book, Failure> {
+        let path = self.root.join(book_file(group));
+        let bytes = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?.unwrap_or_default();
+        Ok(Book::parse(String::from_utf8_lossy(&bytes).lines()))
+    }
+
+    /// Replaces an address book.
+    pub(crate) fn set_book(&self, group: Option<&str>, book: &Book) -> Result<(), Failure> {
+        self.set_lines(&book_file(group), book.lines())
     }
 
     /// Takes the lock and opens everything; at most `disk_max` bytes of blobs.
@@ -350,6 +364,10 @@ impl OpenDataDir {
         let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
         Failure::new(Kind::NotFound, format!("no model is called {model} ({known})"))
     }
+}
+
+fn book_file(group: Option<&str>) -> String {
+    group.map_or_else(|| "met".to_owned(), |group| format!("met-{group}"))
 }
 
 /// The lines of a small file, without comments; none when it is not there.

@@ -1,8 +1,8 @@
 //! A command's view of its peers, and how it comes by a model: manifest, trust, trunk.
 
 use std::collections::BTreeSet;
-use std::path::Path;
-use std::sync::{Arc, PoisonError};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use inference::aligned::AlignedBytes;
@@ -20,7 +20,7 @@ use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
 use store::BlobStore;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
-use tracing::info;
+use tracing::{info, warn};
 
 use crate::clock::{now_ms, until_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
@@ -29,9 +29,10 @@ use crate::dispatcher::{
 };
 use crate::failure::{Failure, Kind};
 use crate::net::fetcher::{Fetched, Fetcher, Want};
+use crate::net::group::GroupKey;
 use crate::net::link::{Sink, Wanted};
-use crate::net::swarm::{Network, NetworkOptions};
-use crate::net::{Multiaddr, PeerId};
+use crate::net::swarm::{Network, NetworkOptions, Peers, Role};
+use crate::net::{Multiaddr, PeerId, random};
 use crate::output::{byte_bar, human_bytes, note};
 
 const RESULTS_MAX: usize = 32;
@@ -41,6 +42,8 @@ const RESULTS_MAX: usize = 32;
 pub(crate) struct PeerOptions {
     pub(crate) peers: Vec<Multiaddr>,
     pub(crate) mdns: bool,
+    /// The key file of a closed group: its nodes are asked, and no others.
+    pub(crate) private: Option<PathBuf>,
     pub(crate) timeout: Duration,
     pub(crate) publishers: Publishers,
     pub(crate) remote: RemoteOptions,
@@ -59,31 +62,80 @@ pub(crate) enum Publishers {
 pub(crate) struct Federation<'a> {
     runtime: &'a Runtime,
     fetcher: Option<SharedFetcher>,
-    network: Option<Network>,
     publishers: Publishers,
     remote: RemoteOptions,
+    acquaintance: Option<Acquaintance>,
+}
+
+/// The peers of a command, who are remembered when it ends.
+struct Acquaintance {
+    network: Network,
+    dir: DataDir,
+    group: Option<String>,
+    /// Who has sent something, by what was fetched.
+    useful: Mutex<Vec<Providers>>,
 }
 
 impl<'a> Federation<'a> {
-    /// Connects to the peers that were named and to those known from before.
+    /// Connects to the peers that were named, to those joined and to those met before.
     pub(crate) fn connect(runtime: &'a Runtime, dir: &DataDir, options: &PeerOptions, offline: bool) -> Result<Self, Failure> {
         let mut options = options.clone();
         options.peers.extend(dir.peers()?);
-        Self::connect_to(runtime, dir, options, offline)
+        let group = options.private.as_deref().map(GroupKey::read).transpose()?;
+        let book = dir.book(group.map(|group| group.fingerprint()).as_deref())?.plan(random);
+        Self::connect_with(runtime, dir, options, book, offline)
     }
 
     /// Connects to the peers that were named, and to no others.
     pub(crate) fn connect_to(runtime: &'a Runtime, dir: &DataDir, options: PeerOptions, offline: bool) -> Result<Self, Failure> {
+        Self::connect_with(runtime, dir, options, Vec::new(), offline)
+    }
+
+    fn connect_with(
+        runtime: &'a Runtime,
+        dir: &DataDir,
+        options: PeerOptions,
+        book: Vec<Multiaddr>,
+        offline: bool,
+    ) -> Result<Self, Failure> {
         let PeerOptions { peers, publishers, .. } = options;
-        if offline || (peers.is_empty() && !options.mdns) {
-            return Ok(Self { runtime, fetcher: None, network: None, publishers, remote: options.remote });
+        if offline || (peers.is_empty() && book.is_empty() && !options.mdns) {
+            return Ok(Self { runtime, fetcher: None, publishers, remote: options.remote, acquaintance: None });
         }
         let key = dir.key()?;
+        let group = options.private.as_deref().map(GroupKey::read).transpose()?;
         let _in_runtime = runtime.enter();
-        let network = Network::start(NetworkOptions { key: &key, listen: Vec::new(), peers, mdns: options.mdns })?;
+        let network = Network::start(NetworkOptions {
+            key: &key,
+            listen: Vec::new(),
+            peers,
+            book,
+            mdns: options.mdns,
+            group,
+            memory_max: network_memory(),
+            role: Role::Guest,
+        })?;
         info!(local = %network.local, "asking peers");
-        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network.clone(), options.timeout)));
-        Ok(Self { runtime, fetcher: Some(fetcher), network: Some(network), publishers, remote: options.remote })
+        let group = group.map(|group| group.fingerprint());
+        let acquaintance = Acquaintance { network: network.clone(), dir: dir.clone(), group, useful: Mutex::default() };
+        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network, options.timeout)));
+        Ok(Self { runtime, fetcher: Some(fetcher), publishers, remote: options.remote, acquaintance: Some(acquaintance) })
+    }
+
+    /// Has the peers asked who else has a model.
+    fn look_for(&self, model: ModelId) {
+        if let Some(acquaintance) = &self.acquaintance {
+            self.runtime.block_on(acquaintance.network.look_for(model));
+        }
+    }
+
+    /// A set for those who send something, which the address book will see.
+    fn new_providers(&self) -> Providers {
+        let providers = Providers::default();
+        if let Some(acquaintance) = &self.acquaintance {
+            acquaintance.useful.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&providers));
+        }
+        providers
     }
 
     /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
@@ -93,8 +145,12 @@ impl<'a> Federation<'a> {
         }
         let found = match open.resolve(model)? {
             Resolved::Here(found) => found,
-            Resolved::Elsewhere(id) => return self.fetch_manifest(open, id, name),
+            Resolved::Elsewhere(id) => {
+                self.look_for(id);
+                return self.fetch_manifest(open, id, name);
+            }
         };
+        self.look_for(found.id);
         self.check_publisher(&open.dir, found.publisher)?;
         match name {
             Some(name) if name != found.name => {
@@ -142,10 +198,12 @@ impl<'a> Federation<'a> {
         let wants =
             missing.iter().map(|(blob, name)| Want { wanted: Wanted::StoredBlob(*blob, Arc::clone(&sink)), name: name.clone() }).collect();
         let (results, mut arrivals) = mpsc::channel::<Fetched>(RESULTS_MAX);
+        let providers = self.new_providers();
         self.wait(async {
             let mut fetcher = fetcher.lock().await;
             let count = async {
                 while let Some(fetched) = arrivals.recv().await {
+                    providers.lock().unwrap_or_else(PoisonError::into_inner).insert(fetched.peer);
                     bar.inc(missing[fetched.index].0.length);
                 }
             };
@@ -186,11 +244,11 @@ impl<'a> Federation<'a> {
         let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
         let process = resident_bytes();
         let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
-        let providers = Providers::default();
+        let providers = self.new_providers();
         let report = SharedReport::new(self.remote.audit);
         let runtime = self.runtime.handle().clone();
-        let both = self.fetcher.clone().zip(self.network.clone());
-        let peers = both.map(|(fetcher, network)| DispatcherPeers { fetcher, network, runtime });
+        let network = self.acquaintance.as_ref().map(|acquaintance| acquaintance.network.clone());
+        let peers = self.fetcher.clone().zip(network).map(|(fetcher, network)| DispatcherPeers { fetcher, network, runtime });
         let dispatching = DispatcherOptions {
             shape: manifest.config.expert_shape(manifest.expert_precision),
             kernels: options.kernels,
@@ -241,6 +299,37 @@ impl<'a> Federation<'a> {
             }
         })
     }
+}
+
+impl Acquaintance {
+    fn remember(&self) -> Result<(), Failure> {
+        let useful = self.useful.lock().unwrap_or_else(PoisonError::into_inner);
+        let useful: BTreeSet<_> = useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
+        remember(&self.dir, self.group.as_deref(), &self.network.peers.borrow(), &useful, &BTreeSet::new())
+    }
+}
+
+impl Drop for Acquaintance {
+    fn drop(&mut self) {
+        if let Err(failure) = self.remember() {
+            warn!(%failure, "peers are not remembered");
+        }
+    }
+}
+
+/// Writes into an address book what was seen of peers.
+pub(crate) fn remember(
+    dir: &DataDir,
+    group: Option<&str>,
+    peers: &Peers,
+    useful: &BTreeSet<PeerId>,
+    promising: &BTreeSet<PeerId>,
+) -> Result<(), Failure> {
+    let _editing = dir.exclusive()?;
+    let known = dir.book(group)?;
+    let mut book = known.clone();
+    book.learn(peers, useful, promising, now_ms());
+    if book == known { Ok(()) } else { dir.set_book(group, &book) }
 }
 
 /// A model ready to run.
@@ -301,10 +390,19 @@ pub(crate) fn resident_bytes() -> u64 {
 
 /// Memory that models may use when the user says nothing: three quarters of what is free now.
 pub(crate) fn default_memory() -> u64 {
-    const FALLBACK: u64 = 4 << 30;
+    available_bytes() / 4 * 3
+}
+
+/// Memory beyond which the process makes no more connections: close to all that it could have.
+pub(crate) fn network_memory() -> u64 {
+    resident_bytes() + available_bytes() / 16 * 15
+}
+
+fn available_bytes() -> u64 {
+    const FALLBACK: u64 = 5 << 30;
     let Ok(text) = std::fs::read_to_string(Path::new("/proc/meminfo")) else { return FALLBACK };
     let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    available.map_or(FALLBACK, |kilobytes| kilobytes * 1024 / 4 * 3)
+    available.map_or(FALLBACK, |kilobytes| kilobytes * 1024)
 }
 
 fn no_peer(what: &str) -> Failure {

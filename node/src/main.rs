@@ -9,6 +9,7 @@ mod failure;
 mod federation;
 mod net;
 mod output;
+mod peer_book;
 
 use std::process::ExitCode;
 

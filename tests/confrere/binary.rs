@@ -68,7 +68,9 @@ impl Node {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.arg("--data-dir").arg(self.path()).args(args);
-        for variable in ["CONFRERE_MDNS", "CONFRERE_DISK", "CONFRERE_RAM", "CONFRERE_DATA_DIR", "CONFRERE_OFFLINE", "CONFRERE_LOG"] {
+        for variable in
+            ["CONFRERE_MDNS", "CONFRERE_DISK", "CONFRERE_RAM", "CONFRERE_DATA_DIR", "CONFRERE_OFFLINE", "CONFRERE_LOG", "CONFRERE_PRIVATE"]
+        {
             command.env_remove(variable);
         }
         command.stdin(Stdio::null());

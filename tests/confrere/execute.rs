@@ -163,7 +163,7 @@ fn executors_that_die_and_come_back_leave_the_text_as_it_is() {
         &[
             &["--json", "run", &id],
             &prompt[..],
-            &["--peer", &first.address, "--peer", &second.address, "--execute-at", "any", "--ram", "60MB"],
+            &["--peer", &first.address, "--peer", &second.address, "--execute-at", "any", "--ram", "64MB"],
         ]
         .concat(),
     );

@@ -1,11 +1,12 @@
-//! A peer that lies: speaks the fetch protocol, has the manifest and the trunk, and does something wrong about experts.
+//! Peers that lie: one speaks the fetch protocol, has the manifest and the trunk, and does something wrong about experts; another
+//! says that it has a model and has nothing.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
-use libp2p::swarm::SwarmEvent;
-use libp2p::{Stream, StreamProtocol, noise, tcp, yamux};
+use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
+use libp2p::{Stream, StreamProtocol, identify, kad, noise, tcp, yamux};
 use protocol::message::{Answer, FETCH_PROTOCOL, REQUEST_BYTES, Request, STREAM_ACK, Subject};
 use protocol::{ContentHash, ModelId, ModelManifest};
 
@@ -141,4 +142,58 @@ async fn answer(truth: &Truth, request: Request, stream: &mut Stream) -> std::io
 fn blob(truth: &Truth, hash: ContentHash) -> std::io::Result<Vec<u8>> {
     let hex = hash.to_hex();
     std::fs::read(truth.dir.join("store/blobs").join(&hex[..2]).join(hex))
+}
+
+/// A node that tells others of a model which it does not have, at an address where nobody speaks; it ends with the test.
+pub(crate) struct Pretender {
+    _runtime: tokio::runtime::Runtime,
+}
+
+#[derive(NetworkBehaviour)]
+struct Pretence {
+    kad: kad::Behaviour<kad::store::MemoryStore>,
+    identify: identify::Behaviour,
+}
+
+impl Pretender {
+    /// Tells the node at `host` of model `id`, and returns once that is done.
+    pub(crate) fn tell(host: &str, id: &str, silent: &str) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
+        let id: ModelId = id.parse().expect("an id");
+        runtime.block_on(pretend(host.parse().expect("an address"), id, silent.parse().expect("an address")));
+        Self { _runtime: runtime }
+    }
+}
+
+async fn pretend(host: libp2p::Multiaddr, id: ModelId, silent: libp2p::Multiaddr) {
+    let mut swarm = libp2p::SwarmBuilder::with_new_identity()
+        .with_tokio()
+        .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
+        .expect("TCP")
+        .with_behaviour(|key| {
+            let local = key.public().to_peer_id();
+            let config = kad::Config::new(StreamProtocol::new("/confrere/kad/1"));
+            let mut kad = kad::Behaviour::with_config(local, kad::store::MemoryStore::new(local), config);
+            kad.set_mode(Some(kad::Mode::Client)); // it tells; it is not asked
+            Pretence { kad, identify: identify::Behaviour::new(identify::Config::new("/confrere/1".to_owned(), key.public())) }
+        })
+        .expect("a behaviour")
+        .with_swarm_config(|config| config.with_idle_connection_timeout(std::time::Duration::from_secs(600)))
+        .build();
+    swarm.add_external_address(silent);
+    swarm.dial(host.clone()).expect("it can be dialled");
+    loop {
+        match swarm.select_next_some().await {
+            SwarmEvent::Behaviour(PretenceEvent::Identify(identify::Event::Received { peer_id, .. })) => {
+                swarm.behaviour_mut().kad.add_address(&peer_id, host.clone());
+                swarm.behaviour_mut().kad.start_providing(kad::RecordKey::new(id.0.as_bytes())).expect("there is room");
+            }
+            SwarmEvent::Behaviour(PretenceEvent::Kad(kad::Event::OutboundQueryProgressed {
+                result: kad::QueryResult::StartProviding(_),
+                ..
+            })) => break,
+            _ => {}
+        }
+    }
+    tokio::spawn(async move { while swarm.next().await.is_some() {} });
 }

@@ -2,6 +2,7 @@
 
 mod binary;
 mod cli;
+mod discovery;
 mod engine;
 mod execute;
 mod false_executor;

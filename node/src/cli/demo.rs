@@ -128,6 +128,7 @@ fn generate_all(
     let options = PeerOptions {
         peers: peer.into_iter().collect(),
         mdns: false,
+        private: None,
         timeout: Duration::from_secs(10),
         publishers: Publishers::Trusted,
         remote: RemoteOptions::default(),

@@ -7,6 +7,7 @@ mod import;
 mod join;
 mod keys;
 mod models;
+mod peers;
 mod plan;
 mod pull;
 mod repo;
@@ -82,6 +83,8 @@ enum Command {
     /// Keep the list of those whose models you run
     #[command(subcommand)]
     Publishers(keys::PublishersCommand),
+    /// List the peers that this node remembers
+    Peers(peers::PeersArgs),
     /// Print this node's key, in the form that `publishers add` takes
     Id,
     /// List the models
@@ -127,6 +130,9 @@ struct PeerArgs {
     /// Look for peers on the local network
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
+    /// Be in a closed group: ask only nodes that have the key in this file
+    #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
+    private: Option<PathBuf>,
     /// Give up after so many seconds without progress
     #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]
     timeout: f64,
@@ -180,6 +186,7 @@ impl PeerArgs {
         PeerOptions {
             peers: self.peers.clone(),
             mdns: self.mdns,
+            private: self.private.clone(),
             timeout: Duration::from_secs_f64(self.timeout),
             publishers: if self.allow_unsigned { Publishers::Anybody } else { Publishers::Trusted },
             remote: RemoteOptions::default(),
@@ -252,6 +259,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Requantize(args) => import::requantize(&context, &args),
         Command::Join(args) => join::join(&context, &args),
         Command::Publishers(command) => keys::publishers(&context, &command),
+        Command::Peers(args) => peers::peers(&context, &args),
         Command::Id => keys::id(&context),
         Command::Ls => models::ls(&context),
         Command::Show { model, blobs } => models::show(&context, &model, blobs),

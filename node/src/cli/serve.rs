@@ -1,8 +1,9 @@
 //! `confrere serve`: a node that others fetch from, until it is told to stop.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,20 +13,25 @@ use protocol::message::{LISTING_MODELS_MAX, Listing};
 use protocol::ticket::{TICKET_ADDRESSES_MAX, Ticket};
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
+use tracing::warn;
 
 use super::Context;
+use crate::data_dir::DataDir;
 use crate::failure::{Failure, Kind};
-use crate::federation::process_bytes;
-use crate::net::Multiaddr;
-use crate::net::address::{is_loopback, is_tcp, parse_address, parse_listen};
+use crate::federation::{network_memory, process_bytes, remember};
+use crate::net::address::{is_loopback, is_relayed, is_tcp, parse_address, parse_listen};
 use crate::net::allowed::{Allowed, AllowedPeers};
 use crate::net::executor::{self, ExecutorOptions};
+use crate::net::group::GroupKey;
 use crate::net::provider::{self, Provider};
-use crate::net::swarm::{Network, NetworkOptions, Peers};
+use crate::net::swarm::{Network, NetworkOptions, Peers, Relay, Role};
+use crate::net::{Multiaddr, random};
 use crate::output::{announce, note};
 
 /// Where a node listens unless told otherwise.
 const DEFAULT_PORT: u16 = 4747;
+/// How often the address book is written.
+const NOTES_PAUSE: Duration = Duration::from_secs(300);
 const LISTEN_WAIT: Duration = Duration::from_secs(5);
 /// Addresses of further interfaces turn up one by one; after so long a pause all are there.
 const LISTEN_PAUSE: Duration = Duration::from_millis(200);
@@ -50,6 +56,12 @@ pub(super) struct ServeArgs {
     /// Stop when standard input closes: for a program that starts a node and must not leave it behind
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
+    /// Serve a closed group: only nodes that have the key in this file
+    #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
+    private: Option<PathBuf>,
+    /// Let nodes that cannot be reached from outside be called through this one, which must be reachable itself
+    #[arg(long)]
+    relay: bool,
     /// Let nodes on the local network find this one
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
@@ -65,11 +77,26 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     }
     let listing = Listing { models: models.iter().take(LISTING_MODELS_MAX).map(|model| (model.name.clone(), model.id)).collect() };
     let listing = protocol::codec::to_bytes(&listing);
-    let listen = listen_addresses(&args.listen)?;
-    let peers = if context.offline { Vec::new() } else { args.peers.clone() };
+    let group = args.private.as_deref().map(GroupKey::read).transpose()?;
+    let listen = listen_addresses(&args.listen, group)?;
+    let fingerprint = group.map(|group| group.fingerprint());
+    let (peers, book) =
+        if context.offline { (Vec::new(), Vec::new()) } else { (args.peers.clone(), open.dir.book(fingerprint.as_deref())?.plan(random)) };
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-        let network = Network::start(NetworkOptions { key: &key, listen, peers, mdns: args.mdns && !context.offline })?;
+        let network = Network::start(NetworkOptions {
+            key: &key,
+            listen,
+            peers,
+            book,
+            mdns: args.mdns && !context.offline,
+            group,
+            memory_max: network_memory(),
+            role: Role::Host {
+                models: models.iter().map(|model| model.id).collect(),
+                relay: if args.relay { Relay::Yes } else { Relay::No },
+            },
+        })?;
         provider::start(Provider::new(Arc::clone(&open.store), manifests, listing), &network)?;
         let works_for = AllowedPeers::new(&args.execute_for);
         if !works_for.is_empty() {
@@ -99,14 +126,48 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         }
         note(&format!("serving {} models as {}; on the other device: confrere join TICKET", models.len(), key.id()));
         api.iter().for_each(|api| note(&format!("API: http://{api}/health")));
-        tokio::select! {
+        let ended = tokio::select! {
             _ = terminate.recv() => Ok(()),
             () = stdin_closed(), if args.until_stdin_closes => Ok(()),
             _ = tokio::signal::ctrl_c() => Err(Failure::interrupted()),
-        }
+            never = keep_notes(&network, &open.dir, fingerprint.as_deref()) => match never {},
+        };
+        take_note(&network.peers.borrow(), &open.dir, fingerprint.as_deref());
+        ended
     })?;
     open.store.flush();
     Ok(())
+}
+
+/// Tells the user of addresses at relays, and remembers now and then whom this node has met.
+async fn keep_notes(network: &Network, dir: &DataDir, group: Option<&str>) -> std::convert::Infallible {
+    let mut peers = network.peers.clone();
+    let mut told = BTreeSet::new();
+    let mut pause = tokio::time::interval(NOTES_PAUSE);
+    loop {
+        tokio::select! {
+            // Who is silent is counted once, at the end.
+            _ = pause.tick() => {
+                let known = Peers { silent: BTreeSet::new(), ..network.peers.borrow().clone() };
+                take_note(&known, dir, group);
+            }
+            Ok(()) = peers.changed() => {
+                for address in peers.borrow_and_update().listening.iter().filter(|address| is_relayed(address)) {
+                    if told.insert(address.clone()) {
+                        note(&format!("can be called at {address}"));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Hosts that were called and that serve are worth calling again.
+fn take_note(peers: &Peers, dir: &DataDir, group: Option<&str>) {
+    let hosts = peers.met.iter().filter(|(_, met)| met.serves).map(|(peer, _)| *peer).collect();
+    if let Err(failure) = remember(dir, group, peers, &BTreeSet::new(), &hosts) {
+        warn!(%failure, "peers are not remembered");
+    }
 }
 
 /// Waits on a thread of its own: a read from standard input cannot be cancelled, and must not keep the runtime from ending.
@@ -119,11 +180,17 @@ async fn stdin_closed() {
     let _ = wait.await;
 }
 
-fn listen_addresses(texts: &[String]) -> Result<Vec<Multiaddr>, Failure> {
+/// HOST:PORT means TCP alone in a closed group, which has no QUIC.
+fn listen_addresses(texts: &[String], group: Option<GroupKey>) -> Result<Vec<Multiaddr>, Failure> {
     let default = [format!("0.0.0.0:{DEFAULT_PORT}")];
     let texts = if texts.is_empty() { &default[..] } else { texts };
-    let parsed: Result<Vec<_>, _> = texts.iter().map(|text| parse_listen(text)).collect();
-    Ok(parsed.map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?.concat())
+    let mut addresses = Vec::new();
+    for text in texts {
+        let mut parsed = parse_listen(text).map_err(|error| Failure::new(Kind::Usage, format!("--listen: {error}")))?;
+        parsed.retain(|address| group.is_none() || text.starts_with('/') || is_tcp(address));
+        addresses.append(&mut parsed);
+    }
+    Ok(addresses)
 }
 
 fn parse_socket(text: &str) -> Result<SocketAddr, String> {

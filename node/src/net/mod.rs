@@ -2,13 +2,19 @@
 
 pub(crate) mod address;
 pub(crate) mod allowed;
+mod behaviour;
+mod crowding;
 pub(crate) mod execute_link;
 pub(crate) mod executor;
 pub(crate) mod fetcher;
+mod finder;
+pub(crate) mod group;
 pub(crate) mod link;
 pub(crate) mod provider;
+mod relaying;
 mod stream;
 pub(crate) mod swarm;
+mod transport;
 
 pub(crate) use libp2p::{Multiaddr, PeerId};
 
@@ -16,4 +22,10 @@ pub(crate) use libp2p::{Multiaddr, PeerId};
 pub(crate) fn new_secret() -> [u8; 32] {
     let key = libp2p::identity::ed25519::Keypair::generate();
     key.secret().as_ref().try_into().expect("an Ed25519 secret has 32 bytes")
+}
+
+/// A number that nobody can foresee.
+pub(crate) fn random() -> u64 {
+    let secret = new_secret();
+    u64::from_le_bytes(secret[..8].try_into().expect("8 bytes are 8 bytes"))
 }

@@ -1,41 +1,47 @@
 //! The swarm: connections to peers. Who is connected, who is being dialled, who was shown the door.
 //!
-//! Streams are opened and accepted elsewhere, through the control that this hands out.
+//! Streams are opened and accepted elsewhere, through the control that this hands out. Finding a model's peers is in `finder`,
+//! getting through NATs in `relaying`: both are parts of the one task that drives the swarm.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::fmt;
+use std::net::IpAddr;
 use std::time::Duration;
 
 use futures::StreamExt;
-use libp2p::connection_limits::{self, ConnectionLimits};
-use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::core::ConnectedPoint;
 use libp2p::swarm::dial_opts::DialOpts;
-use libp2p::swarm::{ConnectionId, NetworkBehaviour, SwarmEvent};
-use libp2p::{Multiaddr, PeerId, Swarm, allow_block_list, identify, mdns, noise, ping, tcp, yamux};
-use protocol::NodeKey;
-use tokio::sync::{mpsc, watch};
+use libp2p::swarm::{ConnectionId, SwarmEvent};
+use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns};
+use protocol::message::FETCH_PROTOCOL;
+use protocol::{ModelId, NodeKey};
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
+use super::address::{ip_of, is_relayed, is_tcp, peer_of, with_peer};
+use super::behaviour::{Behaviour, BehaviourEvent, Choices};
+use super::finder::Finder;
+use super::group::GroupKey;
+use super::relaying::Relaying;
+use super::transport::transport;
 use crate::failure::{Failure, Kind};
-use crate::net::address::peer_of;
 
 const COMMANDS_MAX: usize = 64;
-const PENDING_MAX: u32 = 32;
-const ESTABLISHED_IN_MAX: u32 = 128;
-const ESTABLISHED_OUT_MAX: u32 = 64;
-const ESTABLISHED_PER_PEER_MAX: u32 = 3;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 const REDIAL_FIRST: Duration = Duration::from_millis(250);
 const REDIAL_MAX: Duration = Duration::from_secs(4);
-
-#[derive(NetworkBehaviour)]
-struct Behaviour {
-    limits: connection_limits::Behaviour,
-    blocked: allow_block_list::Behaviour<allow_block_list::BlockedPeers>,
-    identify: identify::Behaviour,
-    ping: ping::Behaviour,
-    mdns: Toggle<mdns::tokio::Behaviour>,
-    stream: libp2p_stream::Behaviour,
-}
+/// How often what is under way is looked at; nothing is, in a node at rest.
+const TICK: Duration = Duration::from_millis(100);
+/// Peers of the address book that are dialled at once, and again after each pause until all were.
+const BOOK_ROUND: usize = 8;
+const BOOK_PAUSE: Duration = Duration::from_millis(500);
+/// Of the dials that may be under way, these leave some for others.
+const BOOK_DIALS_MAX: usize = 24;
+/// Peers whose addresses are remembered.
+const MET_MAX: usize = 256;
+/// How long a peer may take to say what it speaks.
+pub(super) const IDENTIFY_WAIT: Duration = Duration::from_secs(2);
 
 /// What a node's network is made of.
 pub(crate) struct NetworkOptions<'a> {
@@ -44,19 +50,91 @@ pub(crate) struct NetworkOptions<'a> {
     pub(crate) listen: Vec<Multiaddr>,
     /// Peers to stay connected to.
     pub(crate) peers: Vec<Multiaddr>,
+    /// Peers to try once, in this order.
+    pub(crate) book: Vec<Multiaddr>,
     /// Whether to look for peers by multicast.
     pub(crate) mdns: bool,
+    /// The closed group to be in; none is everybody's.
+    pub(crate) group: Option<GroupKey>,
+    /// Bytes of memory beyond which the process makes no more connections.
+    pub(crate) memory_max: u64,
+    pub(crate) role: Role,
+}
+
+/// What a node is to others.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Role {
+    /// Asks, and goes again.
+    Guest,
+    /// Serves these models, and tells where others are.
+    Host { models: Vec<ModelId>, relay: Relay },
+}
+
+/// Whether a host lends its address to nodes that have none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Relay {
+    Yes,
+    No,
 }
 
 /// What is known of peers at a moment.
-#[derive(Clone, Default, Debug)]
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
 pub(crate) struct Peers {
+    /// Peers to whom there is a direct connection: these alone are asked for bulk.
     pub(crate) connected: BTreeSet<PeerId>,
+    /// Peers who are reached through a relay only, which carries no bulk.
+    pub(crate) relayed: BTreeSet<PeerId>,
     /// Addresses that are being dialled or will be again, with the last reason why that failed.
     pub(crate) awaited: BTreeMap<Multiaddr, Option<String>>,
     /// Whether others may turn up by themselves.
     pub(crate) may_discover: bool,
     pub(crate) listening: Vec<Multiaddr>,
+    /// Peers that were dialled with success.
+    pub(crate) met: BTreeMap<PeerId, Met>,
+    /// Addresses of the book at which nobody answered.
+    pub(crate) silent: BTreeSet<Multiaddr>,
+    /// Peers that were shown the door.
+    pub(crate) dropped: BTreeSet<PeerId>,
+}
+
+/// Where a peer was reached, and how we came by that.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Met {
+    /// With the peer's id.
+    pub(crate) address: Multiaddr,
+    pub(crate) source: Source,
+    /// Whether it says that it serves.
+    pub(crate) serves: bool,
+}
+
+/// How an address came to us.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Source {
+    /// The user named it.
+    Named,
+    /// It was in the address book.
+    Book,
+    /// Another peer told of it.
+    Found,
+    /// It was heard on the local network.
+    Local,
+}
+
+impl Source {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        [Self::Named, Self::Book, Self::Found, Self::Local].into_iter().find(|source| source.to_string() == text)
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Named => "named",
+            Self::Book => "book",
+            Self::Found => "found",
+            Self::Local => "local",
+        })
+    }
 }
 
 /// A handle on the running network. When the last one is dropped, the network ends.
@@ -70,33 +148,51 @@ pub(crate) struct Network {
 
 enum Command {
     Drop(PeerId),
+    LookFor(ModelId, oneshot::Sender<()>),
 }
 
 impl Network {
     /// Starts the network on the current runtime.
     pub(crate) fn start(options: NetworkOptions<'_>) -> Result<Self, Failure> {
-        let NetworkOptions { key, listen, peers, mdns } = options;
-        let failed = |error: &dyn std::fmt::Display| Failure::new(Kind::Other, format!("cannot start the network: {error}"));
+        let NetworkOptions { key, mut listen, peers, book, mdns, group, memory_max, role } = options;
+        let failed = |error: &dyn fmt::Display| Failure::new(Kind::Other, format!("cannot start the network: {error}"));
         let keypair = libp2p::identity::Keypair::ed25519_from_bytes(key.secret()).map_err(|error| failed(&error))?;
         let local = keypair.public().to_peer_id();
-        let mut swarm = libp2p::SwarmBuilder::with_existing_identity(keypair)
-            .with_tokio()
-            .with_tcp(tcp::Config::default().nodelay(true), noise::Config::new, yamux::Config::default)
-            .map_err(|error| failed(&error))?
-            .with_quic()
-            .with_behaviour(|keypair| behaviour(keypair, mdns))
-            .map_err(|error| failed(&error))?
-            .with_swarm_config(|config| config.with_idle_connection_timeout(IDLE_TIMEOUT))
-            .build();
+        if let Some(address) = listen.iter().chain(&peers).find(|address| group.is_some() && !is_tcp(address)) {
+            return Err(Failure::new(Kind::Usage, format!("{address}: a closed group speaks TCP alone")));
+        }
+        let mut relaying = Relaying::new(&role, group.is_some());
+        if listen.is_empty() && peers.iter().any(is_relayed) {
+            listen = relaying.open_from_start();
+        }
+        let (transport, relay_client) = transport(&keypair, group).map_err(|error| failed(&error))?;
+        let choices = Choices { mdns, memory_max, role: &role };
+        let behaviour = Behaviour::new(&keypair, relay_client, &choices).map_err(|error| failed(&error))?;
+        let config = libp2p::swarm::Config::with_tokio_executor().with_idle_connection_timeout(IDLE_TIMEOUT);
+        let mut swarm = Swarm::new(transport, behaviour, local, config);
         for address in listen {
             let listening = swarm.listen_on(address.clone());
             listening.map_err(|error| Failure::of(Kind::Other, &error).about(format_args!("cannot listen on {address}")))?;
         }
         let streams = swarm.behaviour().stream.new_control();
         let (commands, command_queue) = mpsc::channel(COMMANDS_MAX);
-        let (publish, seen) = watch::channel(Peers { may_discover: mdns, ..Peers::default() });
-        let mut task = SwarmTask { swarm, publish, wanted: HashMap::new(), dials: HashMap::new() };
+        let known = Peers { may_discover: true, ..Peers::default() };
+        let (publish, seen) = watch::channel(known.clone());
+        let book = BookDials { waiting: book.into(), under_way: 0, next_round: Instant::now() };
+        let mut task = SwarmTask {
+            swarm,
+            publish,
+            known,
+            wanted: HashMap::new(),
+            dials: HashMap::new(),
+            contacts: HashMap::new(),
+            book,
+            finder: Finder::new(&role),
+            relaying,
+            mdns,
+        };
         peers.iter().for_each(|address| task.want(address));
+        task.look_around();
         tokio::spawn(task.run(command_queue));
         Ok(Self { local, streams, peers: seen, commands })
     }
@@ -105,47 +201,84 @@ impl Network {
     pub(crate) async fn drop_peer(&self, peer: PeerId) {
         let _ = self.commands.send(Command::Drop(peer)).await;
     }
+
+    /// Begins to look for peers who have a model, by asking those who are connected. Once this returns, it has begun.
+    pub(crate) async fn look_for(&self, model: ModelId) {
+        let (begun, wait) = oneshot::channel();
+        if self.commands.send(Command::LookFor(model, begun)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
 }
 
-fn behaviour(keypair: &libp2p::identity::Keypair, with_mdns: bool) -> Result<Behaviour, Box<dyn std::error::Error + Send + Sync>> {
-    let limits = ConnectionLimits::default()
-        .with_max_pending_incoming(Some(PENDING_MAX))
-        .with_max_pending_outgoing(Some(PENDING_MAX))
-        .with_max_established_incoming(Some(ESTABLISHED_IN_MAX))
-        .with_max_established_outgoing(Some(ESTABLISHED_OUT_MAX))
-        .with_max_established_per_peer(Some(ESTABLISHED_PER_PEER_MAX));
-    let mdns = if with_mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), keypair.public().to_peer_id())?) } else { None };
-    let agent = concat!("confrere/", env!("CARGO_PKG_VERSION")).to_owned();
-    Ok(Behaviour {
-        limits: connection_limits::Behaviour::new(limits),
-        blocked: allow_block_list::Behaviour::default(),
-        identify: identify::Behaviour::new(identify::Config::new("/confrere/1".to_owned(), keypair.public()).with_agent_version(agent)),
-        ping: ping::Behaviour::default(),
-        mdns: mdns.into(),
-        stream: libp2p_stream::Behaviour::new(),
-    })
-}
-
-struct SwarmTask {
-    swarm: Swarm<Behaviour>,
+/// What the task of a network owns.
+pub(super) struct SwarmTask {
+    pub(super) swarm: Swarm<Behaviour>,
     publish: watch::Sender<Peers>,
+    /// What is published as soon as an event has been dealt with: nobody sees anything half done.
+    pub(super) known: Peers,
     wanted: HashMap<Multiaddr, Wanted>,
-    dials: HashMap<ConnectionId, Multiaddr>,
+    pub(super) dials: HashMap<ConnectionId, Dial>,
+    pub(super) contacts: HashMap<PeerId, Contact>,
+    book: BookDials,
+    pub(super) finder: Finder,
+    pub(super) relaying: Relaying,
+    mdns: bool,
 }
 
 /// A peer that the user named: dialled until it answers, and again when it is lost.
 struct Wanted {
     peer: Option<PeerId>, // known from the address, or once it has answered
-    redial_at: Option<tokio::time::Instant>,
+    redial_at: Option<Instant>,
     pause: Duration,
+}
+
+/// Whose dial it is.
+#[derive(Clone)]
+pub(super) enum Dial {
+    Wanted(Multiaddr),
+    Book(Multiaddr),
+    Found,
+    Local,
+    /// One more connection to a relay.
+    Relay,
+}
+
+struct BookDials {
+    waiting: VecDeque<Multiaddr>,
+    under_way: usize,
+    next_round: Instant,
+}
+
+/// A connected peer.
+pub(super) struct Contact {
+    /// How each connection goes; nothing for one through a relay.
+    pub(super) connections: HashMap<ConnectionId, Option<Multiaddr>>,
+    /// Whether it has said what it speaks, or will not.
+    pub(super) identified: bool,
+    pub(super) since: Instant,
+    /// Whether the NATs between did not let it be met directly.
+    pub(super) unmet: bool,
+}
+
+impl Contact {
+    pub(super) fn is_direct(&self) -> bool {
+        self.connections.values().any(Option::is_some)
+    }
+
+    /// Where it is, unless that is behind a relay.
+    pub(super) fn ip(&self) -> Option<IpAddr> {
+        self.connections.values().flatten().find_map(ip_of)
+    }
 }
 
 impl SwarmTask {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         loop {
             let next_redial = self.wanted.values().filter_map(|wanted| wanted.redial_at).min();
-            let redial = async {
-                match next_redial {
+            let next_tick = self.is_busy().then(|| Instant::now() + TICK);
+            let wake = async {
+                match next_redial.into_iter().chain(next_tick).min() {
                     Some(at) => tokio::time::sleep_until(at).await,
                     None => std::future::pending().await,
                 }
@@ -154,40 +287,84 @@ impl SwarmTask {
                 event = self.swarm.select_next_some() => self.on_event(event),
                 command = commands.recv() => match command {
                     Some(Command::Drop(peer)) => self.drop_peer(peer),
+                    Some(Command::LookFor(model, begun)) => {
+                        self.look_for(model);
+                        self.look_around();
+                        let _ = begun.send(());
+                    }
                     None => return,
                 },
-                () = redial => self.redial(),
+                () = wake => {}
             }
+            self.look_around();
         }
+    }
+
+    /// Does what is due, and publishes what is known.
+    fn look_around(&mut self) {
+        let now = Instant::now();
+        self.redial(now);
+        self.dial_from_book(now);
+        self.find(now);
+        self.relay(now);
+        self.give_up_punching(now);
+        self.known.may_discover = self.mdns || self.is_dialling_book() || self.is_finding(now);
+        self.publish.send_if_modified(|published| {
+            let changed = *published != self.known;
+            if changed {
+                published.clone_from(&self.known);
+            }
+            changed
+        });
+    }
+
+    fn is_busy(&self) -> bool {
+        self.is_dialling_book() || self.finder.is_busy() || self.relaying.is_busy()
+    }
+
+    fn is_dialling_book(&self) -> bool {
+        !self.book.waiting.is_empty() || self.book.under_way > 0
     }
 
     fn want(&mut self, address: &Multiaddr) {
         let peer = peer_of(address);
-        self.publish.send_modify(|peers| {
-            peers.awaited.insert(address.clone(), None);
-        });
+        self.known.awaited.insert(address.clone(), None);
         self.wanted.insert(address.clone(), Wanted { peer, redial_at: None, pause: REDIAL_FIRST });
-        self.dial(address);
+        self.dial(DialOpts::unknown_peer_id().address(address.clone()).build(), Dial::Wanted(address.clone()));
     }
 
-    fn dial(&mut self, address: &Multiaddr) {
-        let options = DialOpts::unknown_peer_id().address(address.clone()).build();
-        self.dials.insert(options.connection_id(), address.clone());
+    pub(super) fn dial(&mut self, options: DialOpts, whose: Dial) {
         let id = options.connection_id();
+        self.dials.insert(id, whose);
         if let Err(error) = self.swarm.dial(options) {
             self.on_dial_failed(id, &error.to_string());
         }
     }
 
-    fn redial(&mut self) {
-        let now = tokio::time::Instant::now();
+    fn redial(&mut self, now: Instant) {
         let due: Vec<_> =
             self.wanted.iter().filter(|(_, w)| w.redial_at.is_some_and(|at| at <= now)).map(|(address, _)| address.clone()).collect();
         for address in due {
             if let Some(wanted) = self.wanted.get_mut(&address) {
                 wanted.redial_at = None;
             }
-            self.dial(&address);
+            self.dial(DialOpts::unknown_peer_id().address(address.clone()).build(), Dial::Wanted(address));
+        }
+    }
+
+    fn dial_from_book(&mut self, now: Instant) {
+        if self.book.waiting.is_empty() || now < self.book.next_round {
+            return;
+        }
+        self.book.next_round = now + BOOK_PAUSE;
+        let room = BOOK_ROUND.min(BOOK_DIALS_MAX.saturating_sub(self.book.under_way));
+        for _ in 0..room {
+            let Some(address) = self.book.waiting.pop_front() else { break };
+            let known = peer_of(&address).is_some_and(|peer| self.contacts.contains_key(&peer) || self.known.dropped.contains(&peer));
+            if !known {
+                self.book.under_way += 1;
+                self.dial(DialOpts::unknown_peer_id().address(address.clone()).build(), Dial::Book(address));
+            }
         }
     }
 
@@ -195,72 +372,175 @@ impl SwarmTask {
         match event {
             SwarmEvent::NewListenAddr { address, .. } => {
                 debug!(%address, "listening");
-                self.publish.send_modify(|peers| peers.listening.push(address));
+                self.on_own_address(&address);
+                self.known.listening.push(address);
             }
-            SwarmEvent::ListenerClosed { addresses, reason, .. } => {
+            SwarmEvent::ListenerClosed { listener_id, addresses, reason } => {
                 warn!(?addresses, ?reason, "no longer listening");
-                self.publish.send_modify(|peers| peers.listening.retain(|address| !addresses.contains(address)));
+                self.known.listening.retain(|address| !addresses.contains(address));
+                self.on_listener_closed(listener_id);
             }
+            SwarmEvent::ExternalAddrConfirmed { address } => self.on_reachable(&address),
             SwarmEvent::ConnectionEstablished { peer_id, connection_id, endpoint, .. } => {
-                debug!(peer = %peer_id, address = %endpoint.get_remote_address(), "connected");
-                let dialled = self.dials.remove(&connection_id);
-                if let Some(wanted) = dialled.as_ref().and_then(|address| self.wanted.get_mut(address)) {
-                    wanted.peer = Some(peer_id);
-                    wanted.pause = REDIAL_FIRST;
-                }
-                self.publish.send_modify(|peers| {
-                    peers.connected.insert(peer_id);
-                    dialled.iter().for_each(|address| drop(peers.awaited.remove(address)));
-                });
+                self.on_connected(peer_id, connection_id, &endpoint);
             }
-            SwarmEvent::ConnectionClosed { peer_id, num_established: 0, cause, .. } => {
-                debug!(peer = %peer_id, ?cause, "disconnected");
-                let lost: Vec<_> =
-                    self.wanted.iter().filter(|(_, w)| w.peer == Some(peer_id) && w.redial_at.is_none()).map(|(a, _)| a.clone()).collect();
-                // First what is awaited, then what is gone: in between nobody may think that no one is left.
-                for address in lost {
-                    self.redial_later(&address, "the connection was lost");
-                }
-                self.publish.send_modify(|peers| {
-                    peers.connected.remove(&peer_id);
-                });
+            SwarmEvent::ConnectionClosed { peer_id, connection_id, cause, .. } => {
+                debug!(peer = %peer_id, ?cause, "connection closed");
+                self.on_connection_closed(peer_id, connection_id);
             }
             SwarmEvent::OutgoingConnectionError { connection_id, error, .. } => self.on_dial_failed(connection_id, &error.to_string()),
+            SwarmEvent::IncomingConnectionError { error, send_back_addr, .. } => debug!(%send_back_addr, %error, "refused a connection"),
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
                 for (peer, address) in found {
                     if peer != *self.swarm.local_peer_id() && !self.swarm.is_connected(&peer) {
                         info!(%peer, %address, "found on the local network");
-                        let options = DialOpts::peer_id(peer).addresses(vec![address]).build();
-                        let _ = self.swarm.dial(options); // fails when a dial to this peer is under way already
+                        // Fails when a dial to this peer is under way already.
+                        self.dial(DialOpts::peer_id(peer).addresses(vec![address]).build(), Dial::Local);
                     }
                 }
+            }
+            SwarmEvent::Behaviour(BehaviourEvent::Identify(event)) => self.on_identify(event),
+            SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad(event),
+            SwarmEvent::Behaviour(BehaviourEvent::Dcutr(event)) => self.on_punched(&event),
+            SwarmEvent::Behaviour(BehaviourEvent::Autonat(event)) => {
+                debug!(address = %event.tested_addr, server = %event.server, result = ?event.result, "reachability");
             }
             _ => {}
         }
     }
 
+    fn on_connected(&mut self, peer: PeerId, connection: ConnectionId, endpoint: &ConnectedPoint) {
+        let address = (!endpoint.is_relayed()).then(|| endpoint.get_remote_address().clone());
+        debug!(%peer, address = %endpoint.get_remote_address(), "connected");
+        if address.is_none() && !self.relaying.is_ready_to_punch(Instant::now()) {
+            // The table dials by itself whom it hears of. A call that comes before the ports were seen leads nowhere.
+            self.swarm.close_connection(connection);
+            return;
+        }
+        let fresh = || Contact { connections: HashMap::new(), identified: false, since: Instant::now(), unmet: false };
+        let contact = self.contacts.entry(peer).or_insert_with(fresh);
+        contact.connections.insert(connection, address.clone());
+        let dial = self.dials.remove(&connection);
+        let source = match &dial {
+            Some(Dial::Wanted(_)) => Some(Source::Named),
+            Some(Dial::Book(_)) => Some(Source::Book),
+            Some(Dial::Found | Dial::Relay) => Some(Source::Found),
+            Some(Dial::Local) => Some(Source::Local),
+            // The table dials by itself, too. An address that a NAT opened for this one call is not where a peer is.
+            None if endpoint.is_dialer() && contact.connections.values().all(Option::is_some) => Some(Source::Found),
+            None => None,
+        };
+        if let (Some(source), Some(address)) = (source, &address)
+            && self.known.met.len() < MET_MAX
+        {
+            let address = if peer_of(address).is_some() { address.clone() } else { with_peer(address.clone(), peer) };
+            self.known.met.entry(peer).or_insert(Met { address, source, serves: false });
+        }
+        match dial {
+            Some(Dial::Wanted(address)) => {
+                if let Some(wanted) = self.wanted.get_mut(&address) {
+                    wanted.peer = Some(peer);
+                    wanted.pause = REDIAL_FIRST;
+                }
+                self.known.awaited.remove(&address);
+            }
+            Some(Dial::Book(_)) => self.book.under_way -= 1,
+            Some(Dial::Found) => self.on_found_answered(),
+            Some(Dial::Local | Dial::Relay) | None => {}
+        }
+        if address.is_some() {
+            // The way through the relay has served its purpose; streams must not happen to take it.
+            let detours = self.contacts[&peer].connections.iter().filter(|(_, address)| address.is_none());
+            let detours: Vec<_> = detours.map(|(id, _)| *id).collect();
+            for id in detours {
+                self.swarm.close_connection(id);
+            }
+        }
+        self.place(peer);
+    }
+
+    fn on_connection_closed(&mut self, peer: PeerId, connection: ConnectionId) {
+        if let Some(contact) = self.contacts.get_mut(&peer) {
+            contact.connections.remove(&connection);
+            if contact.connections.is_empty() {
+                self.contacts.remove(&peer);
+            }
+        }
+        if !self.contacts.contains_key(&peer) {
+            let lost: Vec<_> =
+                self.wanted.iter().filter(|(_, w)| w.peer == Some(peer) && w.redial_at.is_none()).map(|(a, _)| a.clone()).collect();
+            lost.iter().for_each(|address| self.redial_later(address, "the connection was lost"));
+        }
+        self.place(peer);
+    }
+
+    /// Puts a peer where it belongs by its connections.
+    fn place(&mut self, peer: PeerId) {
+        let (direct, relayed) = self.contacts.get(&peer).map_or((false, false), |contact| (contact.is_direct(), !contact.is_direct()));
+        let dropped = self.known.dropped.contains(&peer);
+        for (set, belongs) in [(&mut self.known.connected, direct && !dropped), (&mut self.known.relayed, relayed && !dropped)] {
+            if belongs {
+                set.insert(peer);
+            } else {
+                set.remove(&peer);
+            }
+        }
+    }
+
+    fn on_identify(&mut self, event: identify::Event) {
+        let (peer, info) = match event {
+            identify::Event::Received { peer_id, info, .. } => (peer_id, Some(info)),
+            identify::Event::Error { peer_id, .. } => (peer_id, None),
+            identify::Event::Sent { .. } | identify::Event::Pushed { .. } => return,
+        };
+        let Some(contact) = self.contacts.get_mut(&peer) else { return };
+        contact.identified = true;
+        let Some(info) = info else { return };
+        if info.protocols.iter().any(|protocol| protocol.as_ref() == FETCH_PROTOCOL)
+            && let Some(met) = self.known.met.get_mut(&peer)
+        {
+            met.serves = true;
+        }
+        self.on_introduced(peer, &info);
+        self.on_maybe_relay(peer, &info);
+    }
+
     fn on_dial_failed(&mut self, connection: ConnectionId, reason: &str) {
-        if let Some(address) = self.dials.remove(&connection) {
-            debug!(%address, reason, "cannot connect");
-            self.redial_later(&address, reason);
+        let Some(dial) = self.dials.remove(&connection) else { return };
+        match dial {
+            Dial::Wanted(address) => {
+                debug!(%address, reason, "cannot connect");
+                self.redial_later(&address, reason);
+            }
+            Dial::Book(address) => {
+                debug!(%address, reason, "not where the address book has it");
+                self.book.under_way -= 1;
+                self.known.silent.insert(address);
+            }
+            Dial::Found => {
+                debug!(reason, "who was found cannot be reached");
+                self.on_found_answered();
+            }
+            Dial::Local | Dial::Relay => debug!(reason, "cannot connect"),
         }
     }
 
     fn redial_later(&mut self, address: &Multiaddr, reason: &str) {
         let Some(wanted) = self.wanted.get_mut(address) else { return };
-        wanted.redial_at = Some(tokio::time::Instant::now() + wanted.pause);
+        wanted.redial_at = Some(Instant::now() + wanted.pause);
         wanted.pause = (wanted.pause * 2).min(REDIAL_MAX);
-        self.publish.send_modify(|peers| drop(peers.awaited.insert(address.clone(), Some(reason.to_owned()))));
+        self.known.awaited.insert(address.clone(), Some(reason.to_owned()));
     }
 
     fn drop_peer(&mut self, peer: PeerId) {
         self.swarm.behaviour_mut().blocked.block_peer(peer);
+        self.swarm.behaviour_mut().kad.remove_peer(&peer);
         let theirs: Vec<_> = self.wanted.iter().filter(|(_, w)| w.peer == Some(peer)).map(|(address, _)| address.clone()).collect();
         self.wanted.retain(|_, wanted| wanted.peer != Some(peer));
         let _ = self.swarm.disconnect_peer_id(peer);
-        self.publish.send_modify(|peers| {
-            peers.connected.remove(&peer);
-            theirs.iter().for_each(|address| drop(peers.awaited.remove(address)));
-        });
+        theirs.iter().for_each(|address| drop(self.known.awaited.remove(address)));
+        self.known.dropped.insert(peer);
+        self.known.met.remove(&peer);
+        self.place(peer);
     }
 }

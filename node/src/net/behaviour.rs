@@ -1,0 +1,81 @@
+//! What a node does on each of its connections, and how many of them it has.
+
+use libp2p::connection_limits::{self, ConnectionLimits};
+use libp2p::identity::Keypair;
+use libp2p::swarm::NetworkBehaviour;
+use libp2p::swarm::behaviour::toggle::Toggle;
+use libp2p::{allow_block_list, autonat, dcutr, identify, mdns, memory_connection_limits, ping, relay};
+
+use super::crowding;
+use super::finder::{Table, table};
+use super::relaying::relay_limits;
+use super::swarm::{Relay, Role};
+
+const PENDING_MAX: u32 = 32;
+const ESTABLISHED_IN_MAX: u32 = 128;
+const ESTABLISHED_OUT_MAX: u32 = 64;
+const ESTABLISHED_PER_PEER_MAX: u32 = 3;
+
+// The limits stand first: what they refuse, the others never see.
+#[derive(NetworkBehaviour)]
+pub(super) struct Behaviour {
+    pub(super) limits: connection_limits::Behaviour,
+    pub(super) memory: memory_connection_limits::Behaviour,
+    pub(super) crowding: crowding::Behaviour,
+    pub(super) blocked: allow_block_list::Behaviour<allow_block_list::BlockedPeers>,
+    pub(super) identify: identify::Behaviour,
+    pub(super) ping: ping::Behaviour,
+    pub(super) mdns: Toggle<mdns::tokio::Behaviour>,
+    pub(super) stream: libp2p_stream::Behaviour,
+    pub(super) kad: Table,
+    /// Asks others whether this node can be reached.
+    pub(super) autonat: Toggle<autonat::v2::client::Behaviour>,
+    /// Answers others that question.
+    pub(super) autonat_server: Toggle<autonat::v2::server::Behaviour>,
+    pub(super) relay_client: relay::client::Behaviour,
+    pub(super) relay: Toggle<relay::Behaviour>,
+    pub(super) dcutr: dcutr::Behaviour,
+}
+
+/// What of it can be chosen.
+pub(super) struct Choices<'a> {
+    pub(super) mdns: bool,
+    /// Bytes of memory beyond which the process makes no more connections.
+    pub(super) memory_max: u64,
+    pub(super) role: &'a Role,
+}
+
+impl Behaviour {
+    pub(super) fn new(keypair: &Keypair, relay_client: relay::client::Behaviour, choices: &Choices<'_>) -> Result<Self, std::io::Error> {
+        let local = keypair.public().to_peer_id();
+        let limits = ConnectionLimits::default()
+            .with_max_pending_incoming(Some(PENDING_MAX))
+            .with_max_pending_outgoing(Some(PENDING_MAX))
+            .with_max_established_incoming(Some(ESTABLISHED_IN_MAX))
+            .with_max_established_outgoing(Some(ESTABLISHED_OUT_MAX))
+            .with_max_established_per_peer(Some(ESTABLISHED_PER_PEER_MAX));
+        let mdns = if choices.mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), local)?) } else { None };
+        let agent = concat!("confrere/", env!("CARGO_PKG_VERSION")).to_owned();
+        let identify = identify::Config::new("/confrere/1".to_owned(), keypair.public()).with_agent_version(agent);
+        let (hosts, relays) = match choices.role {
+            Role::Guest => (false, false),
+            Role::Host { relay, .. } => (true, *relay == Relay::Yes),
+        };
+        Ok(Self {
+            limits: connection_limits::Behaviour::new(limits),
+            memory: memory_connection_limits::Behaviour::with_max_bytes(choices.memory_max as usize),
+            crowding: crowding::Behaviour::default(),
+            blocked: allow_block_list::Behaviour::default(),
+            identify: identify::Behaviour::new(identify),
+            ping: ping::Behaviour::default(),
+            mdns: mdns.into(),
+            stream: libp2p_stream::Behaviour::new(),
+            kad: table(local, choices.role),
+            autonat: hosts.then(autonat::v2::client::Behaviour::default).into(),
+            autonat_server: relays.then(autonat::v2::server::Behaviour::default).into(),
+            relay_client,
+            relay: relays.then(|| relay::Behaviour::new(local, relay_limits())).into(),
+            dcutr: dcutr::Behaviour::new(local),
+        })
+    }
+}
