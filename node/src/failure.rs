@@ -76,7 +76,7 @@ impl From<StoreError> for Failure {
         let kind = match &error {
             StoreError::QuotaExceeded { .. } | StoreError::DiskFull { .. } => Kind::Disk,
             StoreError::WrongBytes { .. } | StoreError::Damaged { .. } => Kind::Integrity,
-            StoreError::Io { .. } => Kind::Other,
+            StoreError::Arriving { .. } | StoreError::Io { .. } => Kind::Other,
         };
         Self::of(kind, &error)
     }

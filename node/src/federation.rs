@@ -28,12 +28,14 @@ use crate::dispatcher::{
     Dispatcher, DispatcherOptions, DispatcherPeers, Providers, RemoteOptions, RemoteReport, SharedFetcher, SharedReport,
 };
 use crate::failure::{Failure, Kind};
-use crate::net::fetcher::{Fetched, Fetcher, Want};
+use crate::net::fetcher::{Fetched, Fetcher, Rates, Want};
 use crate::net::group::GroupKey;
 use crate::net::link::{Sink, Wanted};
+use crate::net::status::{self, Account};
 use crate::net::swarm::{Network, NetworkOptions, Peers, Role};
 use crate::net::{Multiaddr, PeerId, random};
 use crate::output::{byte_bar, human_bytes, note};
+use crate::peer_book::Learned;
 
 const RESULTS_MAX: usize = 32;
 
@@ -74,6 +76,7 @@ struct Acquaintance {
     group: Option<String>,
     /// Who has sent something, by what was fetched.
     useful: Mutex<Vec<Providers>>,
+    rates: Rates,
 }
 
 impl<'a> Federation<'a> {
@@ -117,8 +120,9 @@ impl<'a> Federation<'a> {
         })?;
         info!(local = %network.local, "asking peers");
         let group = group.map(|group| group.fingerprint());
-        let acquaintance = Acquaintance { network: network.clone(), dir: dir.clone(), group, useful: Mutex::default() };
-        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network, options.timeout)));
+        let rates = Rates::default();
+        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network.clone(), options.timeout, Arc::clone(&rates))));
+        let acquaintance = Acquaintance { network, dir: dir.clone(), group, useful: Mutex::default(), rates };
         Ok(Self { runtime, fetcher: Some(fetcher), publishers, remote: options.remote, acquaintance: Some(acquaintance) })
     }
 
@@ -140,6 +144,14 @@ impl<'a> Federation<'a> {
 
     /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
     pub(crate) fn find(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
+        let found = self.find_manifest(open, model, name)?;
+        if let Some(fetcher) = &self.fetcher {
+            self.runtime.block_on(async { fetcher.lock().await.follow(&found.manifest) });
+        }
+        Ok(found)
+    }
+
+    fn find_manifest(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
         if let Some(name) = name {
             open.check_name(name, None)?;
         }
@@ -174,6 +186,20 @@ impl<'a> Federation<'a> {
             self.wait(async { fetcher.lock().await.fetch_judged(Subject::Manifest(id), MANIFEST_BYTES_MAX as u64, &what, judge).await });
         let (manifest, envelope) = fetched?;
         open.keep(name, manifest, &envelope)
+    }
+
+    /// Asks all peers that can be reached within `patience` what they can do and what they hold.
+    pub(crate) fn ask_all(&self, patience: Duration) -> Result<(Peers, Vec<Account>), Failure> {
+        let Some(acquaintance) = &self.acquaintance else { return Ok(Default::default()) };
+        self.wait(async {
+            let network = &acquaintance.network;
+            let mut peers = network.peers.clone();
+            let settled = peers.wait_for(|peers| peers.awaited.is_empty() && !peers.may_discover);
+            let _ = tokio::time::timeout(patience, settled).await;
+            let accounts = status::ask_all(network, patience).await;
+            let peers = network.peers.borrow().clone();
+            Ok((peers, accounts))
+        })
     }
 
     /// Asks for the models that the peers have; the first answer counts.
@@ -305,7 +331,9 @@ impl Acquaintance {
     fn remember(&self) -> Result<(), Failure> {
         let useful = self.useful.lock().unwrap_or_else(PoisonError::into_inner);
         let useful: BTreeSet<_> = useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
-        remember(&self.dir, self.group.as_deref(), &self.network.peers.borrow(), &useful, &BTreeSet::new())
+        let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let learned = Learned { useful, rates, ..Learned::default() };
+        remember(&self.dir, self.group.as_deref(), &self.network.peers.borrow(), &learned)
     }
 }
 
@@ -318,17 +346,11 @@ impl Drop for Acquaintance {
 }
 
 /// Writes into an address book what was seen of peers.
-pub(crate) fn remember(
-    dir: &DataDir,
-    group: Option<&str>,
-    peers: &Peers,
-    useful: &BTreeSet<PeerId>,
-    promising: &BTreeSet<PeerId>,
-) -> Result<(), Failure> {
+pub(crate) fn remember(dir: &DataDir, group: Option<&str>, peers: &Peers, learned: &Learned) -> Result<(), Failure> {
     let _editing = dir.exclusive()?;
     let known = dir.book(group)?;
     let mut book = known.clone();
-    book.learn(peers, useful, promising, now_ms());
+    book.learn(peers, learned, now_ms());
     if book == known { Ok(()) } else { dir.set_book(group, &book) }
 }
 

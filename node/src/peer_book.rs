@@ -1,7 +1,8 @@
 //! The address book: peers that were met and useful, to be tried again. Bounded, and not to be filled from one neighbourhood.
 //!
 //! One line a peer: address, when it was last reached (ms since 1970), how often it brought something, how often it did not
-//! answer since, and where it came from. Losing the file loses nothing but time.
+//! answer since, where it came from, and how fast it sent (bytes a second; 0 before that is known). Losing the file loses
+//! nothing but time.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -30,6 +31,19 @@ pub(crate) struct Entry {
     pub(crate) served: u32,
     pub(crate) silences: u32,
     pub(crate) source: Source,
+    /// As last seen.
+    pub(crate) bytes_per_second: Option<u64>,
+}
+
+/// What a run has seen of peers, besides whom it reached.
+#[derive(Clone, Default, Debug)]
+pub(crate) struct Learned {
+    /// Who has sent what was verified.
+    pub(crate) useful: BTreeSet<PeerId>,
+    /// Who says that it serves.
+    pub(crate) promising: BTreeSet<PeerId>,
+    /// How fast they sent, in bytes a second.
+    pub(crate) rates: BTreeMap<PeerId, u64>,
 }
 
 impl Entry {
@@ -39,7 +53,13 @@ impl Entry {
 
     fn parse(line: &str) -> Option<Self> {
         let fields: Vec<_> = line.split_ascii_whitespace().collect();
-        let [address, seen_ms, served, silences, source] = fields[..] else { return None };
+        // Books of an earlier version say nothing of speed.
+        let [address, seen_ms, served, silences, source, ref speed @ ..] = fields[..] else { return None };
+        let bytes_per_second = match speed {
+            [] => 0,
+            [speed] => speed.parse().ok()?,
+            _ => return None,
+        };
         let address: Multiaddr = address.parse().ok()?;
         let entry = Self {
             peer: peer_of(&address)?,
@@ -48,13 +68,14 @@ impl Entry {
             served: served.parse().ok()?,
             silences: silences.parse().ok()?,
             source: Source::parse(source)?,
+            bytes_per_second: Some(bytes_per_second).filter(|&speed| speed > 0),
         };
         entry.neighbourhood().map(|_| entry)
     }
 
     fn line(&self) -> String {
-        let Self { address, seen_ms, served, silences, source, .. } = self;
-        format!("{address} {seen_ms} {served} {silences} {source}")
+        let Self { address, seen_ms, served, silences, source, bytes_per_second, .. } = self;
+        format!("{address} {seen_ms} {served} {silences} {source} {}", bytes_per_second.unwrap_or(0))
     }
 }
 
@@ -103,7 +124,8 @@ impl Book {
     }
 
     /// Takes in what a run has seen of peers: whom it reached, who did not answer, who brought something, and who else may.
-    pub(crate) fn learn(&mut self, peers: &Peers, useful: &BTreeSet<PeerId>, promising: &BTreeSet<PeerId>, now_ms: u64) {
+    pub(crate) fn learn(&mut self, peers: &Peers, learned: &Learned, now_ms: u64) {
+        let Learned { useful, promising, rates } = learned;
         for (&peer, met) in &peers.met {
             let known = self.entries.get(&peer);
             if known.is_none() && !useful.contains(&peer) && !promising.contains(&peer) {
@@ -111,7 +133,9 @@ impl Book {
             }
             let source = known.map_or(met.source, |entry| entry.source);
             let served = known.map_or(0, |entry| entry.served).saturating_add(u32::from(useful.contains(&peer)));
-            self.entries.insert(peer, Entry { peer, address: met.address.clone(), seen_ms: now_ms, served, silences: 0, source });
+            let bytes_per_second = rates.get(&peer).copied().or(known.and_then(|entry| entry.bytes_per_second));
+            let address = met.address.clone();
+            self.entries.insert(peer, Entry { peer, address, seen_ms: now_ms, served, silences: 0, source, bytes_per_second });
         }
         // When nobody answers it may be us who are offline.
         if !peers.met.is_empty() {
@@ -153,7 +177,7 @@ mod tests {
     fn entry(ip: &str, served: u32) -> Entry {
         let peer = PeerId::random();
         let address = format!("/ip4/{ip}/tcp/4747/p2p/{peer}").parse().expect("an address");
-        Entry { peer, address, seen_ms: 5, served, silences: 0, source: Source::Named }
+        Entry { peer, address, seen_ms: 5, served, silences: 0, source: Source::Named, bytes_per_second: None }
     }
 
     fn book(entries: impl IntoIterator<Item = Entry>) -> Book {
@@ -171,7 +195,8 @@ mod tests {
 
     #[test]
     fn a_book_reads_what_it_wrote_and_passes_over_the_rest() {
-        let whole = book([entry("203.0.113.1", 2), entry("10.0.0.1", 0)]);
+        let fast = Entry { bytes_per_second: Some(7), ..entry("203.0.113.1", 2) };
+        let whole = book([fast, entry("10.0.0.1", 0)]);
         let lines: Vec<_> = whole.lines().collect();
         assert_eq!(Book::parse(lines.iter().map(String::as_str)), whole);
         let peer = PeerId::random();
@@ -181,11 +206,15 @@ mod tests {
             "/ip4/1.2.3.4/tcp/1 1 1 1 named".to_owned(),
             format!("/ip4/1.2.3.4/tcp/1/p2p/{peer} 1 1 1 heard"),
             format!("/ip4/1.2.3.4/tcp/1/p2p/{peer} 1 1 named"),
+            format!("/ip4/1.2.3.4/tcp/1/p2p/{peer} 1 1 1 named fast"),
+            format!("/ip4/1.2.3.4/tcp/1/p2p/{peer} 1 1 1 named 1 1"),
             format!("/ip4/1.2.3.4/tcp/1/p2p/{peer} 1 -1 1 named"),
             format!("/ip4/1.2.3.4/tcp/1/p2p/{}/p2p-circuit/p2p/{peer} 1 1 1 named", PeerId::random()),
         ];
         let mixed = bad.iter().chain(&lines).map(String::as_str);
         assert_eq!(Book::parse(mixed), whole);
+        let old = lines.iter().map(|line| line.rsplit_once(' ').expect("fields").0);
+        assert_eq!(Book::parse(old).entries().len(), 2, "a book without speeds");
     }
 
     /// N12: of 48 peers 43 are hostile; they come from few neighbourhoods or many, and some have been of use.
@@ -229,23 +258,24 @@ mod tests {
         let (useful, idle) = (entry("203.0.113.1", 0), entry("203.0.113.2", 0));
         let met = |entry: &Entry| (entry.peer, Met { address: entry.address.clone(), source: Source::Found, serves: true });
         let peers = Peers { met: [met(&useful), met(&idle)].into(), ..Peers::default() };
-        let (none, mut book) = (BTreeSet::new(), Book::default());
-        book.learn(&peers, &[useful.peer].into(), &none, 7);
-        let expected = Entry { seen_ms: 7, served: 1, source: Source::Found, ..useful.clone() };
+        let useful_ones = Learned { useful: [useful.peer].into(), rates: [(useful.peer, 9)].into(), ..Learned::default() };
+        let (none, mut book) = (Learned::default(), Book::default());
+        book.learn(&peers, &useful_ones, 7);
+        let expected = Entry { seen_ms: 7, served: 1, source: Source::Found, bytes_per_second: Some(9), ..useful.clone() };
         assert_eq!(book.entries(), [&expected]);
         let silent = Peers { met: [met(&idle)].into(), silent: [useful.address.clone()].into(), ..Peers::default() };
         let day_ms = SILENCE_MAX_MS / 7;
-        (1..20).for_each(|day| book.learn(&silent, &none, &none, 7 + day * day_ms / 3));
+        (1..20).for_each(|day| book.learn(&silent, &none, 7 + day * day_ms / 3));
         assert_eq!(book.entries().len(), 1, "a week has not gone by");
-        book.learn(&silent, &none, &none, 8 + SILENCE_MAX_MS);
+        book.learn(&silent, &none, 8 + SILENCE_MAX_MS);
         assert!(book.entries().is_empty());
-        book.learn(&peers, &[useful.peer].into(), &none, 7);
+        book.learn(&peers, &useful_ones, 7);
         let alone = Peers { silent: [useful.address.clone()].into(), ..Peers::default() };
-        (0..20).for_each(|_| book.learn(&alone, &none, &none, u64::MAX));
+        (0..20).for_each(|_| book.learn(&alone, &none, u64::MAX));
         assert_eq!(book.entries().len(), 1, "who reaches nobody at all has learned nothing");
-        book.learn(&Peers { dropped: [useful.peer].into(), ..Peers::default() }, &none, &none, 9);
+        book.learn(&Peers { dropped: [useful.peer].into(), ..Peers::default() }, &none, 9);
         assert!(book.entries().is_empty());
-        book.learn(&peers, &none, &[idle.peer].into(), 9);
+        book.learn(&peers, &Learned { promising: [idle.peer].into(), ..Learned::default() }, 9);
         assert_eq!(book.entries(), [&Entry { seen_ms: 9, source: Source::Found, ..idle.clone() }], "a promise is no service");
     }
 }

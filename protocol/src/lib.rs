@@ -7,17 +7,21 @@
 pub mod audit;
 pub mod codec;
 pub mod envelope;
+pub mod exchange;
 pub mod execute;
 pub mod expert_blob;
+pub mod group_hashes;
 pub mod hash;
 pub mod identity;
 pub mod manifest;
 pub mod message;
 pub mod model_config;
 pub mod precision;
+pub mod status;
 pub mod ticket;
 
 pub use envelope::{Domain, SignedEnvelope};
+pub use group_hashes::{GroupCheck, GroupHashes};
 pub use hash::{BlobRef, ContentHash, ModelId};
 pub use identity::{NodeId, NodeKey};
 pub use manifest::{ExpertSlot, ModelManifest};

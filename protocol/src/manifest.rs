@@ -201,9 +201,14 @@ impl ModelManifest {
         self.trunk.iter().map(|tensor| tensor.blob).chain(self.tokenizer).chain(self.chat.template)
     }
 
+    /// Every blob, in the order in which bitfields have them: the trunk, then the experts.
+    pub fn blobs(&self) -> impl Iterator<Item = BlobRef> + '_ {
+        self.trunk_blobs().chain(self.experts.iter().copied())
+    }
+
     /// Bytes of all blobs, each counted once per use.
     pub fn total_bytes(&self) -> u64 {
-        self.trunk_blobs().chain(self.experts.iter().copied()).map(|blob| blob.length).sum()
+        self.blobs().map(|blob| blob.length).sum()
     }
 
     fn validate(&self) -> Result<(), ManifestError> {

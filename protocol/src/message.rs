@@ -1,7 +1,7 @@
 //! What travels on a `/confrere/fetch/1` stream: framed requests one way, framed answers with raw bytes the other way.
 //!
-//! A stream is long-lived and requests are pipelined; answers come in the order of requests. Fixed-width little-endian
-//! integers throughout, and every length is checked against its limit before a byte is reserved for it.
+//! Small things that have no hash of their own: manifests and listings; blobs have `exchange`. Answers come in the order of
+//! requests. Fixed-width little-endian integers throughout, and every length is checked against its limit before a byte is reserved for it.
 
 use crate::hash::{ContentHash, ModelId};
 
@@ -25,10 +25,10 @@ pub const MODEL_NAME_BYTES_MAX: usize = 128;
 pub enum Subject {
     /// The signed manifest of a model.
     Manifest(ModelId),
-    /// A blob.
-    Blob(ContentHash),
     /// The models that the provider has, in the form of [`Listing`].
     Listing,
+    /// What the provider says of itself, in the form of [`Status`](crate::status::Status).
+    Status,
 }
 
 /// A request for some bytes.
@@ -68,8 +68,8 @@ impl Request {
     pub fn to_bytes(&self) -> [u8; REQUEST_BYTES] {
         let (kind, hash) = match self.subject {
             Subject::Manifest(ModelId(hash)) => (0, hash),
-            Subject::Blob(hash) => (1, hash),
             Subject::Listing => (2, ContentHash::from_bytes([0; 32])),
+            Subject::Status => (3, ContentHash::from_bytes([0; 32])),
         };
         let mut bytes = [0; REQUEST_BYTES];
         bytes[0] = kind;
@@ -88,8 +88,8 @@ impl Request {
         let hash = ContentHash::from_bytes(*hash);
         let subject = match bytes[0] {
             0 => Subject::Manifest(ModelId(hash)),
-            1 => Subject::Blob(hash),
             2 if hash.as_bytes() == &[0; 32] => Subject::Listing,
+            3 if hash.as_bytes() == &[0; 32] => Subject::Status,
             _ => return Err(malformed),
         };
         let length = u32::from_le_bytes(*length);
@@ -161,8 +161,8 @@ mod tests {
 
     #[test]
     fn request_bytes_are_frozen() {
-        let request = Request { subject: Subject::Blob(ContentHash::from_bytes([0xab; 32])), offset: 0x0102, length: 0x10000 };
-        let mut expected = vec![1];
+        let request = Request { subject: Subject::Manifest(ModelId(ContentHash::from_bytes([0xab; 32]))), offset: 0x0102, length: 0x10000 };
+        let mut expected = vec![0];
         expected.extend([0xab; 32]);
         expected.extend([2, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0]);
         assert_eq!(request.to_bytes().to_vec(), expected);
@@ -191,7 +191,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn whatever_is_accepted_encodes_to_the_same_bytes(request in any::<[u8; REQUEST_BYTES]>(), answer in any::<[u8; ANSWER_BYTES]>(), kind in 0u8..3) {
+        fn whatever_is_accepted_encodes_to_the_same_bytes(request in any::<[u8; REQUEST_BYTES]>(), answer in any::<[u8; ANSWER_BYTES]>(), kind in 0u8..4) {
             let mut request = request;
             request[0] = kind;
             request[43..].fill(0);

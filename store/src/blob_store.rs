@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use protocol::group_hashes::{GroupHashes, WrongGroups, group_count, group_length, group_offset, hash_group};
 use protocol::{BlobRef, ContentHash};
 use tracing::warn;
 
 use crate::disk::{Disk, DiskFile};
 use crate::index::{Index, IndexEntry};
+use crate::partial::Partials;
 use crate::quota::{Quota, Reservation};
 
 /// Left free on a disk: this, or a twentieth of a smaller one.
@@ -24,11 +26,14 @@ type OpenFile = (Box<dyn DiskFile>, u64);
 
 /// A store of blobs in one directory. Shared by threads; one process at a time (see [`crate::lock`]).
 pub struct BlobStore {
-    disk: Box<dyn Disk>,
-    root: PathBuf,
+    pub(crate) disk: Box<dyn Disk>,
+    pub(crate) root: PathBuf,
     index: Mutex<Index>,
-    quota: Quota,
+    pub(crate) quota: Quota,
     next_temporary: AtomicU64,
+    /// Grows with every blob that comes or goes.
+    generation: AtomicU64,
+    pub(crate) partials: Mutex<Partials>,
 }
 
 /// What the store could not do.
@@ -65,6 +70,12 @@ pub enum StoreError {
     /// A blob on disk is no longer what it was; it has been moved to the quarantine.
     #[error("blob {hash} is damaged on disk and was put into quarantine")]
     Damaged {
+        /// Which.
+        hash: ContentHash,
+    },
+    /// The blob is arriving already.
+    #[error("blob {hash} is arriving already")]
+    Arriving {
         /// Which.
         hash: ContentHash,
     },
@@ -117,9 +128,6 @@ impl BlobStore {
             disk.create_dir_all(&path).map_err(|source| io_error("create", &path, source))?;
         }
         disk.sync_dir(&root).map_err(|source| io_error("sync", &root, source))?;
-        for (path, _) in list(&*disk, &root.join("incoming"))? {
-            disk.remove(&path).map_err(|source| io_error("remove", &path, source))?;
-        }
         let mut on_disk = BTreeMap::new();
         for prefix in 0..=u8::MAX {
             let dir = root.join("blobs").join(protocol::hash::to_hex(&[prefix]));
@@ -136,8 +144,10 @@ impl BlobStore {
             }
         }
         let index = Index::open(&root.join("index"), &on_disk);
-        let used = on_disk.values().sum();
-        Ok(Self { disk, root, index: Mutex::new(index), quota: Quota::new(used, bytes_max), next_temporary: AtomicU64::new(0) })
+        let quota = Quota::new(on_disk.values().sum(), bytes_max);
+        let partials = Mutex::new(Partials::find(&*disk, &root.join("incoming"), &quota)?);
+        let (next_temporary, generation) = (AtomicU64::new(0), AtomicU64::new(0));
+        Ok(Self { disk, root, index: Mutex::new(index), quota, next_temporary, generation, partials })
     }
 
     /// Says whether the store has `hash`, as far as it knows: a read may still find it damaged.
@@ -169,9 +179,7 @@ impl BlobStore {
 
     /// Starts writing a blob whose hash and length are known: room is set aside before the first byte.
     pub fn writer(&self, blob: BlobRef) -> Result<BlobWriter<'_>, StoreError> {
-        let bytes_max = self.quota.bytes_max();
-        let reservation =
-            self.quota.reserve(blob.length).map_err(|left| StoreError::QuotaExceeded { wanted: blob.length, left, bytes_max })?;
+        let reservation = self.reserve(blob.length)?;
         self.check_space(blob.length)?;
         let number = self.next_temporary.fetch_add(1, Ordering::Relaxed);
         let path = self.root.join("incoming").join(format!("{}.{number}", blob.hash.to_hex()));
@@ -187,8 +195,26 @@ impl BlobStore {
         })
     }
 
+    /// Sets room aside, that of blobs whose arrival was broken off and which nobody has taken up if there is no other.
+    pub(crate) fn reserve(&self, bytes: u64) -> Result<Reservation, StoreError> {
+        loop {
+            match self.quota.reserve(bytes) {
+                Ok(reservation) => return Ok(reservation),
+                Err(left) if !self.drop_idle_partial()? => {
+                    return Err(StoreError::QuotaExceeded { wanted: bytes, left, bytes_max: self.quota.bytes_max() });
+                }
+                Err(_) => {}
+            }
+        }
+    }
+
+    /// A number that grows with every blob that comes or goes.
+    pub fn generation(&self) -> u64 {
+        self.generation.load(Ordering::Acquire)
+    }
+
     /// Refuses to fill the disk to the brim: other programs live on it, and so does the index.
-    fn check_space(&self, wanted: u64) -> Result<(), StoreError> {
+    pub(crate) fn check_space(&self, wanted: u64) -> Result<(), StoreError> {
         let space = self.disk.space(&self.root).map_err(|source| io_error("measure", &self.root, source))?;
         let spare = (space.total / 20).min(SPARE_BYTES);
         // Some filesystems do not say how large they are; they say soon enough when they are full.
@@ -236,12 +262,17 @@ impl BlobStore {
     /// Opens a blob for reading in ranges. It is verified once, now, without being held in memory.
     pub fn reader(&self, hash: &ContentHash, now_ms: u64) -> Result<Option<BlobReader>, StoreError> {
         let Some((file, length)) = self.open_file(hash)? else { return Ok(None) };
-        let (read, matches) = match hash_of(&*file, length) {
-            Ok(found) => (Ok(()), found == *hash),
-            Err(error) => (Err(error), false),
+        let (read, groups, matches) = match groups_of(&*file, BlobRef { hash: *hash, length }) {
+            Ok(Some(Ok(groups))) => (Ok(()), Some(groups), true),
+            Ok(Some(Err(_))) => (Ok(()), None, false),
+            Ok(None) => match hash_of(&*file, length) {
+                Ok(found) => (Ok(()), None, found == *hash),
+                Err(error) => (Err(error), None, false),
+            },
+            Err(error) => (Err(error), None, false),
         };
         self.judge(hash, length, read, matches, now_ms)?;
-        Ok(Some(BlobReader { file, length }))
+        Ok(Some(BlobReader { file, length, groups }))
     }
 
     /// Removes a blob; says whether it was there.
@@ -256,6 +287,7 @@ impl BlobStore {
         }
         index.remove(hash);
         self.quota.release(entry.length);
+        self.generation.fetch_add(1, Ordering::Release);
         Ok(true)
     }
 
@@ -366,7 +398,34 @@ impl BlobStore {
     fn strike_out(&self, index: &mut Index, hash: &ContentHash) {
         if let Some(entry) = index.remove(hash) {
             self.quota.release(entry.length);
+            self.generation.fetch_add(1, Ordering::Release);
         }
+    }
+
+    /// Gives a file that was made durable its blob's name, and makes that durable. The file stays where it is if the blob is there.
+    pub(crate) fn put_into_place(&self, blob: BlobRef, path: &Path, now_ms: u64) -> Result<PutOutcome, StoreError> {
+        let BlobRef { hash, length } = blob;
+        let target = self.path(&hash);
+        let dir = target.parent().expect("blobs lie in a directory");
+        self.disk.create_dir_all(dir).map_err(|source| io_error("create", dir, source))?;
+        // Under the lock, so that of two writers of one blob the second sees the first.
+        let mut index = self.index();
+        if index.get(&hash).is_some_and(|entry| entry.length == length) {
+            return Ok(PutOutcome::Present);
+        }
+        self.disk.rename(path, &target).map_err(|source| io_error("rename", path, source))?;
+        let blobs = self.root.join("blobs");
+        if let Err(source) = self.disk.sync_dir(dir).and_then(|()| self.disk.sync_dir(&blobs)) {
+            // Not durable, so not acknowledged: a name that might vanish must not be relied on.
+            let _ = self.disk.remove(&target);
+            return Err(io_error("sync", dir, source));
+        }
+        if let Some(damaged) = index.remove(&hash) {
+            self.quota.release(damaged.length);
+        }
+        index.insert(hash, IndexEntry { length, verified_at_ms: now_ms });
+        self.generation.fetch_add(1, Ordering::Release);
+        Ok(PutOutcome::Written)
     }
 
     /// Throws away what was found damaged; returns how many files.
@@ -410,34 +469,16 @@ impl BlobWriter<'_> {
         if self.written != self.blob.length || self.hasher.finalize().as_bytes() != self.blob.hash.as_bytes() {
             return Err(self.wrong_bytes());
         }
-        let BlobRef { hash, length } = self.blob;
-        let store = self.store;
-        self.file.sync().map_err(|source| io_error("sync", &store.root, source))?;
-        let target = store.path(&hash);
-        let dir = target.parent().expect("blobs lie in a directory");
-        store.disk.create_dir_all(dir).map_err(|source| io_error("create", dir, source))?;
-        // Under the lock, so that of two writers of one blob the second sees the first.
-        let mut index = store.index();
-        if index.get(&hash).is_some_and(|entry| entry.length == length) {
-            return Ok(PutOutcome::Present);
-        }
+        self.file.sync().map_err(|source| io_error("sync", &self.store.root, source))?;
         let path = self.path.as_ref().expect("set until renamed");
-        store.disk.rename(path, &target).map_err(|source| io_error("rename", path, source))?;
-        self.path = None;
-        let blobs = store.root.join("blobs");
-        if let Err(source) = store.disk.sync_dir(dir).and_then(|()| store.disk.sync_dir(&blobs)) {
-            // Not durable, so not acknowledged: a name that might vanish must not be relied on.
-            let _ = store.disk.remove(&target);
-            return Err(io_error("sync", dir, source));
+        let outcome = self.store.put_into_place(self.blob, path, now_ms)?;
+        if outcome == PutOutcome::Written {
+            self.path = None;
+            if let Some(reservation) = self.reservation.take() {
+                reservation.keep();
+            }
         }
-        if let Some(damaged) = index.remove(&hash) {
-            store.quota.release(damaged.length);
-        }
-        index.insert(hash, IndexEntry { length, verified_at_ms: now_ms });
-        if let Some(reservation) = self.reservation.take() {
-            reservation.keep();
-        }
-        Ok(PutOutcome::Written)
+        Ok(outcome)
     }
 
     fn wrong_bytes(&self) -> StoreError {
@@ -457,6 +498,7 @@ impl Drop for BlobWriter<'_> {
 pub struct BlobReader {
     file: Box<dyn DiskFile>,
     length: u64,
+    groups: Option<GroupHashes>, // nothing of a blob too large for it
 }
 
 impl BlobReader {
@@ -465,10 +507,36 @@ impl BlobReader {
         self.length
     }
 
+    /// The hashes of its groups, which fold to its own.
+    pub fn groups(&self) -> Option<&GroupHashes> {
+        self.groups.as_ref()
+    }
+
+    /// Reads a group and verifies it; nothing when there is none, or when it is no longer what it was.
+    pub fn read_group(&self, group: u32) -> io::Result<Option<Vec<u8>>> {
+        let Some(check) = self.groups.as_ref().and_then(|groups| groups.check(group)) else { return Ok(None) };
+        let mut bytes = vec![0; group_length(self.length, group) as usize];
+        self.file.read_exact_at(&mut bytes, group_offset(group))?;
+        Ok(check.matches(&bytes).then_some(bytes))
+    }
+
     /// Fills `buffer` from `offset` on.
     pub fn read_at(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
         self.file.read_exact_at(buffer, offset)
     }
+}
+
+/// Hashes the groups of a file, and says whether they are those of `blob`; nothing of one that has too many.
+fn groups_of(file: &dyn DiskFile, blob: BlobRef) -> io::Result<Option<Result<GroupHashes, WrongGroups>>> {
+    let Some(count) = group_count(blob.length) else { return Ok(None) };
+    let mut buffer = vec![0; group_length(blob.length, 0) as usize];
+    let mut hashes = Vec::with_capacity(count as usize);
+    for group in 0..count {
+        let part = &mut buffer[..group_length(blob.length, group) as usize];
+        file.read_exact_at(part, group_offset(group))?;
+        hashes.push(hash_group(blob.length, group, part));
+    }
+    Ok(Some(GroupHashes::new(blob, hashes)))
 }
 
 /// Hashes a file without holding it in memory.
@@ -490,11 +558,11 @@ fn blob_name(path: &Path) -> Option<ContentHash> {
     path.file_name()?.to_str()?.parse().ok().filter(|hash: &ContentHash| path.ends_with(hash.to_hex()))
 }
 
-fn list(disk: &dyn Disk, path: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
+pub(crate) fn list(disk: &dyn Disk, path: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
     disk.list(path).map_err(|source| io_error("list", path, source))
 }
 
-fn io_error(action: &'static str, path: &Path, source: io::Error) -> StoreError {
+pub(crate) fn io_error(action: &'static str, path: &Path, source: io::Error) -> StoreError {
     let path = path.display().to_string();
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::DiskFull { path, source },
@@ -504,4 +572,4 @@ fn io_error(action: &'static str, path: &Path, source: io::Error) -> StoreError 
 
 #[cfg(test)]
 #[path = "blob_store_tests.rs"]
-mod tests;
+pub(crate) mod tests;

@@ -13,10 +13,10 @@ use super::*;
 use crate::disk::{DiskFile, RealDisk, Space};
 use crate::scrub::scrub;
 
-const NOW: u64 = 1_700_000_000_000;
-const PLENTY: u64 = 1 << 40;
+pub(crate) const NOW: u64 = 1_700_000_000_000;
+pub(crate) const PLENTY: u64 = 1 << 40;
 
-fn open(root: &Path) -> BlobStore {
+pub(crate) fn open(root: &Path) -> BlobStore {
     BlobStore::open(Box::new(RealDisk), root, PLENTY).expect("the store opens")
 }
 
@@ -24,7 +24,7 @@ fn content(i: usize) -> Vec<u8> {
     format!("blob {i} ").into_bytes().repeat(20 + i % 7)
 }
 
-fn files(root: &Path, dir: &str) -> Vec<PathBuf> {
+pub(crate) fn files(root: &Path, dir: &str) -> Vec<PathBuf> {
     fn walk(path: &Path, found: &mut Vec<PathBuf>) {
         for entry in fs::read_dir(path).expect("a directory").flatten() {
             if entry.path().is_dir() { walk(&entry.path(), found) } else { found.push(entry.path()) }
@@ -191,16 +191,16 @@ fn each_file(dir: &Path, change: impl Fn(&mut Vec<u8>)) {
 }
 
 /// A disk on which the n-th call fails: once, or that one and all after it.
-struct FaultyDisk {
-    countdown: Arc<AtomicI64>,
-    fault: Fault,
+pub(crate) struct FaultyDisk {
+    pub(crate) countdown: Arc<AtomicI64>,
+    pub(crate) fault: Fault,
 }
 
 #[derive(Clone, Copy)]
-struct Fault {
-    kind: io::ErrorKind,
-    sticky: bool,
-    short_write: bool,
+pub(crate) struct Fault {
+    pub(crate) kind: io::ErrorKind,
+    pub(crate) sticky: bool,
+    pub(crate) short_write: bool,
 }
 
 struct FaultyFile {
@@ -221,6 +221,10 @@ impl Disk for FaultyDisk {
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         strike(&self.countdown, self.fault)?;
         Ok(Box::new(FaultyFile { inner: RealDisk.create_new(path)?, countdown: Arc::clone(&self.countdown), fault: self.fault }))
+    }
+    fn open_writable(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        strike(&self.countdown, self.fault)?;
+        Ok(Box::new(FaultyFile { inner: RealDisk.open_writable(path)?, countdown: Arc::clone(&self.countdown), fault: self.fault }))
     }
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
         strike(&self.countdown, self.fault)?;
@@ -253,7 +257,19 @@ impl DiskFile for FaultyFile {
         })?;
         self.inner.write_all(bytes)
     }
-    fn sync(&mut self) -> io::Result<()> {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        strike(&self.countdown, self.fault).or_else(|error| {
+            if self.fault.short_write {
+                self.inner.write_all_at(&bytes[..bytes.len() / 2], offset)?;
+            }
+            Err(error)
+        })?;
+        self.inner.write_all_at(bytes, offset)
+    }
+    fn allocate(&self, length: u64) -> io::Result<()> {
+        strike(&self.countdown, self.fault).and_then(|()| self.inner.allocate(length))
+    }
+    fn sync(&self) -> io::Result<()> {
         strike(&self.countdown, self.fault).and_then(|()| self.inner.sync())
     }
     fn length(&self) -> io::Result<u64> {

@@ -11,6 +11,8 @@ pub trait Disk: Send + Sync {
     fn create_dir_all(&self, path: &Path) -> io::Result<()>;
     /// Creates a file that must not exist yet.
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
+    /// Opens a file that is there to read and to write.
+    fn open_writable(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
     /// Opens a file to read.
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>>;
     /// Opens a file to be read once, past the page cache where the filesystem can: buffers are then aligned to pages.
@@ -42,8 +44,12 @@ pub struct Space {
 pub trait DiskFile: Send + Sync {
     /// Appends all of `bytes`.
     fn write_all(&mut self, bytes: &[u8]) -> io::Result<()>;
+    /// Writes all of `bytes` from `offset` on; several threads may, in different places.
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Makes the file `length` bytes long, and claims room for all of them where the filesystem can.
+    fn allocate(&self, length: u64) -> io::Result<()>;
     /// Makes what was written durable.
-    fn sync(&mut self) -> io::Result<()>;
+    fn sync(&self) -> io::Result<()>;
     /// Its length in bytes.
     fn length(&self) -> io::Result<u64>;
     /// Fills `buffer` from `offset` on.
@@ -68,7 +74,11 @@ impl Disk for RealDisk {
     }
 
     fn create_new(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
-        Ok(Box::new(OpenOptions::new().write(true).create_new(true).open(path)?))
+        Ok(Box::new(OpenOptions::new().read(true).write(true).create_new(true).open(path)?))
+    }
+
+    fn open_writable(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        Ok(Box::new(OpenOptions::new().read(true).write(true).open(path)?))
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
@@ -121,7 +131,21 @@ impl DiskFile for File {
         Write::write_all(self, bytes)
     }
 
-    fn sync(&mut self) -> io::Result<()> {
+    fn write_all_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {
+        FileExt::write_all_at(self, bytes, offset)
+    }
+
+    fn allocate(&self, length: u64) -> io::Result<()> {
+        #[cfg(any(target_os = "linux", target_os = "android"))]
+        match rustix::fs::fallocate(self, rustix::fs::FallocateFlags::empty(), 0, length) {
+            // Not every filesystem can.
+            Ok(()) | Err(rustix::io::Errno::OPNOTSUPP | rustix::io::Errno::NOSYS | rustix::io::Errno::INVAL) => {}
+            Err(error) => return Err(error.into()),
+        }
+        self.set_len(length)
+    }
+
+    fn sync(&self) -> io::Result<()> {
         self.sync_all()
     }
 

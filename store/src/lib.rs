@@ -8,10 +8,12 @@ pub mod blob_store;
 pub mod disk;
 pub mod index;
 pub mod lock;
+pub mod partial;
 pub mod quota;
 pub mod scrub;
 
 pub use blob_store::{BlobReader, BlobStore, BlobWriter, PutOutcome, StoreError, StoreStat};
 pub use disk::{Disk, DiskFile, RealDisk};
 pub use lock::{DataDirLock, LockError};
+pub use partial::PartialBlob;
 pub use scrub::ScrubReport;

@@ -193,7 +193,12 @@ impl Drop for Serving {
 
 /// Sends a signal by name.
 pub(crate) fn signal(child: &Child, name: &str) {
-    let sent = Command::new("kill").arg(format!("-{name}")).arg(child.id().to_string()).status();
+    signal_process(child.id(), name);
+}
+
+/// Sends a signal by name to a process by number.
+pub(crate) fn signal_process(process: u32, name: &str) {
+    let sent = Command::new("kill").arg(format!("-{name}")).arg(process.to_string()).status();
     assert!(sent.expect("kill runs").success());
 }
 

@@ -77,6 +77,12 @@ fn a_peer_that_was_of_use_is_asked_again_without_being_named() {
         (&book[0]["address"], &book[0]["source"], &book[0]["served"]),
         (&serving.address.as_str().into(), &"named".into(), &1.into())
     );
+    let said = &book[0]["status"];
+    assert_eq!((&book[0]["connected"], &said["executes"]), (&true.into(), &false.into()), "{book}");
+    assert!(said["round_trip_ms"].as_f64().is_some_and(|ms| ms > 0.0) && said["stored_bytes"].as_u64() > Some(0), "{book}");
+    let held = &said["holdings"][0];
+    assert_eq!((&held["name"], &held["model"]), (&"m".into(), &id.as_str().into()));
+    assert!(held["experts"] == held["of"] && held["of"].as_u64() > Some(0), "{book}");
     let answer = b.json(&run(&id, &[]));
     assert_eq!(answer["tokens"], alone["tokens"]);
     assert_eq!(answer["experts"]["fetched"], answer["experts"]["needed"]);

@@ -4,10 +4,13 @@ use inference::chat::{ChatTemplate, Message};
 use inference::checkpoint::header::read_header;
 use inference::config::{parse_config, parse_generation};
 use inference::tokenizer::Tokenizer;
+use protocol::exchange::wire::{CHANGES_MAX, HEAD_BYTES, Head};
+use protocol::exchange::{Bitfield, FromProvider, ToProvider, Urgency};
 use protocol::expert_blob::ExpertShape;
 use protocol::message::{Answer, Listing, Request, Subject};
+use protocol::status::{Holding, Status};
 use protocol::ticket::Ticket;
-use protocol::{ContentHash, Domain, ModelManifest, NodeKey, SignedEnvelope};
+use protocol::{ContentHash, Domain, ModelId, ModelManifest, NodeKey, SignedEnvelope};
 
 use crate::support::{Imported, checkpoint, shipped_model};
 
@@ -80,14 +83,47 @@ fn no_parser_of_binary_input_panics() {
     });
     feed("envelope", envelope.as_bytes(), inputs(20_000), |bytes| drop(SignedEnvelope::open(Domain::Manifest, bytes.to_vec())));
     let listing = Listing { models: vec![("one".into(), manifest.id()), ("two".into(), manifest.id())] };
+    let holding = Holding { name: "one".into(), model: manifest.id(), experts: 3, of: 4 };
+    let status = Status {
+        version: "0.1.0".into(),
+        threads: 2,
+        memory_bytes: 1,
+        stored_bytes: 2,
+        room_bytes: 3,
+        executes: true,
+        holdings: vec![holding],
+    };
+    feed("status", &status.to_bytes(), inputs(50_000), |bytes| drop(Status::from_bytes(bytes)));
     feed("listing", &protocol::codec::to_bytes(&listing), inputs(50_000), |bytes| drop(Listing::from_bytes(bytes)));
-    let request = Request { subject: Subject::Blob(ContentHash::of(b"x")), offset: 5, length: 100 };
+    let request = Request { subject: Subject::Manifest(ModelId(ContentHash::of(b"x"))), offset: 5, length: 100 };
     feed("request", &request.to_bytes(), inputs(100_000), |bytes| {
         let _ = bytes.first_chunk().map(Request::from_bytes);
     });
     feed("answer", &Answer::Bytes { total: 10, length: 5 }.to_bytes(), inputs(100_000), |bytes| {
         let _ = bytes.first_chunk().map(Answer::from_bytes);
     });
+    let (id, blob) = (7, ContentHash::of(b"x"));
+    let asked = ToProvider::Group { id, urgency: Urgency::Soon, blob, group: 3 };
+    feed("exchange request", &asked.to_bytes(), inputs(100_000), |bytes| {
+        let Some((head, body)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return };
+        if let Ok(read) = Head::of_request(head).and_then(|head| ToProvider::from_body(head, &body[..body.len().min(head.length as usize)]))
+        {
+            assert!(bytes.starts_with(&read.to_bytes()), "canonical");
+        }
+    });
+    let answers: [FromProvider<Vec<u8>>; 4] = [
+        FromProvider::Have { id, bits: Bitfield::new(100) },
+        FromProvider::Update { id, changes: vec![(5, true); CHANGES_MAX] },
+        FromProvider::Hashes { id, hashes: vec![[1; 32]; 3] },
+        FromProvider::Group { id, bytes: vec![1; 100] },
+    ];
+    for answer in answers {
+        feed("exchange answer", &answer.to_bytes(), inputs(25_000), |bytes| {
+            let Some((head, body)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return };
+            let body = |head: Head| body[..body.len().min(head.length as usize)].to_vec();
+            drop(Head::of_answer(head).map(|head| FromProvider::from_body(head, body(head))));
+        });
+    }
     let shape = manifest.config.expert_shape(manifest.expert_precision);
     feed("expert", &[&shape.header()[..], &[0; 100]].concat(), inputs(100_000), |bytes| drop(ExpertShape::of_blob(bytes)));
 }

@@ -1,4 +1,4 @@
-//! Peers that lie: one speaks the fetch protocol, has the manifest and the trunk, and does something wrong about experts; another
+//! Peers that lie: one speaks the protocols, has the manifest and the trunk, and does something wrong about experts; another
 //! says that it has a model and has nothing.
 
 use std::collections::HashSet;
@@ -7,8 +7,11 @@ use std::path::{Path, PathBuf};
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
 use libp2p::{Stream, StreamProtocol, identify, kad, noise, tcp, yamux};
+use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head, Kind};
+use protocol::exchange::{Bitfield, FromProvider, ToProvider};
+use protocol::group_hashes::{GROUP_BYTES, group_length, group_offset};
 use protocol::message::{Answer, FETCH_PROTOCOL, REQUEST_BYTES, Request, STREAM_ACK, Subject};
-use protocol::{ContentHash, ModelId, ModelManifest};
+use protocol::{ContentHash, GroupHashes, ModelId, ModelManifest};
 
 /// What it does when asked for an expert.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -27,6 +30,12 @@ pub(crate) enum Lie {
     Silence,
     /// Hangs up.
     HangUp,
+    /// Sends what nobody asked for.
+    Unsolicited,
+    /// Says that it has all, and has none.
+    HasAll,
+    /// Hashes of groups that are not those of the blob, whichever it is.
+    ForgedHashes,
     /// The manifest itself is changed.
     ForgedManifest,
 }
@@ -43,6 +52,7 @@ pub(crate) struct Liar {
 struct Truth {
     dir: PathBuf,
     experts: HashSet<ContentHash>,
+    blob_count: u32,
     lie: Lie,
 }
 
@@ -53,7 +63,8 @@ impl Liar {
         let id: ModelId = id.parse().expect("an id");
         let (manifest, _) = ModelManifest::open(id, envelope).expect("a valid manifest");
         let experts = manifest.experts.iter().map(|blob| blob.hash).collect();
-        let truth = Truth { dir: dir.to_owned(), experts, lie };
+        let blob_count = manifest.blobs().count() as u32;
+        let truth = Truth { dir: dir.to_owned(), experts, blob_count, lie };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let (address, peer) = runtime.block_on(listen(truth));
         Self { address, peer, _runtime: runtime }
@@ -71,7 +82,8 @@ async fn listen(truth: Truth) -> (String, String) {
         .build();
     swarm.listen_on("/ip4/127.0.0.1/tcp/0".parse().expect("an address")).expect("it listens");
     let peer = swarm.local_peer_id().to_string();
-    let mut incoming = swarm.behaviour().new_control().accept(StreamProtocol::new(FETCH_PROTOCOL)).expect("accepted once");
+    let accept = |protocol| swarm.behaviour().new_control().accept(StreamProtocol::new(protocol)).expect("accepted once");
+    let (mut fetches, mut exchanges) = (accept(FETCH_PROTOCOL), accept(EXCHANGE_PROTOCOL));
     let address = loop {
         if let SwarmEvent::NewListenAddr { address, .. } = swarm.select_next_some().await {
             break address;
@@ -79,13 +91,18 @@ async fn listen(truth: Truth) -> (String, String) {
     };
     tokio::spawn(async move { while swarm.next().await.is_some() {} });
     tokio::spawn(async move {
-        while let Some((_, stream)) = incoming.next().await {
-            tokio::spawn(serve(truth.clone(), stream));
+        loop {
+            tokio::select! {
+                Some((_, stream)) = fetches.next() => drop(tokio::spawn(serve(truth.clone(), stream))),
+                Some((_, stream)) = exchanges.next() => drop(tokio::spawn(exchange(truth.clone(), stream))),
+                else => return,
+            }
         }
     });
     (format!("{address}/p2p/{peer}"), peer)
 }
 
+/// Serves manifests and listings.
 async fn serve(truth: Truth, mut stream: Stream) -> std::io::Result<()> {
     stream.write_all(&[STREAM_ACK]).await?;
     stream.flush().await?;
@@ -93,53 +110,91 @@ async fn serve(truth: Truth, mut stream: Stream) -> std::io::Result<()> {
     loop {
         stream.read_exact(&mut request).await?;
         let request = Request::from_bytes(&request).map_err(std::io::Error::other)?;
-        if !answer(&truth, request, &mut stream).await? {
-            return Ok(());
+        let mut whole = match request.subject {
+            Subject::Manifest(id) => std::fs::read(truth.dir.join("manifests").join(id.to_string()))?,
+            Subject::Listing => protocol::codec::to_bytes(&protocol::message::Listing::default()),
+            Subject::Status => Vec::new(),
+        };
+        if truth.lie == Lie::ForgedManifest && matches!(request.subject, Subject::Manifest(_)) {
+            *whole.last_mut().expect("a manifest has bytes") ^= 1;
         }
+        let from = (request.offset as usize).min(whole.len());
+        let part = &whole[from..(from + request.length as usize).min(whole.len())];
+        let head = Answer::Bytes { total: whole.len() as u64, length: part.len() as u32 };
+        stream.write_all(&head.to_bytes()).await?;
+        stream.write_all(part).await?;
         stream.flush().await?;
     }
 }
 
-/// Answers one request; says whether to go on.
-async fn answer(truth: &Truth, request: Request, stream: &mut Stream) -> std::io::Result<bool> {
-    let mut whole = match request.subject {
-        Subject::Manifest(id) => std::fs::read(truth.dir.join("manifests").join(id.to_string()))?,
-        Subject::Blob(hash) => blob(truth, hash)?,
-        Subject::Listing => protocol::codec::to_bytes(&protocol::message::Listing::default()),
-    };
-    let expert = matches!(request.subject, Subject::Blob(hash) if truth.experts.contains(&hash));
-    let manifest = matches!(request.subject, Subject::Manifest(_));
-    match truth.lie {
-        Lie::FlippedBit if expert => whole[100] ^= 4,
-        Lie::ForgedManifest if manifest => *whole.last_mut().expect("a manifest has bytes") ^= 1,
-        Lie::WrongLength if expert => whole.push(0),
-        Lie::HugeLength if expert => {
-            let head = Answer::Bytes { total: u64::MAX, length: 1 };
-            stream.write_all(&head.to_bytes()).await?;
-            stream.write_all(&[0]).await?;
-            return Ok(true);
-        }
-        Lie::AnotherExpert if expert => {
-            let other = truth.experts.iter().find(|&&other| request.subject != Subject::Blob(other)).expect("there are several");
-            whole = blob(truth, *other)?;
-        }
-        Lie::Garbage if expert => {
-            stream.write_all(&[0xff; 5000]).await?;
-            return Ok(true);
-        }
-        Lie::Silence if expert => return Ok(true),
-        Lie::HangUp if expert => return Ok(false),
-        _ => {}
+/// Serves blobs, group by group.
+async fn exchange(truth: Truth, mut stream: Stream) -> std::io::Result<()> {
+    stream.write_all(&FromProvider::<Vec<u8>>::Hello { requests_max: 100 }.to_bytes()).await?;
+    stream.flush().await?;
+    loop {
+        let mut head = [0; HEAD_BYTES];
+        stream.read_exact(&mut head).await?;
+        let head = Head::of_request(&head).map_err(std::io::Error::other)?;
+        let mut body = vec![0; head.length as usize];
+        stream.read_exact(&mut body).await?;
+        let Some(answer) = answer(&truth, ToProvider::from_body(head, &body).map_err(std::io::Error::other)?)? else { return Ok(()) };
+        stream.write_all(&answer).await?;
+        stream.flush().await?;
     }
-    let from = (request.offset as usize).min(whole.len());
-    let part = &whole[from..(from + request.length as usize).min(whole.len())];
-    let head = Answer::Bytes { total: whole.len() as u64, length: part.len() as u32 };
-    stream.write_all(&head.to_bytes()).await?;
-    stream.write_all(part).await?;
-    Ok(true)
 }
 
-fn blob(truth: &Truth, hash: ContentHash) -> std::io::Result<Vec<u8>> {
+/// The bytes that answer one request; nothing when it is time to hang up.
+fn answer(truth: &Truth, request: ToProvider) -> std::io::Result<Option<Vec<u8>>> {
+    let honest = match request {
+        ToProvider::Cancel { .. } => return Ok(Some(Vec::new())),
+        ToProvider::Follow { id, .. } => {
+            let mut bits = Bitfield::new(truth.blob_count);
+            (0..truth.blob_count).for_each(|index| bits.set(index, true));
+            FromProvider::Have { id, bits }
+        }
+        ToProvider::Hashes { id, blob } => {
+            let mut hashes = GroupHashes::of(&read(truth, blob)?).hashes().to_vec();
+            if truth.lie == Lie::ForgedHashes {
+                hashes[0][0] ^= 1;
+            }
+            FromProvider::Hashes { id, hashes }
+        }
+        ToProvider::Group { id, blob, group, .. } if truth.experts.contains(&blob) => {
+            return lie(truth, id, blob, group);
+        }
+        ToProvider::Group { id, blob, group, .. } => FromProvider::Group { id, bytes: part(&read(truth, blob)?, group) },
+    };
+    Ok(Some(honest.to_bytes()))
+}
+
+/// What is said about an expert.
+fn lie(truth: &Truth, id: u32, blob: ContentHash, group: u32) -> std::io::Result<Option<Vec<u8>>> {
+    let whole = read(truth, blob)?;
+    let mut bytes = part(&whole, group);
+    match truth.lie {
+        Lie::FlippedBit => bytes[100] ^= 4,
+        Lie::WrongLength => bytes.push(0),
+        Lie::HugeLength => return Ok(Some(Head { kind: Kind::Group, id, length: u32::MAX }.to_bytes().to_vec())),
+        Lie::AnotherExpert => {
+            let other = truth.experts.iter().find(|&&other| other != blob).expect("there are several");
+            bytes = part(&read(truth, *other)?, group);
+        }
+        Lie::Garbage => return Ok(Some(vec![0xff; 5000])),
+        Lie::Unsolicited => return Ok(Some(FromProvider::Group { id: id + 1000, bytes }.to_bytes())),
+        Lie::HasAll => return Ok(Some(FromProvider::<Vec<u8>>::NotHave { id }.to_bytes())),
+        Lie::Silence => return Ok(Some(Vec::new())),
+        Lie::HangUp => return Ok(None),
+        Lie::ForgedHashes | Lie::ForgedManifest => {}
+    }
+    Ok(Some(FromProvider::Group { id, bytes }.to_bytes()))
+}
+
+fn part(whole: &[u8], group: u32) -> Vec<u8> {
+    assert!(u64::from(group) * GROUP_BYTES <= whole.len() as u64, "asked for group {group} of {} bytes", whole.len());
+    whole[group_offset(group) as usize..][..group_length(whole.len() as u64, group) as usize].to_vec()
+}
+
+fn read(truth: &Truth, hash: ContentHash) -> std::io::Result<Vec<u8>> {
     let hex = hash.to_hex();
     std::fs::read(truth.dir.join("store/blobs").join(&hex[..2]).join(hex))
 }

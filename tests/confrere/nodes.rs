@@ -3,14 +3,13 @@
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
 use crate::binary::{Node, ended, signal, text, wait};
 use crate::hostile::{Liar, Lie};
+use crate::slow_link::SlowLink;
 use crate::support::{checkpoint, shipped_model};
 
 const PROMPT: &str = "[5, 60, 200, 7]";
@@ -122,6 +121,8 @@ fn every_liar_is_dropped_and_the_bytes_come_from_another() {
         Lie::HugeLength,
         Lie::AnotherExpert,
         Lie::Garbage,
+        Lie::Unsolicited,
+        Lie::HasAll,
         Lie::HangUp,
         Lie::Silence,
         Lie::ForgedManifest,
@@ -130,8 +131,8 @@ fn every_liar_is_dropped_and_the_bytes_come_from_another() {
         let b = Node::new();
         b.trust(&a);
         let only = b.run(&greedy(&id, &["--peer", &liar.address, "--timeout", "3"]));
-        // A wrong byte is proof; silence and hanging up are only failures.
-        let code = if matches!(lie, Lie::Garbage | Lie::HangUp | Lie::Silence) { 4 } else { 5 };
+        // A wrong byte is proof; silence, hanging up and not having it are only failures.
+        let code = if matches!(lie, Lie::HasAll | Lie::HangUp | Lie::Silence) { 4 } else { 5 };
         assert_eq!(only.code, Some(code), "{lie:?}: {}", only.err);
         assert!(code == 4 || only.err.contains(&format!("{} was dropped", liar.peer)), "{lie:?}: {}", only.err);
         let serving = a.serve();
@@ -182,11 +183,19 @@ fn serve_answers_health_and_stops_when_told() {
     let api = format!("127.0.0.1:{port}");
     let serving = a.serve_with(&["--listen", "127.0.0.1:0", "--api", &api]);
     assert!(serving.address.contains("/tcp/"), "TCP comes first: {}", serving.address);
-    let mut stream = TcpStream::connect(&api).expect("it listens");
-    stream.write_all(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n").expect("written");
-    let mut answer = String::new();
-    stream.read_to_string(&mut answer).expect("readable");
+    let get = |path: &str, host: &str| {
+        let mut stream = TcpStream::connect(&api).expect("it listens");
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("written");
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).expect("readable");
+        answer
+    };
+    let answer = get("/health", "localhost");
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("{\"status\":\"ok\"}"), "{answer}");
+    let answer = get("/api/peers", &api);
+    assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("[]"), "{answer}");
+    // A web page whose name was made to point here.
+    assert!(get("/api/peers", "evil.example").starts_with("HTTP/1.1 403"));
     assert_eq!(serving.stop(), Some(0));
 }
 
@@ -240,69 +249,6 @@ fn experts_beyond_the_disk_quota_are_used_and_not_kept() {
     assert_eq!(trunkless.run(&greedy(&id, &["--peer", &serving.address, "--disk", "100kB"])).code, Some(6));
 }
 
-/// A link of limited rate that can be cut, and counts what came through.
-struct SlowLink {
-    address: String,
-    cut: Arc<AtomicBool>,
-    passed: Arc<AtomicU64>,
-}
-
-impl SlowLink {
-    /// Forwards to `target` at about `bytes_per_second`.
-    fn to(target: &str, peer: &str, bytes_per_second: u64) -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-        let port = listener.local_addr().expect("an address").port();
-        let (cut, passed) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let link = Self { address: format!("/ip4/127.0.0.1/tcp/{port}/p2p/{peer}"), cut: Arc::clone(&cut), passed: Arc::clone(&passed) };
-        let target = target.to_owned();
-        std::thread::spawn(move || {
-            for inward in listener.incoming().flatten() {
-                if cut.load(Ordering::Relaxed) {
-                    continue;
-                }
-                let Ok(outward) = TcpStream::connect(&target) else { continue };
-                let both = |stream: &TcpStream| stream.try_clone().expect("sockets can be cloned");
-                let (cut, passed) = (Arc::clone(&cut), Arc::clone(&passed));
-                let (a, b, stop) = (both(&inward), both(&outward), Arc::clone(&cut));
-                std::thread::spawn(move || forward(a, b, u64::MAX, &stop, &AtomicU64::new(0)));
-                std::thread::spawn(move || forward(outward, inward, bytes_per_second, &cut, &passed));
-            }
-        });
-        link
-    }
-}
-
-fn forward(mut from: TcpStream, mut to: TcpStream, bytes_per_second: u64, cut: &AtomicBool, passed: &AtomicU64) {
-    let mut buffer = [0; 4096];
-    let _ = from.set_read_timeout(Some(Duration::from_millis(50)));
-    while !cut.load(Ordering::Relaxed) {
-        match from.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(n) => {
-                if to.write_all(&buffer[..n]).is_err() {
-                    break;
-                }
-                passed.fetch_add(n as u64, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_secs_f64(n as f64 / bytes_per_second as f64));
-            }
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
-            Err(_) => break,
-        }
-    }
-    let _ = (from.shutdown(std::net::Shutdown::Both), to.shutdown(std::net::Shutdown::Both));
-}
-
-/// Waits until `bytes` have passed, well before the 1.8 MB of the model.
-fn wait_for(link: &SlowLink, bytes: u64) {
-    for _ in 0..10_000 {
-        if link.passed.load(Ordering::Relaxed) >= bytes {
-            return;
-        }
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    panic!("nothing comes through the slow link");
-}
-
 #[test]
 fn a_provider_killed_in_the_middle_is_replaced_by_another() {
     let (a, id) = Node::with("tiny-qwen3-moe");
@@ -313,14 +259,14 @@ fn a_provider_killed_in_the_middle_is_replaced_by_another() {
     assert_eq!(second.run(&["pull", &id, "--peer", &first.address]).code, Some(0));
     let other = second.serve();
     for bytes in [100_000, 700_000, 1_000_000] {
-        let slow = |serving: &crate::binary::Serving| SlowLink::to(&serving.socket().0, &serving.socket().1, 1_000_000);
+        let slow = |serving: &crate::binary::Serving| SlowLink::to(serving, 1_000_000);
         let (one, two) = (slow(&first), slow(&other));
         let b = Node::new();
         b.trust(&a);
         let child = b.command(&greedy(&id, &["--json", "--peer", &one.address, "--peer", &two.address]));
         let child = { child }.stdout(Stdio::piped()).spawn().expect("it starts");
-        wait_for(&one, bytes / 2);
-        one.cut.store(true, Ordering::Relaxed);
+        SlowLink::wait_for_all(&[&one, &two], bytes);
+        one.cut();
         first.kill();
         let output = child.wait_with_output().expect("it ends");
         let answer: Value = serde_json::from_slice(&output.stdout).expect("JSON");
@@ -334,13 +280,13 @@ fn the_only_provider_killed_in_the_middle_is_a_clear_error_and_the_next_run_goes
     let (a, id) = Node::with("tiny-qwen3-moe");
     let alone = a.json(&greedy("m", &[]));
     let mut serving = a.serve();
-    let link = SlowLink::to(&serving.socket().0, &serving.socket().1, 1_000_000);
+    let link = SlowLink::to(&serving, 1_000_000);
     let b = Node::new();
     b.trust(&a);
     let mut child = b.command(&greedy(&id, &["--json", "--timeout", "3", "--peer", &link.address]));
     let child = child.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
-    wait_for(&link, 1_000_000);
-    link.cut.store(true, Ordering::Relaxed);
+    link.wait_for(1_000_000);
+    link.cut();
     serving.kill();
     let output = child.wait_with_output().expect("it ends");
     let error = String::from_utf8_lossy(&output.stderr);
@@ -358,12 +304,12 @@ fn the_only_provider_killed_in_the_middle_is_a_clear_error_and_the_next_run_goes
 fn ctrl_c_exits_130_and_loses_nothing() {
     let (a, id) = Node::with("tiny-qwen3-moe");
     let serving = a.serve();
-    let link = SlowLink::to(&serving.socket().0, &serving.socket().1, 1_000_000);
+    let link = SlowLink::to(&serving, 1_000_000);
     let b = Node::new();
     b.trust(&a);
     let mut child =
         b.command(&greedy(&id, &["--peer", &link.address])).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("it starts");
-    wait_for(&link, 1_200_000);
+    link.wait_for(1_200_000);
     signal(&child, "INT");
     assert_eq!(wait(&mut child).expect("it stops"), Some(130));
     assert!(b.experts().0 > 0, "what had come was lost");

@@ -4,7 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use clap::Args;
@@ -15,7 +15,7 @@ use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
-use super::Context;
+use super::{Context, parse_size};
 use crate::data_dir::DataDir;
 use crate::failure::{Failure, Kind};
 use crate::federation::{network_memory, process_bytes, remember};
@@ -24,9 +24,11 @@ use crate::net::allowed::{Allowed, AllowedPeers};
 use crate::net::executor::{self, ExecutorOptions};
 use crate::net::group::GroupKey;
 use crate::net::provider::{self, Provider};
+use crate::net::status::OwnStatus;
 use crate::net::swarm::{Network, NetworkOptions, Peers, Relay, Role};
 use crate::net::{Multiaddr, random};
 use crate::output::{announce, note};
+use crate::peer_book::Learned;
 
 /// Where a node listens unless told otherwise.
 const DEFAULT_PORT: u16 = 4747;
@@ -53,6 +55,9 @@ pub(super) struct ServeArgs {
     /// Threads that run experts for peers [default: all cores]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "CONFRERE_THREADS")]
     threads: Option<u16>,
+    /// Send no more than this a second [default: as much as the line takes]
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, env = "CONFRERE_UPLOAD")]
+    upload: Option<u64>,
     /// Stop when standard input closes: for a program that starts a node and must not leave it behind
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
@@ -97,21 +102,25 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
                 relay: if args.relay { Relay::Yes } else { Relay::No },
             },
         })?;
-        provider::start(Provider::new(Arc::clone(&open.store), manifests, listing), &network)?;
         let works_for = AllowedPeers::new(&args.execute_for);
-        if !works_for.is_empty() {
-            let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
-            let options = ExecutorOptions {
-                key: open.dir.key()?,
-                works_for,
-                threads,
-                kernels: Kernels::best(),
-                bytes_max: context.memory_max.saturating_sub(process_bytes()),
-            };
+        let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
+        let executes = !works_for.is_empty();
+        let memory_bytes = if executes { context.memory_max.saturating_sub(process_bytes()) } else { 0 };
+        let own_status = OwnStatus {
+            store: Arc::clone(&open.store),
+            models: models.clone(),
+            works_for: works_for.clone(),
+            threads: threads as u16,
+            memory_bytes,
+            counted: Mutex::default(),
+        };
+        provider::start(Provider::new(manifests, listing, own_status), &network, args.upload)?;
+        if executes {
+            let options = ExecutorOptions { key: open.dir.key()?, works_for, threads, kernels: Kernels::best(), bytes_max: memory_bytes };
             executor::start(Arc::clone(&open.store), options, &network)?;
         }
         let api = match args.api {
-            Some(address) => Some(crate::api::serve(address).await?),
+            Some(address) => Some(crate::api::serve(address, network.clone()).await?),
             None => None,
         };
         let addresses = wait_for_addresses(&network).await?;
@@ -164,8 +173,8 @@ async fn keep_notes(network: &Network, dir: &DataDir, group: Option<&str>) -> st
 
 /// Hosts that were called and that serve are worth calling again.
 fn take_note(peers: &Peers, dir: &DataDir, group: Option<&str>) {
-    let hosts = peers.met.iter().filter(|(_, met)| met.serves).map(|(peer, _)| *peer).collect();
-    if let Err(failure) = remember(dir, group, peers, &BTreeSet::new(), &hosts) {
+    let promising = peers.met.iter().filter(|(_, met)| met.serves).map(|(peer, _)| *peer).collect();
+    if let Err(failure) = remember(dir, group, peers, &Learned { promising, ..Learned::default() }) {
         warn!(%failure, "peers are not remembered");
     }
 }

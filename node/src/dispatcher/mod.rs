@@ -5,6 +5,7 @@
 
 mod auditor;
 mod choice;
+mod mover;
 mod remote;
 mod report;
 mod saver;
@@ -26,6 +27,7 @@ use tokio::task::JoinHandle;
 
 use self::auditor::{Auditor, AuditorParts};
 use self::choice::{Cost, Way, Ways};
+use self::mover::Mover;
 use self::remote::{Came, Lateness, LayerRows, Remote};
 pub(crate) use self::report::{RemoteReport, SharedReport};
 use self::saver::Saver;
@@ -167,6 +169,7 @@ impl Dispatcher {
         let runs = shape.precision.is_packed() && !remote.execute_at.is_empty();
         let remote = peers.as_ref().filter(|_| runs).map(|peers| {
             let DispatcherPeers { fetcher, network, runtime } = peers.clone();
+            let mover = Mover::start(Arc::clone(&store), Arc::clone(&fetcher), &runtime, report.clone());
             let parts = AuditorParts {
                 store: Arc::clone(&store),
                 network: network.clone(),
@@ -177,7 +180,7 @@ impl Dispatcher {
                 kernels,
                 evidence,
             };
-            Remote::new(network, runtime, remote.execute_at, report.clone(), Auditor::start(parts), happening.clone())
+            Remote::new(network, runtime, remote.execute_at, report.clone(), (Auditor::start(parts), mover), happening.clone())
         });
         let saver = Saver::start(Arc::clone(&store));
         Self {

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use super::Event;
 use super::auditor::{Audit, Auditor};
 use super::choice::Cost;
+use super::mover::Mover;
 use super::report::SharedReport;
 use crate::clock::instant;
 use crate::net::PeerId;
@@ -72,6 +73,7 @@ pub(super) struct Remote {
     allowed: AllowedPeers,
     report: SharedReport,
     auditor: Auditor,
+    mover: Mover,
     happening: std_mpsc::SyncSender<(u64, Event)>,
     links: BTreeMap<PeerId, mpsc::Sender<Order>>,
     peers: BTreeMap<PeerId, Standing>,
@@ -135,7 +137,7 @@ impl Remote {
         runtime: Handle,
         allowed: AllowedPeers,
         report: SharedReport,
-        auditor: Auditor,
+        (auditor, mover): (Auditor, Mover),
         happening: std_mpsc::SyncSender<(u64, Event)>,
     ) -> Self {
         Self {
@@ -144,6 +146,7 @@ impl Remote {
             allowed,
             report,
             auditor,
+            mover,
             happening,
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
@@ -341,6 +344,7 @@ impl Remote {
     /// Notes that a result is used: whatever way it came, it passes here, where its audit is decided by chance.
     pub(super) fn used(&mut self, number: u64, task: usize, bytes: Vec<u8>) {
         let Some(flight) = self.flights.get_mut(&number) else { return };
+        self.mover.ran(flight.slots[task].1);
         let random = self.secret.hash_one((number, task, u64::MAX));
         if self.report.lock().book.use_result(flight.peer, random) {
             flight.audits.push((task, bytes));

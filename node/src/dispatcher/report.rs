@@ -26,6 +26,9 @@ pub(crate) struct RemoteReport {
     pub(crate) broken: u64,
     /// Results that were to be audited and were not, because too many waited.
     pub(crate) audits_skipped: u64,
+    /// Experts that were fetched because they ran at peers often, and their bytes.
+    pub(crate) moved_in: u64,
+    pub(crate) bytes_moved_in: u64,
     /// Peers that are no longer asked, with what they did.
     pub(crate) dropped: BTreeMap<PeerId, String>,
 }
@@ -39,6 +42,8 @@ impl SharedReport {
             hedged: 0,
             broken: 0,
             audits_skipped: 0,
+            moved_in: 0,
+            bytes_moved_in: 0,
             dropped: BTreeMap::new(),
         })))
     }
@@ -66,7 +71,7 @@ impl RemoteReport {
             })
             .collect();
         let dropped: Vec<_> = self.dropped.iter().map(|(peer, why)| json!({"peer": peer.to_string(), "why": why})).collect();
-        json!({"requests": self.requests, "hedged": self.hedged, "broken": self.broken, "audits_skipped": self.audits_skipped, "peers": peers, "dropped": dropped})
+        json!({"requests": self.requests, "hedged": self.hedged, "broken": self.broken, "audits_skipped": self.audits_skipped, "moved_in": self.moved_in, "bytes_moved_in": self.bytes_moved_in, "peers": peers, "dropped": dropped})
     }
 
     /// For people; nothing when no peer ran anything.

@@ -1,39 +1,73 @@
-//! Gets manifests and blobs from whichever peers have them: spreads the work, goes elsewhere when one fails, drops liars.
+//! Gets blobs from whichever peers have them: drives `protocol::exchange` with links, threads and a clock.
+//!
+//! What is asked of whom is decided there. Here is what is wanted, where it goes, when to give up, and who was dropped.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
 use libp2p::PeerId;
+use protocol::exchange::{Action, Downloads, Event, Urgency};
+use protocol::group_hashes::group_count;
 use protocol::message::Subject;
-use tokio::sync::mpsc;
+use protocol::{BlobRef, ContentHash, ModelManifest};
+use store::{BlobStore, PartialBlob, PutOutcome, StoreError};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
+use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
-use crate::net::link::{self, Finished, JOBS_MAX, Job, Outcome, VERIFY_BYTES_PER_SECOND_MIN, Wanted};
+use crate::net::ask::{self, Answered};
+use crate::net::assembly::{Assembly, Done, Sink, WORK_MAX, Work, start_verifiers};
+use crate::net::link::{Heard, Link, What};
 use crate::net::swarm::Network;
 
-const FINISHED_MAX: usize = 16;
-const TICK: Duration = Duration::from_millis(100);
+const HEARD_MAX: usize = 16;
+const PREPARED_MAX: usize = 64;
+const FINISHED_MAX: usize = 64;
+/// Blobs that are made durable at the same time.
+const FINISHING_MAX: usize = 4;
+/// Blobs that wait for whoever asked for them.
+const READY_MAX: usize = 4;
+/// Memory for what had come when fetches were broken off.
+const KEPT_BYTES_MAX: usize = 64 << 20;
+const TICK: Duration = Duration::from_millis(protocol::exchange::events::TICK_MS);
+/// A blob's arrival that was broken off a moment ago has this long to come to its end.
+const ARRIVING_PAUSE: Duration = Duration::from_millis(20);
+const ARRIVING_ATTEMPTS: u32 = 100;
 /// How long to look for another publisher's signature when one is not trusted.
 const SECOND_OPINION: Duration = Duration::from_secs(2);
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
-/// After so many broken streams, a thing is no longer asked of the peer whose streams they were.
+/// After so many broken streams in a row, a peer is not counted on any more.
 const BREAKS_MAX: u32 = 8;
+/// A provider verifies a large blob at this speed or faster before it sends the first byte.
+const VERIFY_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
+/// Of no blob that is wanted.
+const NO_SERIAL: u64 = 0;
 /// Names listed in an error; the others are counted.
 const NAMES_SHOWN_MAX: usize = 8;
+
+/// What to fetch.
+#[derive(Clone, Debug)]
+pub(crate) enum Wanted {
+    /// A blob that fits into memory, and for which somebody waits.
+    Blob(BlobRef),
+    /// A blob that goes straight to the store.
+    StoredBlob(BlobRef, Arc<Sink>),
+}
 
 /// A thing that came, and from whom.
 #[derive(Debug)]
 pub(crate) struct Fetched {
     /// Which of those asked for.
     pub(crate) index: usize,
-    /// Its bytes, verified if it has a hash; empty when they went to the store.
+    /// Its bytes, verified; empty when they went to the store.
     pub(crate) bytes: Vec<u8>,
+    /// Who sent the last of it.
     pub(crate) peer: PeerId,
 }
 
@@ -44,15 +78,30 @@ pub(crate) struct Want {
     pub(crate) name: String,
 }
 
+/// How fast peers have sent, in bytes a second, as last seen; shared with the address book.
+pub(crate) type Rates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
+
 /// Fetches from the peers of one network.
 pub(crate) struct Fetcher {
     network: Network,
     timeout: Duration,
-    links: BTreeMap<PeerId, mpsc::Sender<Job>>,
-    received: Arc<AtomicU64>, // bytes from all peers, as they come
+    machine: Downloads<PeerId, Vec<u8>>,
+    began: Instant,
+    links: BTreeMap<PeerId, Link>,
+    next_link: u64,
+    heard: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
+    work: std_mpsc::SyncSender<Work>,
+    done: mpsc::Receiver<Done>,
+    prepared: (mpsc::Sender<Prepared>, mpsc::Receiver<Prepared>),
     finished: (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
-    next_number: u64,
-    /// Peers whose streams broke since they last brought something: asked when no other can help, and after a pause.
+    finishing: Arc<Semaphore>,
+    assemblies: HashMap<ContentHash, Arc<Assembly>>,
+    /// What had come when a fetch was broken off; the oldest goes first.
+    kept: VecDeque<(ContentHash, Arc<Assembly>)>,
+    arrived: Arc<AtomicU64>, // bytes of blobs from all peers, as they come
+    rates: Rates,
+    round: u64,
+    /// Peers whose streams broke since they last brought something: asked after a pause.
     unsteady: HashMap<PeerId, Unsteady>,
     liars: BTreeMap<PeerId, String>,
 }
@@ -63,173 +112,427 @@ struct Unsteady {
     until: Instant,
 }
 
+/// Room for a blob in the store, or why there is none.
+struct Prepared {
+    round: u64,
+    hash: ContentHash,
+    room: Result<PartialBlob, StoreError>,
+}
+
+/// A blob that was made durable, or why not.
+struct Finished {
+    round: u64,
+    hash: ContentHash,
+    outcome: Result<PutOutcome, StoreError>,
+}
+
 /// The state of one call.
 struct Round {
     wants: Vec<Want>,
-    waiting: VecDeque<usize>,
-    running: HashMap<u64, (usize, PeerId)>,
-    refused: Vec<HashSet<PeerId>>,         // by want: who does not have it
-    breaks: HashMap<(usize, PeerId), u32>, // by want and peer: streams that broke under it
-    left: usize,
+    by_hash: HashMap<ContentHash, Vec<usize>>,
+    senders: HashMap<ContentHash, PeerId>,
+    ready: VecDeque<Fetched>,
+    left: usize, // blobs
     last_progress: Instant,
-    patience: Duration,
-    received: u64,
+    arrived: u64,
     last_break: Option<String>,
 }
 
+enum Next {
+    Tick,
+    Done(Done),
+    Prepared(Prepared),
+    Finished(Finished),
+    Heard(Heard),
+    PeersChanged,
+    Taken,
+    NetworkEnded,
+}
+
+impl Wanted {
+    fn blob(&self) -> BlobRef {
+        match self {
+            Self::Blob(blob) | Self::StoredBlob(blob, _) => *blob,
+        }
+    }
+
+    fn urgency(&self) -> Urgency {
+        match self {
+            Self::Blob(_) => Urgency::Now,
+            Self::StoredBlob(..) => Urgency::Rest,
+        }
+    }
+}
+
 impl Fetcher {
-    /// A fetcher that gives up after `timeout` without progress.
-    pub(crate) fn new(network: Network, timeout: Duration) -> Self {
+    /// A fetcher that gives up after `timeout` without progress, and notes how fast peers are in `rates`.
+    pub(crate) fn new(network: Network, timeout: Duration, rates: Rates) -> Self {
+        let (done_sender, done) = mpsc::channel(WORK_MAX);
         Self {
             network,
             timeout,
+            machine: Downloads::new(now_ms()),
+            began: Instant::now(),
             links: BTreeMap::new(),
-            received: Arc::default(),
+            next_link: 0,
+            heard: mpsc::channel(HEARD_MAX),
+            work: start_verifiers(&done_sender),
+            done,
+            prepared: mpsc::channel(PREPARED_MAX),
             finished: mpsc::channel(FINISHED_MAX),
-            next_number: 0,
+            finishing: Arc::new(Semaphore::new(FINISHING_MAX)),
+            assemblies: HashMap::new(),
+            kept: VecDeque::new(),
+            arrived: Arc::default(),
+            rates,
+            round: 0,
             unsteady: HashMap::new(),
             liars: BTreeMap::new(),
         }
     }
 
-    /// Fetches everything in `wants` and sends each to `results` as it comes.
-    pub(crate) async fn fetch(&mut self, wants: Vec<Want>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
-        self.fetch_except(wants, &HashSet::new(), self.timeout, results).await
+    /// Learns of a model: from then on, peers say which of its blobs they have.
+    pub(crate) fn follow(&mut self, manifest: &ModelManifest) {
+        let blobs = manifest.blobs().map(|blob| blob.hash).collect();
+        let actions = self.machine.handle(self.machine_ms(), Event::Follow { model: manifest.id(), blobs });
+        for action in actions {
+            if let Action::Send { peer, message } = action
+                && let Some(link) = self.links.get(&peer)
+            {
+                let _ = link.say(message); // a link as full as that is about to end
+            }
+        }
     }
 
-    /// The same, without asking some peers, and with another patience.
-    async fn fetch_except(
-        &mut self,
-        wants: Vec<Want>,
-        except: &HashSet<PeerId>,
-        patience: Duration,
-        results: &mpsc::Sender<Fetched>,
-    ) -> Result<(), Failure> {
-        let now = Instant::now();
+    /// Fetches everything in `wants` and sends each to `results` as it comes.
+    pub(crate) async fn fetch(&mut self, wants: Vec<Want>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
+        self.abandon();
+        let mut by_hash: HashMap<_, Vec<_>> = HashMap::new();
+        for (index, want) in wants.iter().enumerate() {
+            let blob = want.wanted.blob();
+            if group_count(blob.length).is_none() {
+                return Err(Failure::new(Kind::Refused, format!("{} has {} bytes, more than is moved", want.name, blob.length)));
+            }
+            by_hash.entry(blob.hash).or_default().push(index);
+        }
         let mut round = Round {
-            waiting: (0..wants.len()).collect(),
-            refused: vec![except.clone(); wants.len()],
-            breaks: HashMap::new(),
-            left: wants.len(),
+            left: by_hash.len(),
+            by_hash,
+            senders: HashMap::new(),
+            ready: VecDeque::new(),
             wants,
-            running: HashMap::new(),
-            patience,
-            last_progress: now,
-            received: self.received(),
+            last_progress: Instant::now(),
+            arrived: self.arrived.load(Ordering::Relaxed),
             last_break: None,
         };
-        let result = self.rounds(&mut round, results).await;
-        // Jobs of a round that failed must not be taken for those of the next: their links go with them.
-        for (_, peer) in round.running.values() {
-            self.links.remove(peer);
-        }
+        let result = self.run(&mut round, results).await;
+        self.rates.lock().unwrap_or_else(PoisonError::into_inner).extend(self.machine.rates());
+        self.abandon();
         result
     }
 
-    async fn rounds(&mut self, round: &mut Round, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
-        let mut peers = self.network.peers.clone();
-        while round.left > 0 {
-            self.assign(round).await;
-            self.check_hope(round)?;
-            tokio::select! {
-                finished = self.finished.1.recv() => {
-                    let finished = finished.expect("we hold a sender");
-                    self.on_finished(round, finished, results).await?;
-                }
-                changed = peers.changed() => changed.map_err(|_| Failure::new(Kind::Other, "the network has ended"))?,
-                () = tokio::time::sleep(TICK) => {}
+    /// Gives up what is wanted, as after a fetch that nobody waits for any more; what had come is kept.
+    fn abandon(&mut self) {
+        self.round += 1;
+        for action in self.machine.handle(self.machine_ms(), Event::UnwantAll) {
+            if let Action::Send { peer, message } = action
+                && let Some(link) = self.links.get(&peer)
+            {
+                let _ = link.say(message); // what comes all the same is surplus
             }
-            let received = self.received();
-            if received != round.received {
-                (round.received, round.last_progress) = (received, Instant::now());
+        }
+        self.kept.extend(self.assemblies.drain().filter(|(_, assembly)| assembly.kept_bytes() > 0));
+        let mut bytes: usize = self.kept.iter().map(|(_, assembly)| assembly.kept_bytes()).sum();
+        while bytes > KEPT_BYTES_MAX {
+            let Some((_, oldest)) = self.kept.pop_front() else { break };
+            bytes -= oldest.kept_bytes();
+        }
+    }
+
+    async fn run(&mut self, round: &mut Round, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
+        self.mind_links(round)?;
+        let blobs: HashMap<_, _> = round.wants.iter().map(|want| (want.wanted.blob().hash, &want.wanted)).collect();
+        let blobs: Vec<_> = blobs.into_values().map(|wanted| (wanted.blob(), wanted.urgency())).collect();
+        for (blob, urgency) in blobs {
+            self.tell(round, Event::Want { blob, urgency })?;
+        }
+        let mut peers = self.network.peers.clone();
+        let mut next_tick = Instant::now();
+        while round.left > 0 || !round.ready.is_empty() {
+            // Whoever asked is slower than the network: nothing is read meanwhile.
+            let full = round.ready.len() >= READY_MAX;
+            let next = tokio::select! {
+                biased; // answers that are there count before deadlines; the clock comes first because it looks at both
+                () = tokio::time::sleep_until(next_tick) => Next::Tick,
+                room = results.reserve(), if !round.ready.is_empty() => {
+                    match (room, round.ready.pop_front()) {
+                        (Ok(room), Some(fetched)) => room.send(fetched),
+                        _ => round.ready.clear(), // nobody listens any more: the caller gave up
+                    }
+                    Next::Taken
+                }
+                Some(done) = self.done.recv(), if !full => Next::Done(done),
+                Some(finished) = self.finished.1.recv() => Next::Finished(finished),
+                Some(prepared) = self.prepared.1.recv() => Next::Prepared(prepared),
+                Some(heard) = self.heard.1.recv(), if !full => Next::Heard(heard),
+                changed = peers.changed() => if changed.is_ok() { Next::PeersChanged } else { Next::NetworkEnded },
+            };
+            match next {
+                Next::Tick => {
+                    next_tick = Instant::now() + TICK;
+                    self.on_tick(round)?;
+                }
+                Next::Taken => round.last_progress = Instant::now(), // a slow taker is not a silent peer
+                Next::Done(done) => self.on_done(round, done)?,
+                Next::Prepared(prepared) => self.on_prepared(round, prepared)?,
+                Next::Finished(Finished { round: number, hash, outcome }) if number == self.round => {
+                    outcome?;
+                    self.deliver(round, hash, Vec::new());
+                }
+                Next::Finished(_) => {}
+                Next::Heard(heard) => self.on_heard(round, heard)?,
+                Next::PeersChanged => self.mind_links(round)?,
+                Next::NetworkEnded => return Err(Failure::new(Kind::Other, "the network has ended")),
             }
         }
         Ok(())
     }
 
-    /// Gives waiting wants to the peers with the least to do.
-    async fn assign(&mut self, round: &mut Round) {
-        let connected = self.network.peers.borrow().connected.clone();
-        self.links.retain(|peer, jobs| connected.contains(peer) && !jobs.is_closed());
-        let now = Instant::now();
-        let ready = |peer: &&PeerId| !self.liars.contains_key(peer) && self.unsteady.get(peer).is_none_or(|unsteady| unsteady.until <= now);
-        for &peer in connected.iter().filter(ready) {
-            self.links.entry(peer).or_insert_with(|| {
-                let (jobs, queue) = mpsc::channel(JOBS_MAX);
-                link::start(peer, self.network.streams.clone(), queue, self.finished.0.clone(), Arc::clone(&self.received));
-                jobs
-            });
+    fn on_tick(&mut self, round: &mut Round) -> Result<(), Failure> {
+        self.mind_links(round)?;
+        let progress: Vec<_> = self.links.iter().map(|(peer, link)| (*peer, link.received())).collect();
+        for (peer, bytes) in progress {
+            self.tell(round, Event::Progress { peer, bytes })?;
         }
-        let mut load: BTreeMap<PeerId, usize> = self.links.keys().map(|&peer| (peer, 0)).collect();
-        round.running.values().for_each(|(_, peer)| *load.entry(*peer).or_default() += 1);
-        for _ in 0..round.waiting.len() {
-            let Some(index) = round.waiting.pop_front() else { break };
-            let able = load
-                .iter_mut()
-                .filter(|(peer, jobs)| self.links.contains_key(peer) && **jobs < JOBS_MAX && !round.refused[index].contains(peer));
-            let Some((&peer, jobs)) =
-                able.min_by_key(|(peer, jobs)| (self.unsteady.get(peer).map_or(0, |unsteady| unsteady.breaks), **jobs))
-            else {
-                round.waiting.push_back(index);
-                continue;
-            };
-            let number = self.next_number;
-            self.next_number += 1;
-            let job = Job { number, wanted: round.wants[index].wanted.clone() };
-            if self.links[&peer].send(job).await.is_ok() {
-                *jobs += 1;
-                round.running.insert(number, (index, peer));
-            } else {
-                round.waiting.push_back(index);
+        if round.ready.len() < READY_MAX {
+            self.tell(round, Event::Tick)?;
+        }
+        let arrived = self.arrived.load(Ordering::Relaxed);
+        if arrived != round.arrived {
+            (round.arrived, round.last_progress) = (arrived, Instant::now());
+        }
+        self.check_hope(round)
+    }
+
+    fn on_done(&mut self, round: &mut Round, done: Done) -> Result<(), Failure> {
+        let Done { peer, hash, serial, check, right } = done;
+        match right {
+            Ok(true) => {
+                self.unsteady.remove(&peer);
+                round.senders.insert(hash, peer);
+                self.tell(round, Event::Verified { peer, hash, serial, check })
+            }
+            Ok(false) => self.tell(round, Event::Wrong { peer, hash, serial, check }),
+            Err(error) => {
+                // Wanted no more, it is only counted as no longer on its way.
+                self.tell(round, Event::Unwant { hash })?;
+                self.tell(round, Event::Verified { peer, hash, serial, check })?;
+                if round.by_hash.contains_key(&hash) { Err(error.into()) } else { Ok(()) }
             }
         }
+    }
+
+    fn on_prepared(&mut self, round: &mut Round, prepared: Prepared) -> Result<(), Failure> {
+        if prepared.round != self.round {
+            return Ok(()); // dropped, it keeps what it has for whoever wants it now
+        }
+        let assembly = Assembly::Store(prepared.room?);
+        let (hashes, here) = assembly.here();
+        self.assemblies.insert(prepared.hash, Arc::new(assembly));
+        self.tell(round, Event::Prepared { hash: prepared.hash, hashes, here })
+    }
+
+    fn on_heard(&mut self, round: &mut Round, heard: Heard) -> Result<(), Failure> {
+        let Heard { peer, link: number, what } = heard;
+        let Some(link) = self.links.get(&peer).filter(|link| link.number == number) else { return Ok(()) };
+        match what {
+            What::Up(requests_max) => self.tell(round, Event::PeerUp { peer, requests_max }),
+            What::Said(message) => {
+                let bytes = link.received();
+                self.tell(round, Event::Progress { peer, bytes })?;
+                self.tell(round, Event::Received { peer, message })
+            }
+            What::Ended(reason) => {
+                debug!(%peer, reason, "stream broke");
+                round.last_break = Some(reason);
+                self.hang_up(peer);
+                self.tell(round, Event::PeerDown { peer })
+            }
+            What::Malformed(malformed) => {
+                self.note_liar(peer, format!("sent a {malformed}"));
+                self.tell(round, Event::PeerDown { peer })
+            }
+        }
+    }
+
+    /// Tells the machine something, and does all that it says, whatever fails.
+    fn tell(&mut self, round: &mut Round, event: Event<PeerId, Vec<u8>>) -> Result<(), Failure> {
+        let mut events = VecDeque::from([event]);
+        let mut result = Ok(());
+        while let Some(event) = events.pop_front() {
+            for action in self.machine.handle(self.machine_ms(), event) {
+                match action {
+                    Action::Send { peer, message } => {
+                        if self.links.get(&peer).is_some_and(|link| link.say(message).is_err()) {
+                            self.hang_up(peer);
+                            events.push_back(Event::PeerDown { peer });
+                        }
+                    }
+                    Action::Prepare { blob } => events.extend(self.prepare(round, blob)),
+                    Action::Listed { hashes } => {
+                        let set = self.assemblies.get(&hashes.blob().hash).map_or(Ok(()), |assembly| assembly.set_hashes(hashes));
+                        result = result.and(set.map_err(Failure::from));
+                    }
+                    Action::Verify { peer, hash, serial, check, bytes } => {
+                        let Some(assembly) = self.assemblies.get(&hash).cloned() else {
+                            events.push_back(Event::Verified { peer, hash, serial: NO_SERIAL, check });
+                            continue;
+                        };
+                        // There is room for all that can be on its way.
+                        if self.work.try_send(Work { assembly, peer, hash, serial, check, bytes }).is_err() {
+                            result = result.and(Err(Failure::new(Kind::Other, "the threads that verify have ended")));
+                        }
+                    }
+                    Action::Complete { hash } => self.complete(round, hash),
+                    Action::Blame { peer, fault } => {
+                        warn!(%peer, %fault, "dropped");
+                        self.note_liar(peer, fault.to_string());
+                    }
+                    Action::HangUp { peer } => {
+                        debug!(%peer, "is silent; its stream is given up");
+                        round.last_break = Some("it was silent".to_owned());
+                        self.hang_up(peer);
+                    }
+                }
+            }
+        }
+        result
+    }
+
+    fn hang_up(&mut self, peer: PeerId) {
+        self.links.remove(&peer);
+        self.pause(peer);
+    }
+
+    /// Makes room for a blob; says at once when there is.
+    fn prepare(&mut self, round: &Round, blob: BlobRef) -> Option<Event<PeerId, Vec<u8>>> {
+        let hash = blob.hash;
+        let index = *round.by_hash.get(&hash)?.first()?;
+        let sink = match &round.wants.get(index)?.wanted {
+            Wanted::StoredBlob(_, sink) => Arc::clone(&sink.0),
+            Wanted::Blob(_) => {
+                let kept = self.kept.iter().position(|(kept, _)| *kept == hash).and_then(|at| self.kept.remove(at));
+                let assembly = kept.map_or_else(|| Arc::new(Assembly::in_memory(blob)), |(_, assembly)| assembly);
+                let (hashes, here) = assembly.here();
+                self.assemblies.insert(hash, assembly);
+                return Some(Event::Prepared { hash, hashes, here });
+            }
+        };
+        let (prepared, number) = (self.prepared.0.clone(), self.round);
+        tokio::task::spawn_blocking(move || {
+            let _ = prepared.blocking_send(Prepared { round: number, hash, room: make_room(&sink, blob) });
+        });
+        None
+    }
+
+    /// Hands a blob over of which all groups are here, or has it made durable first.
+    fn complete(&mut self, round: &mut Round, hash: ContentHash) {
+        let Some(assembly) = self.assemblies.remove(&hash) else { return };
+        if matches!(*assembly, Assembly::Memory(_)) {
+            return self.deliver(round, hash, assembly.take_bytes());
+        }
+        let (finished, finishing, number) = (self.finished.0.clone(), Arc::clone(&self.finishing), self.round);
+        tokio::spawn(async move {
+            let _turn = finishing.acquire_owned().await;
+            let finish = tokio::task::spawn_blocking(move || match &*assembly {
+                Assembly::Store(partial) => partial.finish(now_ms()),
+                Assembly::Memory(_) => Ok(PutOutcome::Present),
+            });
+            if let Ok(outcome) = finish.await {
+                let _ = finished.send(Finished { round: number, hash, outcome }).await;
+            }
+        });
+    }
+
+    fn deliver(&self, round: &mut Round, hash: ContentHash, bytes: Vec<u8>) {
+        let peer = round.senders.remove(&hash).unwrap_or(self.network.local);
+        let Some(indices) = round.by_hash.remove(&hash) else { return };
+        round.left -= 1;
+        round.last_progress = Instant::now();
+        if let Some((last, others)) = indices.split_last() {
+            round.ready.extend(others.iter().map(|&index| Fetched { index, bytes: bytes.clone(), peer }));
+            round.ready.push_back(Fetched { index: *last, bytes, peer });
+        }
+    }
+
+    /// Starts links to peers that are there, and forgets those of peers that are not.
+    fn mind_links(&mut self, round: &mut Round) -> Result<(), Failure> {
+        let connected = self.network.peers.borrow().connected.clone();
+        let gone: Vec<_> = self.links.keys().filter(|peer| !connected.contains(peer)).copied().collect();
+        for peer in gone {
+            self.links.remove(&peer);
+            self.tell(round, Event::PeerDown { peer })?;
+        }
+        let now = Instant::now();
+        for peer in connected {
+            let resting = self.unsteady.get(&peer).is_some_and(|unsteady| unsteady.until > now);
+            if self.links.contains_key(&peer) || self.liars.contains_key(&peer) || resting {
+                continue;
+            }
+            self.next_link += 1;
+            let (streams, heard) = (self.network.streams.clone(), self.heard.0.clone());
+            self.links.insert(peer, Link::start(peer, self.next_link, streams, heard, Arc::clone(&self.arrived)));
+        }
+        Ok(())
     }
 
     /// Fails at once when nobody can have what is missing, and after the deadline when somebody might.
     fn check_hope(&self, round: &Round) -> Result<(), Failure> {
         let peers = self.network.peers.borrow();
-        let hopeless: Vec<_> = round
-            .waiting
-            .iter()
-            .filter(|&&index| peers.connected.iter().all(|peer| round.refused[index].contains(peer) || self.liars.contains_key(peer)))
-            .collect();
+        let name = |hash: &ContentHash| round.by_hash.get(hash).and_then(|indices| Some(round.wants.get(*indices.first()?)?.name.as_str()));
+        let is_no_help = |peer: &PeerId, hash: &ContentHash| {
+            let broken = self.unsteady.get(peer).is_some_and(|unsteady| unsteady.breaks > BREAKS_MAX);
+            self.liars.contains_key(peer) || broken || self.machine.lacks(peer, hash)
+        };
         let more_may_come = peers.may_discover || !peers.awaited.is_empty();
-        if !hopeless.is_empty() && !more_may_come {
-            let names: Vec<_> = hopeless.iter().map(|&&index| round.wants[index].name.as_str()).collect();
-            let who = match (peers.connected.is_empty(), self.liars.is_empty()) {
-                (true, true) => "no peer is known".to_owned(),
-                _ => format!("none of {} connected peers has it", peers.connected.len()),
-            };
-            return Err(self.missing(&names, &who));
+        if !more_may_come {
+            let hopeless = self.machine.wanted().filter(|hash| peers.connected.iter().all(|peer| is_no_help(peer, hash)));
+            let names: BTreeSet<_> = hopeless.filter_map(name).collect();
+            if !names.is_empty() {
+                return Err(self.missing(&names, &self.who_lacks_it(&peers.connected)));
+            }
         }
         // A provider verifies a large blob before its first byte, and we make it durable after its last.
-        let largest = round.wants.iter().filter_map(|want| want.wanted.length()).max().unwrap_or(0);
-        if round.last_progress.elapsed() >= round.patience + Duration::from_secs(largest / VERIFY_BYTES_PER_SECOND_MIN) {
-            let names: Vec<_> = round
-                .waiting
-                .iter()
-                .copied()
-                .chain(round.running.values().map(|(index, _)| *index))
-                .map(|index| round.wants[index].name.as_str())
-                .collect();
-            let mut who = format!("no progress for {} s", round.patience.as_secs_f32());
-            for (address, reason) in &peers.awaited {
-                who = format!(
-                    "{who}; {address} does not answer{}",
-                    reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"))
-                );
-            }
-            if let Some(reason) = &round.last_break {
-                who = format!("{who}; a stream broke: {reason}");
-            }
-            return Err(self.missing(&names, &who));
+        let largest = round.by_hash.values().filter_map(|indices| round.wants.get(*indices.first()?)).map(|want| want.wanted.blob().length);
+        let largest = Duration::from_secs(largest.max().unwrap_or(0) / VERIFY_BYTES_PER_SECOND_MIN);
+        if round.last_progress.elapsed() >= self.timeout + largest {
+            let names = round.by_hash.keys().filter_map(name).collect();
+            return Err(self.missing(&names, &self.why_no_progress(self.timeout, round.last_break.as_deref())));
         }
         Ok(())
     }
 
-    fn missing(&self, names: &[&str], why: &str) -> Failure {
-        let names: BTreeSet<_> = names.iter().collect();
-        let shown: Vec<_> = names.iter().take(NAMES_SHOWN_MAX).map(ToString::to_string).collect();
+    fn who_lacks_it(&self, connected: &BTreeSet<PeerId>) -> String {
+        match (connected.is_empty(), self.liars.is_empty()) {
+            (true, true) => "no peer is known".to_owned(),
+            _ => format!("none of {} connected peers has it", connected.len()),
+        }
+    }
+
+    fn why_no_progress(&self, patience: Duration, last_break: Option<&str>) -> String {
+        let mut why = format!("no progress for {} s", patience.as_secs_f32());
+        for (address, reason) in &self.network.peers.borrow().awaited {
+            let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
+            why = format!("{why}; {address} does not answer{reason}");
+        }
+        if let Some(reason) = last_break {
+            why = format!("{why}; a stream broke: {reason}");
+        }
+        why
+    }
+
+    fn missing(&self, names: &BTreeSet<&str>, why: &str) -> Failure {
+        let shown: Vec<_> = names.iter().take(NAMES_SHOWN_MAX).copied().collect();
         let more = names.len().saturating_sub(NAMES_SHOWN_MAX);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
         let mut message = format!("missing {}{more}: {why}", shown.join(", "));
@@ -239,49 +542,12 @@ impl Fetcher {
         Failure::new(if self.liars.is_empty() { Kind::NoPeers } else { Kind::Integrity }, message)
     }
 
-    async fn on_finished(&mut self, round: &mut Round, finished: Finished, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
-        let Finished { peer, number, outcome } = finished;
-        let Some((index, _)) = round.running.remove(&number) else { return Ok(()) };
-        match outcome {
-            Outcome::Done(bytes) => {
-                round.left -= 1;
-                self.unsteady.remove(&peer);
-                let _ = results.send(Fetched { index, bytes, peer }).await; // nobody listens any more: the caller gave up
-                round.last_progress = Instant::now(); // a slow taker is not a silent peer
-                return Ok(());
-            }
-            Outcome::NotHave => {
-                debug!(%peer, what = round.wants[index].name, "does not have it");
-                round.refused[index].insert(peer);
-            }
-            Outcome::WrongBytes(what) => {
-                warn!(%peer, what, "dropped");
-                self.blame(peer, what).await;
-            }
-            Outcome::Broken(reason) => {
-                debug!(%peer, reason, "stream broke");
-                round.last_break = Some(reason);
-                self.pause(peer);
-                let breaks = round.breaks.entry((index, peer)).or_default();
-                *breaks += 1;
-                if *breaks > BREAKS_MAX {
-                    round.refused[index].insert(peer);
-                }
-            }
-            Outcome::Store(error) => return Err(error.into()),
-        }
-        round.waiting.push_front(index);
-        Ok(())
-    }
-
-    /// Leaves a peer alone for a while, longer each time; all jobs of one stream that break together count once.
+    /// Leaves a peer alone for a while, longer each time.
     fn pause(&mut self, peer: PeerId) {
         let now = Instant::now();
         let unsteady = self.unsteady.entry(peer).or_insert(Unsteady { breaks: 0, until: now });
-        if unsteady.until <= now {
-            unsteady.until = now + (PAUSE_FIRST * 2u32.pow(unsteady.breaks.min(8))).min(PAUSE_MAX);
-            unsteady.breaks += 1;
-        }
+        unsteady.until = now + (PAUSE_FIRST * 2u32.pow(unsteady.breaks.min(8))).min(PAUSE_MAX);
+        unsteady.breaks += 1;
     }
 
     /// Drops a peer for good: `what` it did is told to the user.
@@ -291,8 +557,12 @@ impl Fetcher {
         self.network.drop_peer(peer).await;
     }
 
-    fn received(&self) -> u64 {
-        self.received.load(Ordering::Relaxed)
+    /// The same from where nothing may be awaited: an event is dealt with whole or not at all.
+    fn note_liar(&mut self, peer: PeerId, what: String) {
+        self.liars.insert(peer, what);
+        self.links.remove(&peer);
+        let network = self.network.clone();
+        tokio::spawn(async move { network.drop_peer(peer).await });
     }
 
     /// Fetches one small thing that has no hash of its own, and lets `judge` say whether it is right.
@@ -305,26 +575,74 @@ impl Fetcher {
     ) -> Result<T, Failure> {
         let mut passed_over = HashSet::new();
         let mut refusal = None;
-        let mut patience = self.timeout;
+        let mut last_break = None;
+        let (mut since, mut patience) = (Instant::now(), self.timeout);
         loop {
-            let (results, mut queue) = mpsc::channel(1);
-            let want = Want { wanted: Wanted::Unhashed(subject, bytes_max), name: name.to_owned() };
-            if let Err(failure) = self.fetch_except(vec![want], &passed_over, patience, &results).await {
-                return Err(refusal.unwrap_or(failure));
+            let (connected, more_may_come) = {
+                let peers = self.network.peers.borrow();
+                (peers.connected.clone(), peers.may_discover || !peers.awaited.is_empty())
+            };
+            let now = Instant::now();
+            let in_question = |peer: &&PeerId| !passed_over.contains(*peer) && !self.liars.contains_key(*peer);
+            let rested = |peer: &&PeerId| self.unsteady.get(*peer).is_none_or(|unsteady| unsteady.until <= now);
+            let none_left = !connected.iter().any(|peer| in_question(&peer));
+            if none_left && !more_may_come {
+                return Err(refusal.unwrap_or_else(|| self.missing(&BTreeSet::from([name]), &self.who_lacks_it(&connected))));
             }
-            let fetched = queue.try_recv().expect("fetch has sent it");
-            match judge(fetched.bytes) {
-                // What cannot be what was asked for is the peer's fault; what we do not trust is not, and another may have better.
-                Err(failure) if failure.kind == Kind::Integrity => self.blame(fetched.peer, failure.message).await,
-                Err(failure) if failure.kind == Kind::Refused => {
-                    passed_over.insert(fetched.peer);
-                    patience = patience.min(SECOND_OPINION);
-                    refusal = Some(failure);
+            let left = patience.saturating_sub(since.elapsed());
+            if left.is_zero() {
+                let why = self.why_no_progress(patience, last_break.as_deref());
+                return Err(refusal.unwrap_or_else(|| self.missing(&BTreeSet::from([name]), &why)));
+            }
+            let Some(&peer) = connected.iter().filter(in_question).find(rested) else {
+                let mut peers = self.network.peers.clone();
+                let _ = tokio::time::timeout(TICK.min(left), peers.changed()).await;
+                continue;
+            };
+            let asked = ask::ask(peer, self.network.streams.clone(), subject, bytes_max);
+            let answered = tokio::time::timeout(left, asked).await;
+            match answered.unwrap_or_else(|_| Answered::Broken(std::io::ErrorKind::TimedOut.into())) {
+                Answered::Bytes(bytes) => {
+                    since = Instant::now();
+                    match judge(bytes) {
+                        // What cannot be what was asked for is the peer's fault; what we do not trust is not, and another may have better.
+                        Err(failure) if failure.kind == Kind::Integrity => self.blame(peer, failure.message).await,
+                        Err(failure) if failure.kind == Kind::Refused => {
+                            passed_over.insert(peer);
+                            patience = patience.min(SECOND_OPINION);
+                            refusal = Some(failure);
+                        }
+                        judged => return judged,
+                    }
                 }
-                judged => return judged,
+                Answered::NotHave => drop(passed_over.insert(peer)),
+                Answered::Wrong(what) => self.blame(peer, what).await,
+                Answered::Broken(error) => {
+                    debug!(%peer, %error, "stream broke");
+                    last_break = Some(error.to_string());
+                    self.pause(peer);
+                    if self.unsteady.get(&peer).is_some_and(|unsteady| unsteady.breaks > BREAKS_MAX) {
+                        passed_over.insert(peer);
+                    }
+                }
             }
         }
     }
+
+    fn machine_ms(&self) -> u64 {
+        self.began.elapsed().as_millis() as u64
+    }
+}
+
+/// Begins a blob's arrival in the store; one that was broken off a moment ago has to end first.
+fn make_room(store: &Arc<BlobStore>, blob: BlobRef) -> Result<PartialBlob, StoreError> {
+    for _ in 0..ARRIVING_ATTEMPTS {
+        match store.partial(blob) {
+            Err(StoreError::Arriving { .. }) => std::thread::sleep(ARRIVING_PAUSE),
+            opened => return opened,
+        }
+    }
+    store.partial(blob)
 }
 
 impl fmt::Debug for Fetcher {

@@ -2,6 +2,8 @@
 
 pub(crate) mod address;
 pub(crate) mod allowed;
+mod ask;
+mod assembly;
 mod behaviour;
 mod crowding;
 pub(crate) mod execute_link;
@@ -12,9 +14,11 @@ pub(crate) mod group;
 pub(crate) mod link;
 pub(crate) mod provider;
 mod relaying;
+pub(crate) mod status;
 mod stream;
 pub(crate) mod swarm;
 mod transport;
+mod upload;
 
 pub(crate) use libp2p::{Multiaddr, PeerId};
 

@@ -1,5 +1,6 @@
 //! `confrere bench`: what this machine allows, what the engine reaches of it, and how caches fare.
 
+mod federation;
 mod speed;
 mod synth;
 mod trace;
@@ -17,6 +18,8 @@ pub(super) enum BenchCommand {
     Speed(speed::SpeedArgs),
     /// Make a model of random weights in the shape of a known one
     Synth(synth::SynthArgs),
+    /// Measure several nodes on one machine, joined by emulated lines (needs root, iproute2 and iperf3)
+    Federation(federation::FederationArgs),
     /// Replay a recorded trace of experts against cache policies
     Trace(trace::TraceArgs),
 }
@@ -25,6 +28,7 @@ pub(super) fn bench(context: &Context, command: &BenchCommand) -> Result<(), Fai
     match command {
         BenchCommand::Speed(args) => speed::speed(context, args),
         BenchCommand::Synth(args) => synth::synth(context, args),
+        BenchCommand::Federation(args) => federation::federation(context, args),
         BenchCommand::Trace(args) => trace::trace(context, args),
     }
 }

@@ -24,11 +24,21 @@ enum Shape {
 
 /// How evenly experts are used.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
-enum Routing {
+pub(super) enum Routing {
     /// As evenly as random routers use them
     Uniform,
     /// Some more than others, so that a cache hits about as often as measured on the real model
     Skewed,
+}
+
+impl Routing {
+    /// As people type it.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Uniform => "uniform",
+            Self::Skewed => "skewed",
+        }
+    }
 }
 
 #[derive(Args)]

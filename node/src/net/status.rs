@@ -1,0 +1,118 @@
+//! What this node says of itself, and what peers say of themselves, with how long they take to say it.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures::future::join_all;
+use protocol::message::Subject;
+use protocol::status::{Holding, STATUS_BYTES_MAX, Status};
+use serde_json::{Value, json};
+use store::BlobStore;
+
+use crate::data_dir::LocalModel;
+use crate::net::PeerId;
+use crate::net::allowed::AllowedPeers;
+use crate::net::ask::{Answered, Asking};
+use crate::net::swarm::Network;
+
+/// Answers of which the quickest counts: the others had other things on their way.
+const ANSWERS: u32 = 3;
+
+/// This node, as it describes itself.
+pub(crate) struct OwnStatus {
+    pub(crate) store: Arc<BlobStore>,
+    pub(crate) models: Vec<LocalModel>,
+    pub(crate) works_for: AllowedPeers,
+    pub(crate) threads: u16,
+    /// For experts that run for others.
+    pub(crate) memory_bytes: u64,
+    /// Which experts are here, counted when the store was of this generation.
+    pub(crate) counted: Mutex<Option<(u64, Vec<Holding>)>>,
+}
+
+impl OwnStatus {
+    /// For one peer, since not everybody may have experts run here.
+    pub(crate) fn for_peer(&self, peer: &PeerId) -> Status {
+        let (stored_bytes, room_bytes) = self.store.stat().map_or((0, 0), |stat| {
+            let quota = stat.bytes_max.saturating_sub(stat.bytes);
+            (stat.bytes, quota.min(stat.disk_free_bytes))
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            threads: self.threads,
+            memory_bytes: self.memory_bytes,
+            stored_bytes,
+            room_bytes,
+            executes: self.works_for.includes(peer),
+            holdings: self.holdings(),
+        }
+    }
+
+    /// Counted anew only when something has come or gone, however often somebody asks.
+    fn holdings(&self) -> Vec<Holding> {
+        let generation = self.store.generation();
+        let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, holdings)) = counted.as_ref().filter(|(at, _)| *at == generation) {
+            return holdings.clone();
+        }
+        let holding = |model: &LocalModel| Holding {
+            name: model.name.clone(),
+            model: model.id,
+            experts: model.experts_present(&self.store) as u32,
+            of: model.manifest.experts.len() as u32,
+        };
+        let holdings: Vec<_> = self.models.iter().map(holding).collect();
+        *counted = Some((generation, holdings.clone()));
+        holdings
+    }
+}
+
+/// What a peer has said, and how long an answer took on a stream that was open.
+#[derive(Clone, Debug)]
+pub(crate) struct Account {
+    pub(crate) peer: PeerId,
+    pub(crate) said: Option<(Status, Duration)>,
+}
+
+/// Asks all who are connected, each for as long as `patience`.
+pub(crate) async fn ask_all(network: &Network, patience: Duration) -> Vec<Account> {
+    let connected = network.peers.borrow().connected.clone();
+    let ask = |peer| async move {
+        let said = tokio::time::timeout(patience, ask_one(network, peer)).await;
+        Account { peer, said: said.ok().flatten() }
+    };
+    join_all(connected.into_iter().map(ask)).await
+}
+
+async fn ask_one(network: &Network, peer: PeerId) -> Option<(Status, Duration)> {
+    let mut asking = Asking::open(peer, network.streams.clone()).await.ok()?;
+    let mut quickest = Duration::MAX;
+    let mut status = None;
+    for _ in 0..ANSWERS {
+        let began = crate::clock::instant();
+        let Ok(Answered::Bytes(bytes)) = asking.ask(Subject::Status, STATUS_BYTES_MAX).await else { return None };
+        quickest = quickest.min(crate::clock::instant() - began);
+        status = Some(Status::from_bytes(&bytes).ok()?);
+    }
+    Some((status?, quickest))
+}
+
+/// For programs that read it.
+pub(crate) fn json(account: &Account) -> Value {
+    let Some((status, round_trip)) = &account.said else { return Value::Null };
+    let holdings: Vec<_> = status
+        .holdings
+        .iter()
+        .map(|held| json!({"name": held.name, "model": held.model.to_string(), "experts": held.experts, "of": held.of}))
+        .collect();
+    json!({
+        "version": status.version,
+        "round_trip_ms": round_trip.as_secs_f64() * 1e3,
+        "executes": status.executes,
+        "threads": status.threads,
+        "memory_bytes": status.memory_bytes,
+        "stored_bytes": status.stored_bytes,
+        "room_bytes": status.room_bytes,
+        "holdings": holdings,
+    })
+}

@@ -1,0 +1,329 @@
+//! The side that wants: its state, and the bookkeeping of what is asked of whom.
+//!
+//! `answers` takes in what peers say, `standing` finds out who is too slow, `picker` decides what is asked of whom next.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::events::{Action, Counts, Event, Fault};
+use super::standing::Peer;
+use super::wanted::{Room, Wanted};
+use super::wire::ToProvider;
+use super::{Draws, Payload, Urgency};
+use crate::group_hashes::GroupHashes;
+use crate::hash::{BlobRef, ContentHash, ModelId};
+
+pub(super) const BUSY_MAX_MS: u64 = 10_000;
+/// Blobs that a peer may claim to have without having them, before it is demoted.
+pub(super) const BROKEN_CLAIMS_MAX: u32 = 3;
+
+/// The state of all downloads.
+#[derive(Debug)]
+pub struct Downloads<P, B> {
+    pub(super) peers: BTreeMap<P, Peer>,
+    blamed: BTreeSet<P>,
+    pub(super) wanted: HashMap<ContentHash, Wanted<P>>,
+    /// Blobs that have groups to ask for, the first to be asked for first.
+    pub(super) order: BTreeSet<Place>,
+    pub(super) models: BTreeMap<ModelId, Vec<ContentHash>>,
+    pub(super) places: HashMap<ContentHash, (ModelId, u32)>,
+    pub(super) next_id: u32,
+    next_serial: u64,
+    pub(super) way_bytes: u64, // asked for, or being verified
+    pub(super) ticked_ms: u64,
+    draws: Draws,
+    pub(super) actions: Vec<Action<P, B>>,
+    pub(super) counts: Counts,
+}
+
+/// A blob's place in the order: urgency, then begun or not, then rarity, then by lot, and its name.
+pub(super) type Place = (Urgency, bool, u32, u64, ContentHash);
+
+/// Small groups count as more than they are, so that a limit on bytes is one on requests, too.
+pub(super) fn cost_bytes(length: u64) -> u64 {
+    const COST_BYTES_MIN: u64 = 64 << 10;
+    length.max(COST_BYTES_MIN)
+}
+
+/// A group that a peer owes.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub(super) hash: ContentHash,
+    pub(super) group: u32,
+    pub(super) length: u64,
+    pub(super) second: bool, // another was asked before
+}
+
+impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
+    /// Nothing wanted, nobody there. `seed` decides between blobs that are equally rare.
+    pub fn new(seed: u64) -> Self {
+        Self {
+            peers: BTreeMap::new(),
+            blamed: BTreeSet::new(),
+            wanted: HashMap::new(),
+            order: BTreeSet::new(),
+            models: BTreeMap::new(),
+            places: HashMap::new(),
+            next_id: 1,
+            next_serial: 0,
+            way_bytes: 0,
+            ticked_ms: 0,
+            draws: Draws(seed),
+            actions: Vec::new(),
+            counts: Counts::default(),
+        }
+    }
+
+    /// Takes an event in and says what to do.
+    pub fn handle(&mut self, now_ms: u64, event: Event<P, B>) -> Vec<Action<P, B>> {
+        match event {
+            Event::PeerUp { peer, requests_max } => self.peer_up(now_ms, peer, requests_max),
+            Event::PeerDown { peer } => self.remove_peer(peer),
+            Event::Follow { model, blobs } => self.follow(model, blobs),
+            Event::Want { blob, urgency } => self.want(blob, urgency),
+            Event::Prepared { hash, hashes, here } => self.prepared(hash, hashes, &here),
+            Event::Unwant { hash } => self.unwant(hash),
+            Event::UnwantAll => self.unwant_all(),
+            Event::Received { peer, message } => self.received(now_ms, peer, message),
+            Event::Progress { peer, bytes } => {
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.pace.progress(now_ms, bytes);
+                }
+                return std::mem::take(&mut self.actions); // says nothing about what to ask for next
+            }
+            Event::Verified { peer, hash, serial, check } => self.verified(peer, hash, serial, check),
+            Event::Wrong { peer, hash, serial, check } => self.wrong(peer, hash, serial, check),
+            Event::Tick => self.look_after_peers(now_ms),
+        }
+        self.ask_all(now_ms);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Whether anybody who is there may have a blob that is wanted.
+    pub fn may_be_had(&self, hash: &ContentHash) -> bool {
+        self.wanted.get(hash).is_some_and(|wanted| self.peers.iter().any(|(peer, state)| self.may_have(peer, state, wanted)))
+    }
+
+    /// Whether a peer is known, and known not to have a blob that is wanted.
+    pub fn lacks(&self, peer: &P, hash: &ContentHash) -> bool {
+        let (Some(state), Some(wanted)) = (self.peers.get(peer), self.wanted.get(hash)) else { return false };
+        !self.may_have(peer, state, wanted)
+    }
+
+    /// Blobs that are wanted and not complete.
+    pub fn wanted(&self) -> impl Iterator<Item = &ContentHash> {
+        self.wanted.keys()
+    }
+
+    /// What has come so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// How fast each peer has sent lately, in bytes a second, where that is known.
+    pub fn rates(&self) -> impl Iterator<Item = (P, u64)> {
+        self.peers.iter().filter_map(|(peer, state)| Some((*peer, state.pace.rate()?)))
+    }
+
+    /// Bytes that are asked for or being verified: no more than these can be in memory.
+    pub fn way_bytes(&self) -> u64 {
+        self.way_bytes
+    }
+
+    fn peer_up(&mut self, now_ms: u64, peer: P, requests_max: u32) {
+        if self.blamed.contains(&peer) || self.peers.contains_key(&peer) {
+            return;
+        }
+        let state = Peer::new(now_ms, requests_max, self.next_id);
+        self.peers.insert(peer, state);
+        let models: Vec<_> = self.models.keys().copied().collect();
+        models.into_iter().for_each(|model| self.ask_what_there_is(peer, model));
+        self.order_again();
+    }
+
+    /// Forgets a peer; what it owed is asked of others.
+    pub(super) fn remove_peer(&mut self, peer: P) {
+        let Some(state) = self.peers.remove(&peer) else { return };
+        self.way_bytes -= state.asked_bytes;
+        for asked in state.asked.values() {
+            self.release(peer, *asked);
+        }
+        for wanted in self.wanted.values_mut() {
+            wanted.hashes_asked.remove(&peer);
+        }
+        self.order_again();
+    }
+
+    fn follow(&mut self, model: ModelId, blobs: Vec<ContentHash>) {
+        if self.models.contains_key(&model) {
+            return;
+        }
+        for (index, hash) in blobs.iter().enumerate() {
+            self.places.entry(*hash).or_insert((model, index as u32));
+        }
+        self.models.insert(model, blobs);
+        let peers: Vec<_> = self.peers.keys().copied().collect();
+        peers.into_iter().for_each(|peer| self.ask_what_there_is(peer, model));
+    }
+
+    fn ask_what_there_is(&mut self, peer: P, model: ModelId) {
+        let id = self.new_id();
+        if let Some(state) = self.peers.get_mut(&peer) {
+            state.follows.insert(id, model);
+            self.actions.push(Action::Send { peer, message: ToProvider::Follow { id, model } });
+        }
+    }
+
+    fn want(&mut self, blob: BlobRef, urgency: Urgency) {
+        if let Some(wanted) = self.wanted.get_mut(&blob.hash) {
+            wanted.urgency = wanted.urgency.min(urgency);
+        } else {
+            self.next_serial += 1;
+            let Some(wanted) = Wanted::new(blob, self.next_serial, urgency, self.draws.next()) else { return };
+            self.wanted.insert(blob.hash, wanted);
+        }
+        self.order_one(blob.hash);
+    }
+
+    fn unwant(&mut self, hash: ContentHash) {
+        let peers: Vec<_> = self.peers.keys().copied().collect();
+        for peer in peers {
+            self.take_back(peer, |asked| asked.hash == hash);
+        }
+        self.forget_wanted(hash);
+    }
+
+    fn unwant_all(&mut self) {
+        let peers: Vec<_> = self.peers.keys().copied().collect();
+        for peer in peers {
+            self.take_back(peer, |_| true);
+        }
+        self.wanted.clear();
+        self.order.clear();
+    }
+
+    fn forget_wanted(&mut self, hash: ContentHash) -> bool {
+        let Some(wanted) = self.wanted.remove(&hash) else { return false };
+        if let Some(place) = &wanted.placed {
+            self.order.remove(place);
+        }
+        true
+    }
+
+    fn prepared(&mut self, hash: ContentHash, hashes: Option<GroupHashes>, here: &[u32]) {
+        let Some(wanted) = self.wanted.get_mut(&hash) else { return };
+        wanted.ready(hashes, here);
+        if wanted.left == 0 {
+            self.complete(hash);
+        } else {
+            self.order_one(hash);
+        }
+    }
+
+    pub(super) fn complete(&mut self, hash: ContentHash) {
+        if self.forget_wanted(hash) {
+            self.actions.push(Action::Complete { hash });
+        }
+    }
+
+    pub(super) fn blame(&mut self, peer: P, fault: Fault) {
+        self.remove_peer(peer);
+        if self.blamed.insert(peer) {
+            self.actions.push(Action::Blame { peer, fault });
+        }
+    }
+
+    pub(super) fn may_have(&self, peer: &P, state: &Peer, wanted: &Wanted<P>) -> bool {
+        if wanted.refused.contains(peer) {
+            return false;
+        }
+        let place = self.places.get(&wanted.blob.hash);
+        place.and_then(|(model, index)| Some(state.haves.get(model)?.get(*index))).unwrap_or(true)
+    }
+
+    /// Takes requests back that a peer has not answered.
+    pub(super) fn take_back(&mut self, peer: P, which: impl Fn(&Asked) -> bool) {
+        let Some(state) = self.peers.get(&peer) else { return };
+        let ids: Vec<_> = state.asked.iter().filter(|(_, asked)| which(asked)).map(|(id, _)| *id).collect();
+        for id in ids {
+            let Some(asked) = self.forget_asked(peer, id) else { continue };
+            if let Some(state) = self.peers.get_mut(&peer) {
+                state.cancelled_bytes += asked.length;
+            }
+            self.release(peer, asked);
+            self.actions.push(Action::Send { peer, message: ToProvider::Cancel { id } });
+        }
+    }
+
+    pub(super) fn forget_asked(&mut self, peer: P, id: u32) -> Option<Asked> {
+        let state = self.peers.get_mut(&peer)?;
+        let asked = state.asked.remove(&id)?;
+        state.asked_bytes -= cost_bytes(asked.length);
+        self.way_bytes -= cost_bytes(asked.length);
+        Some(asked)
+    }
+
+    /// A group that was asked of `peer` may be asked of others.
+    pub(super) fn release(&mut self, peer: P, asked: Asked) {
+        if let Some(wanted) = self.wanted.get_mut(&asked.hash) {
+            wanted.release(asked.group, peer);
+            self.order_one(asked.hash);
+        }
+    }
+
+    pub(super) fn new_id(&mut self) -> u32 {
+        let id = self.next_id;
+        self.next_id += 1; // four billion requests are a petabyte
+        id
+    }
+
+    /// Notes a request for a group.
+    pub(super) fn note_asked(&mut self, now_ms: u64, peer: P, id: u32, asked: Asked) {
+        let Some(state) = self.peers.get_mut(&peer) else { return };
+        if state.asked.is_empty() {
+            state.pace.begin(now_ms);
+            state.begun_ms = Some(now_ms);
+        }
+        state.asked.insert(id, asked);
+        state.asked_bytes += cost_bytes(asked.length);
+        self.way_bytes += cost_bytes(asked.length);
+        if let Some(wanted) = self.wanted.get_mut(&asked.hash) {
+            self.counts.doubled += u64::from(asked.second);
+            wanted.asked(asked.group, peer);
+        }
+        self.order_one(asked.hash);
+    }
+
+    /// Notes a request for a list.
+    pub(super) fn note_list_asked(&mut self, peer: P, id: u32, hash: ContentHash) {
+        if let (Some(state), Some(wanted)) = (self.peers.get_mut(&peer), self.wanted.get_mut(&hash)) {
+            state.lists.insert(id, hash);
+            wanted.hashes_asked.insert(peer, id);
+        }
+    }
+
+    /// Puts a blob into its place in the order, or takes it out when there is nothing to ask for.
+    pub(super) fn order_one(&mut self, hash: ContentHash) {
+        let Some(wanted) = self.wanted.get(&hash) else { return };
+        let rarity = match wanted.urgency {
+            Urgency::Now | Urgency::Soon => 0,
+            Urgency::Rest => self.peers.iter().filter(|(peer, state)| self.may_have(peer, state, wanted)).count() as u32,
+        };
+        let to_ask = !wanted.missing.is_empty() || wanted.room != Room::Ready;
+        let place = to_ask.then_some((wanted.urgency, !wanted.is_begun(), rarity, wanted.draw, hash));
+        if let Some(wanted) = self.wanted.get_mut(&hash)
+            && wanted.placed != place
+        {
+            let before = std::mem::replace(&mut wanted.placed, place);
+            if let Some(before) = &before {
+                self.order.remove(before);
+            }
+            self.order.extend(place);
+        }
+    }
+
+    /// The same for all, after who is there or has what has changed.
+    pub(super) fn order_again(&mut self) {
+        let hashes: Vec<_> = self.wanted.keys().copied().collect();
+        hashes.into_iter().for_each(|hash| self.order_one(hash));
+    }
+}

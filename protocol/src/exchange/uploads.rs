@@ -1,0 +1,373 @@
+//! The side that has: who is sent what next, so that nobody is starved and nobody can take what all share.
+//!
+//! A few peers at a time are sent groups, in turns of so many bytes; each has its own queue, the urgent first. What a peer does
+//! not read stops only that peer. A blob is opened, and so verified, before anything of it is sent.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+
+use super::Urgency;
+use super::upload_events::{Action, Event, Sent};
+use super::wire::{CHANGES_MAX, ToProvider};
+use crate::group_hashes::{group_count, group_length};
+use crate::hash::{ContentHash, ModelId};
+
+/// Most open requests of one peer.
+pub const REQUESTS_MAX: u32 = 1024;
+/// Models that one peer follows.
+const FOLLOWS_MAX: usize = 16;
+/// Bytes handed over for one peer and not yet sent.
+pub const SENDING_BYTES_MAX: u64 = 512 << 10;
+/// Peers that are sent groups at the same time.
+const SLOTS: usize = 4;
+/// Bytes that a peer is sent before it is another's turn.
+const TURN_BYTES: u64 = 2 << 20;
+/// Blobs that are kept open, so that each is verified once and not for each of its groups.
+pub const OPEN_BLOBS_MAX: usize = 64;
+/// Blobs that are being opened at the same time: it takes a disk and a processor.
+const OPENING_MAX: usize = 4;
+/// A peer that takes nothing for this long loses its slot …
+const STUCK_MS: u64 = 1000;
+/// … and after this long is hung up on.
+const HANG_UP_MS: u64 = 18_000;
+/// How often a peer hears that its turn will come.
+const WAIT_MS: u64 = 400;
+const RETRY_MS: u32 = 1000;
+
+/// The state of all uploads.
+#[derive(Debug)]
+pub struct Uploads<P> {
+    peers: BTreeMap<P, Peer>,
+    blobs: HashMap<ContentHash, Blob>,
+    to_open: VecDeque<ContentHash>,
+    slots: Vec<Slot<P>>,
+    waiting: VecDeque<P>, // peers with something to send and no slot
+    bucket: Option<Bucket>,
+    uses: u64,
+    actions: Vec<Action<P>>,
+}
+
+#[derive(Debug)]
+struct Peer {
+    queue: BTreeMap<(Urgency, u32), Wish>,
+    follows: BTreeMap<u32, ModelId>,
+    sending_bytes: u64,
+    /// When it last took something, or began to be sent to.
+    took_ms: u64,
+    told_ms: u64, // when it last heard from us
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Wish {
+    hash: ContentHash,
+    part: Part,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Part {
+    Hashes,
+    Group(u32),
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Blob {
+    Opening,
+    Open { length: u64, used: u64 },
+}
+
+#[derive(Debug)]
+struct Slot<P> {
+    peer: P,
+    left_bytes: u64,
+}
+
+/// Bytes that may go out: as many as time has brought, and not much more at once.
+#[derive(Debug)]
+struct Bucket {
+    bytes_per_second: u64,
+    bytes: u64,
+    filled_ms: u64,
+}
+
+impl<P: Copy + Ord> Uploads<P> {
+    /// Nobody there; at most `bytes_per_second_max` go out, if that is given.
+    pub fn new(bytes_per_second_max: Option<u64>) -> Self {
+        let bucket = bytes_per_second_max.map(|rate| Bucket { bytes_per_second: rate.max(1), bytes: 0, filled_ms: 0 });
+        let (slots, waiting, to_open) = (Vec::new(), VecDeque::new(), VecDeque::new());
+        Self { peers: BTreeMap::new(), blobs: HashMap::new(), to_open, slots, waiting, bucket, uses: 0, actions: Vec::new() }
+    }
+
+    /// Takes an event in and says what to do.
+    pub fn handle(&mut self, now_ms: u64, event: Event<P>) -> Vec<Action<P>> {
+        match event {
+            Event::PeerUp { peer } => {
+                let state = Peer { queue: BTreeMap::new(), follows: BTreeMap::new(), sending_bytes: 0, took_ms: now_ms, told_ms: now_ms };
+                self.peers.insert(peer, state);
+            }
+            Event::PeerDown { peer } => self.remove_peer(peer),
+            Event::Received { peer, message } => self.received(now_ms, peer, message),
+            Event::Opened { hash, length } => self.opened(hash, length),
+            Event::Sent { peer, bytes } => {
+                if let Some(state) = self.peers.get_mut(&peer) {
+                    state.sending_bytes = state.sending_bytes.saturating_sub(bytes);
+                    (state.took_ms, state.told_ms) = (now_ms, now_ms);
+                }
+            }
+            Event::Changed { model, changes } => self.changed(model, &changes),
+            Event::Tick => self.look_after_peers(now_ms),
+        }
+        self.open_more();
+        self.send_all(now_ms);
+        std::mem::take(&mut self.actions)
+    }
+
+    /// Requests that are open, of all peers.
+    pub fn open_requests(&self) -> usize {
+        self.peers.values().map(|state| state.queue.len()).sum()
+    }
+
+    fn remove_peer(&mut self, peer: P) {
+        self.peers.remove(&peer);
+        self.slots.retain(|slot| slot.peer != peer);
+        self.waiting.retain(|waiting| *waiting != peer);
+    }
+
+    fn received(&mut self, now_ms: u64, peer: P, message: ToProvider) {
+        let Some(state) = self.peers.get_mut(&peer) else { return };
+        if state.queue.is_empty() {
+            state.told_ms = now_ms;
+        }
+        let (id, urgency, wish) = match message {
+            ToProvider::Follow { id, model } => {
+                let what = if state.follows.len() < FOLLOWS_MAX {
+                    state.follows.insert(id, model);
+                    Sent::Have { id, model }
+                } else {
+                    Sent::NotHave { id }
+                };
+                return self.actions.push(Action::Send { peer, what });
+            }
+            ToProvider::Cancel { id } => return state.queue.retain(|(_, queued), _| *queued != id),
+            // A list is short, and nothing can be verified without it.
+            ToProvider::Hashes { id, blob } => (id, Urgency::Now, Wish { hash: blob, part: Part::Hashes }),
+            ToProvider::Group { id, urgency, blob, group } => (id, urgency, Wish { hash: blob, part: Part::Group(group) }),
+        };
+        if state.queue.len() >= REQUESTS_MAX as usize {
+            return self.actions.push(Action::Send { peer, what: Sent::Busy { id, retry_ms: RETRY_MS } });
+        }
+        state.queue.insert((urgency, id), wish);
+        if let Some(Blob::Open { length, .. }) = self.blobs.get(&wish.hash).copied() {
+            return self.check_wishes(peer, wish.hash, length);
+        }
+        if !self.blobs.contains_key(&wish.hash) && !self.to_open.contains(&wish.hash) {
+            self.to_open.push_back(wish.hash);
+        }
+    }
+
+    /// Refuses groups that a blob does not have, and takes the peer's turn on.
+    fn check_wishes(&mut self, peer: P, hash: ContentHash, length: u64) {
+        let Some(state) = self.peers.get_mut(&peer) else { return };
+        let count = group_count(length).unwrap_or(0);
+        let beyond = |wish: &Wish| wish.hash == hash && matches!(wish.part, Part::Group(group) if group >= count);
+        if state.queue.values().any(beyond) {
+            self.remove_peer(peer);
+            return self.actions.push(Action::HangUp { peer, why: "it asked for a group that the blob does not have" });
+        }
+        if !self.waiting.contains(&peer) && self.slots.iter().all(|slot| slot.peer != peer) {
+            self.waiting.push_back(peer);
+        }
+    }
+
+    /// Opens what is asked for, a few at a time; shuts what was not used for the longest time when too many are open.
+    fn open_more(&mut self) {
+        let mut opening = self.blobs.values().filter(|blob| matches!(blob, Blob::Opening)).count();
+        while opening < OPENING_MAX {
+            let Some(hash) = self.to_open.pop_front() else { return };
+            let asked = self.peers.values().any(|state| state.queue.values().any(|wish| wish.hash == hash));
+            if !asked {
+                continue; // taken back meanwhile
+            }
+            if self.blobs.len() >= OPEN_BLOBS_MAX {
+                let unused = |hash: &ContentHash| self.peers.values().all(|state| state.queue.values().all(|wish| wish.hash != *hash));
+                let open = self.blobs.iter().filter_map(|(hash, blob)| match blob {
+                    Blob::Open { used, .. } if unused(hash) => Some((*used, *hash)),
+                    _ => None,
+                });
+                let Some((_, oldest)) = open.min() else {
+                    self.to_open.push_front(hash);
+                    return; // until one of those is sent
+                };
+                self.blobs.remove(&oldest);
+                self.actions.push(Action::Shut { hash: oldest });
+            }
+            self.blobs.insert(hash, Blob::Opening);
+            self.actions.push(Action::Open { hash });
+            opening += 1;
+        }
+    }
+
+    fn opened(&mut self, hash: ContentHash, length: Option<u64>) {
+        let peers: Vec<_> = self.peers.keys().copied().collect();
+        let Some(length) = length.filter(|&length| group_count(length).is_some()) else {
+            self.blobs.remove(&hash);
+            for peer in peers {
+                let Some(state) = self.peers.get_mut(&peer) else { continue };
+                let refused: Vec<_> = state.queue.iter().filter(|(_, wish)| wish.hash == hash).map(|(key, _)| *key).collect();
+                for key in refused {
+                    state.queue.remove(&key);
+                    self.actions.push(Action::Send { peer, what: Sent::NotHave { id: key.1 } });
+                }
+            }
+            return;
+        };
+        self.uses += 1;
+        self.blobs.insert(hash, Blob::Open { length, used: self.uses });
+        for peer in peers {
+            if self.peers.get(&peer).is_some_and(|state| state.queue.values().any(|wish| wish.hash == hash)) {
+                self.check_wishes(peer, hash, length);
+            }
+        }
+    }
+
+    fn changed(&mut self, model: ModelId, changes: &[(u32, bool)]) {
+        for (peer, state) in &self.peers {
+            for id in state.follows.iter().filter(|(_, followed)| **followed == model).map(|(id, _)| *id) {
+                let parts = changes.chunks(CHANGES_MAX).map(|part| Sent::Update { id, changes: part.to_vec() });
+                self.actions.extend(parts.map(|what| Action::Send { peer: *peer, what }));
+            }
+        }
+    }
+
+    fn look_after_peers(&mut self, now_ms: u64) {
+        let mut gone = Vec::new();
+        for (peer, state) in &mut self.peers {
+            if state.sending_bytes > 0 && now_ms.saturating_sub(state.took_ms) >= HANG_UP_MS {
+                gone.push(*peer);
+            } else if let Some((&(_, id), _)) = state.queue.first_key_value()
+                && state.sending_bytes == 0
+                && now_ms.saturating_sub(state.told_ms) >= WAIT_MS
+            {
+                state.told_ms = now_ms;
+                self.actions.push(Action::Send { peer: *peer, what: Sent::Wait { id } });
+            }
+        }
+        for peer in gone {
+            self.remove_peer(peer);
+            self.actions.push(Action::HangUp { peer, why: "it takes nothing" });
+        }
+    }
+
+    /// Hands out slots in turns, and to each peer with one as much as it may be sent.
+    fn send_all(&mut self, now_ms: u64) {
+        if let Some(bucket) = &mut self.bucket {
+            bucket.fill(now_ms);
+        }
+        loop {
+            self.hand_out_slots(now_ms);
+            let slots: Vec<_> = self.slots.iter().map(|slot| slot.peer).collect();
+            let mut sent = false;
+            for peer in slots {
+                sent |= self.send_one(now_ms, peer);
+            }
+            if !sent {
+                return;
+            }
+        }
+    }
+
+    fn hand_out_slots(&mut self, now_ms: u64) {
+        let mut kept = Vec::new();
+        for slot in std::mem::take(&mut self.slots) {
+            let Some(state) = self.peers.get(&slot.peer) else { continue };
+            let stuck = state.sending_bytes > 0 && now_ms.saturating_sub(state.took_ms) >= STUCK_MS;
+            let turn_over = slot.left_bytes == 0 && !self.waiting.is_empty();
+            if next_wish(state, &self.blobs).is_none() {
+                continue; // when there is something again, it asks again
+            }
+            if stuck || turn_over {
+                self.waiting.push_back(slot.peer);
+            } else {
+                kept.push(slot);
+            }
+        }
+        self.slots = kept;
+        for _ in 0..self.waiting.len() {
+            if self.slots.len() >= SLOTS {
+                return;
+            }
+            let Some(peer) = self.waiting.pop_front() else { return };
+            let Some(state) = self.peers.get(&peer) else { continue };
+            if next_wish(state, &self.blobs).is_none() {
+                continue;
+            }
+            if state.sending_bytes > 0 && now_ms.saturating_sub(state.took_ms) >= STUCK_MS {
+                self.waiting.push_back(peer);
+            } else {
+                self.slots.push(Slot { peer, left_bytes: TURN_BYTES });
+            }
+        }
+    }
+
+    /// Sends a peer the next thing that it asked for; says whether it did.
+    fn send_one(&mut self, now_ms: u64, peer: P) -> bool {
+        let Some(state) = self.peers.get_mut(&peer) else { return false };
+        let Some((key, wish, blob_length)) = next_wish(state, &self.blobs) else { return false };
+        let length = match wish.part {
+            Part::Hashes => 32 * u64::from(group_count(blob_length).unwrap_or(0)),
+            Part::Group(group) => group_length(blob_length, group),
+        };
+        if state.sending_bytes > 0 && state.sending_bytes + length > SENDING_BYTES_MAX {
+            return false;
+        }
+        if self.bucket.as_mut().is_some_and(|bucket| !bucket.take(length)) {
+            return false;
+        }
+        state.queue.remove(&key);
+        if state.sending_bytes == 0 {
+            state.took_ms = now_ms;
+        }
+        state.sending_bytes += length;
+        self.uses += 1;
+        self.blobs.insert(wish.hash, Blob::Open { length: blob_length, used: self.uses });
+        if let Some(slot) = self.slots.iter_mut().find(|slot| slot.peer == peer) {
+            slot.left_bytes = slot.left_bytes.saturating_sub(length);
+        }
+        let (id, hash) = (key.1, wish.hash);
+        let what = match wish.part {
+            Part::Hashes => Sent::Hashes { id, hash },
+            Part::Group(group) => Sent::Group { id, hash, group, length },
+        };
+        self.actions.push(Action::Send { peer, what });
+        true
+    }
+}
+
+/// The first thing in a peer's queue whose blob is open, with the blob's length.
+fn next_wish(state: &Peer, blobs: &HashMap<ContentHash, Blob>) -> Option<((Urgency, u32), Wish, u64)> {
+    state.queue.iter().find_map(|(key, wish)| match blobs.get(&wish.hash)? {
+        Blob::Opening => None,
+        Blob::Open { length, .. } => Some((*key, *wish, *length)),
+    })
+}
+
+impl Bucket {
+    fn fill(&mut self, now_ms: u64) {
+        let came = now_ms.saturating_sub(self.filled_ms).saturating_mul(self.bytes_per_second) / 1000;
+        if came > 0 {
+            // A quarter of a second's worth at once, and a turn's at least.
+            let most = (self.bytes_per_second / 4).max(SENDING_BYTES_MAX);
+            (self.bytes, self.filled_ms) = ((self.bytes + came).min(most), now_ms);
+        }
+    }
+
+    fn take(&mut self, bytes: u64) -> bool {
+        let enough = self.bytes >= bytes;
+        if enough {
+            self.bytes -= bytes;
+        }
+        enough
+    }
+}
+
+#[cfg(test)]
+#[path = "uploads_tests.rs"]
+mod tests;
