@@ -2,6 +2,7 @@
 
 mod binary;
 mod cli;
+mod crowd;
 mod discovery;
 mod engine;
 mod exchange;

@@ -69,7 +69,7 @@ pub(crate) fn start(provider: Provider, network: &Network, bytes_per_second_max:
     };
     let mut incoming = accept(libp2p::StreamProtocol::new(FETCH_PROTOCOL))?;
     let provider = Arc::new(provider);
-    tokio::spawn(upload::serve(Arc::clone(&provider), accept(upload::protocol())?, bytes_per_second_max));
+    tokio::spawn(upload::serve(Arc::clone(&provider), accept(upload::protocol())?, network.peers.clone(), bytes_per_second_max));
     let room = Arc::new(Semaphore::new(STREAMS_MAX));
     tokio::spawn(async move {
         while let Some((peer, stream)) = incoming.next().await {

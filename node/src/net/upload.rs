@@ -14,13 +14,14 @@ use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider};
 use protocol::{ContentHash, ModelId};
 use store::{BlobReader, BlobStore};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tracing::{debug, warn};
 
 use crate::clock::now_ms;
 use crate::net::provider::{Place, Provider};
+use crate::net::swarm::Peers;
 
 const STREAMS_MAX: usize = 256;
 const HAPPENED_MAX: usize = 256;
@@ -74,7 +75,12 @@ impl Drop for Served {
 }
 
 /// Serves until the network ends.
-pub(super) async fn serve(provider: Arc<Provider>, mut incoming: libp2p_stream::IncomingStreams, bytes_per_second_max: Option<u64>) {
+pub(super) async fn serve(
+    provider: Arc<Provider>,
+    mut incoming: libp2p_stream::IncomingStreams,
+    peers: watch::Receiver<Peers>,
+    bytes_per_second_max: Option<u64>,
+) {
     let (happened, mut happenings) = mpsc::channel(HAPPENED_MAX);
     let generation = provider.store.generation();
     let mut serving = Serving {
@@ -94,6 +100,8 @@ pub(super) async fn serve(provider: Arc<Provider>, mut incoming: libp2p_stream::
         tokio::select! {
             // The queue behind `incoming` has no room: take each stream off at once and decide afterwards.
             stream = incoming.next() => match stream {
+                // A relay gives way to little, and somebody else pays for it.
+                Some((peer, _)) if peers.borrow().relayed.contains(&peer) => warn!(%peer, "refused a stream through a relay"),
                 Some((peer, stream)) => serving.begin(peer, stream),
                 None => return,
             },

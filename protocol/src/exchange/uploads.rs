@@ -3,7 +3,7 @@
 //! A few peers at a time are sent groups, in turns of so many bytes; each has its own queue, the urgent first. What a peer does
 //! not read stops only that peer. A blob is opened, and so verified, before anything of it is sent.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 
 use super::Urgency;
 use super::upload_events::{Action, Event, Sent};
@@ -54,6 +54,13 @@ struct Peer {
     /// When it last took something, or began to be sent to.
     took_ms: u64,
     told_ms: u64, // when it last heard from us
+}
+
+impl Peer {
+    /// Whether it takes nothing of what it was sent.
+    fn is_stuck(&self, now_ms: u64) -> bool {
+        self.sending_bytes > 0 && now_ms.saturating_sub(self.took_ms) >= STUCK_MS
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -115,7 +122,7 @@ impl<P: Copy + Ord> Uploads<P> {
             Event::Changed { model, changes } => self.changed(model, &changes),
             Event::Tick => self.look_after_peers(now_ms),
         }
-        self.open_more();
+        self.open_more(now_ms);
         self.send_all(now_ms);
         std::mem::take(&mut self.actions)
     }
@@ -177,28 +184,35 @@ impl<P: Copy + Ord> Uploads<P> {
         }
     }
 
-    /// Opens what is asked for, a few at a time; shuts what was not used for the longest time when too many are open.
-    fn open_more(&mut self) {
+    /// Opens what is asked for, a few at a time; shuts what was not used for the longest time when too many are open. A peer that takes
+    /// nothing keeps nothing open, and what it alone asks for comes last.
+    fn open_more(&mut self, now_ms: u64) {
         let mut opening = self.blobs.values().filter(|blob| matches!(blob, Blob::Opening)).count();
+        if opening >= OPENING_MAX || self.to_open.is_empty() {
+            return;
+        }
+        let (stuck, awake): (Vec<_>, Vec<_>) = self.peers.values().partition(|state| state.is_stuck(now_ms));
+        let asked_by = |peers: &[&Peer]| peers.iter().flat_map(|state| state.queue.values()).map(|wish| wish.hash).collect::<HashSet<_>>();
+        let (wanted, patient) = (asked_by(&awake), asked_by(&stuck));
+        self.to_open.retain(|hash| wanted.contains(hash) || patient.contains(hash)); // others were taken back meanwhile
         while opening < OPENING_MAX {
-            let Some(hash) = self.to_open.pop_front() else { return };
-            let asked = self.peers.values().any(|state| state.queue.values().any(|wish| wish.hash == hash));
-            if !asked {
-                continue; // taken back meanwhile
-            }
+            let first = self.to_open.iter().find(|hash| wanted.contains(hash)).or(self.to_open.front());
+            let Some(&hash) = first else { return };
             if self.blobs.len() >= OPEN_BLOBS_MAX {
-                let unused = |hash: &ContentHash| self.peers.values().all(|state| state.queue.values().all(|wish| wish.hash != *hash));
                 let open = self.blobs.iter().filter_map(|(hash, blob)| match blob {
-                    Blob::Open { used, .. } if unused(hash) => Some((*used, *hash)),
+                    Blob::Open { used, .. } if !wanted.contains(hash) => Some((patient.contains(hash), *used, *hash)),
                     _ => None,
                 });
-                let Some((_, oldest)) = open.min() else {
-                    self.to_open.push_front(hash);
+                let Some((later, _, oldest)) = open.min().filter(|(later, ..)| !later || wanted.contains(&hash)) else {
                     return; // until one of those is sent
                 };
                 self.blobs.remove(&oldest);
                 self.actions.push(Action::Shut { hash: oldest });
+                if later {
+                    self.to_open.push_back(oldest);
+                }
             }
+            self.to_open.retain(|other| *other != hash);
             self.blobs.insert(hash, Blob::Opening);
             self.actions.push(Action::Open { hash });
             opening += 1;
@@ -278,7 +292,7 @@ impl<P: Copy + Ord> Uploads<P> {
         let mut kept = Vec::new();
         for slot in std::mem::take(&mut self.slots) {
             let Some(state) = self.peers.get(&slot.peer) else { continue };
-            let stuck = state.sending_bytes > 0 && now_ms.saturating_sub(state.took_ms) >= STUCK_MS;
+            let stuck = state.is_stuck(now_ms);
             let turn_over = slot.left_bytes == 0 && !self.waiting.is_empty();
             if next_wish(state, &self.blobs).is_none() {
                 continue; // when there is something again, it asks again
@@ -299,7 +313,7 @@ impl<P: Copy + Ord> Uploads<P> {
             if next_wish(state, &self.blobs).is_none() {
                 continue;
             }
-            if state.sending_bytes > 0 && now_ms.saturating_sub(state.took_ms) >= STUCK_MS {
+            if state.is_stuck(now_ms) {
                 self.waiting.push_back(peer);
             } else {
                 self.slots.push(Slot { peer, left_bytes: TURN_BYTES });

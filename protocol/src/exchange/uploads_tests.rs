@@ -187,3 +187,23 @@ fn blobs_are_opened_a_few_at_a_time_and_shut_when_many_are_open() {
     }
     assert_eq!(shut, 10);
 }
+
+#[test]
+fn peers_that_read_nothing_keep_no_blob_open_that_others_need() {
+    let mut uploads = Uploads::new(None);
+    uploads.handle(0, Event::PeerUp { peer: 1 });
+    for blob in 0..=OPEN_BLOBS_MAX as u8 + 10 {
+        ask(&mut uploads, 0, 1, group(u32::from(blob) + 1, blob, 0));
+    }
+    uploads.handle(10, Event::PeerUp { peer: 2 });
+    let mut came = groups(&ask(&mut uploads, 10, 2, group(1, 200, 0)), 2);
+    assert_eq!(came, 0, "the first has not been stuck for long enough");
+    for now_ms in (100..=2000).step_by(100) {
+        let mut actions = uploads.handle(now_ms, Event::Tick);
+        while let Some(Action::Open { hash }) = actions.iter().find(|action| matches!(action, Action::Open { .. })).cloned() {
+            actions = uploads.handle(now_ms, Event::Opened { hash, length: Some(4000 * GROUP) });
+            came += groups(&actions, 2);
+        }
+    }
+    assert_eq!(came, 1);
+}
