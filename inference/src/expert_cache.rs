@@ -38,13 +38,38 @@ impl ExpertCache {
         self.slots[slot].is_some()
     }
 
+    /// Whether one more fits without any being forgotten, and without memory that is lent to requests again and again.
+    pub fn has_room(&self) -> bool {
+        self.buffers < self.capacity
+    }
+
+    /// Whether there is memory that came back unused.
+    pub fn has_spare(&self) -> bool {
+        !self.spare.is_empty()
+    }
+
+    /// The slots of experts that may be forgotten.
+    pub fn idle(&self) -> impl Iterator<Item = usize> {
+        (0..self.slots.len()).filter(|&slot| self.is_idle(slot))
+    }
+
+    /// Whether there is an expert in `slot` that may be forgotten.
+    pub fn is_idle(&self, slot: usize) -> bool {
+        !is_in_use(&self.slots, slot)
+    }
+
+    /// The memory of an expert that is idle, which is forgotten.
+    pub fn take_from(&mut self, slot: usize) -> Option<AlignedBytes> {
+        self.evict(|other| other != slot)
+    }
+
     /// Memory for an expert: unused, or of one that is forgotten for it; beyond the limit when all are in use.
     pub fn buffer(&mut self) -> AlignedBytes {
         if let Some(buffer) = self.spare.pop() {
             return buffer;
         }
         if self.buffers >= self.capacity
-            && let Some(buffer) = self.evict()
+            && let Some(buffer) = self.evict(|_| false)
         {
             return buffer;
         }
@@ -57,7 +82,7 @@ impl ExpertCache {
         // What was asked for beyond the limit is used and not kept.
         while self.buffers > self.capacity {
             self.buffers -= 1;
-            if self.spare.pop().is_none() && self.evict().is_none() {
+            if self.spare.pop().is_none() && self.evict(|_| false).is_none() {
                 return;
             }
         }
@@ -87,13 +112,17 @@ impl ExpertCache {
         self.capacity
     }
 
-    fn evict(&mut self) -> Option<AlignedBytes> {
+    fn evict(&mut self, pinned: impl Fn(usize) -> bool) -> Option<AlignedBytes> {
         let slots = &self.slots;
-        let in_use = |slot: usize| slots[slot].as_ref().is_none_or(|expert| Arc::strong_count(expert) > 1);
-        let slot = self.policy.evict(&in_use)?;
+        let slot = self.policy.evict(&|slot| is_in_use(slots, slot) || pinned(slot))?;
         let expert = Arc::into_inner(self.slots[slot].take()?)?;
         Some(expert.into_bytes())
     }
+}
+
+/// Whether whoever took an expert out of the cache still has it.
+fn is_in_use(slots: &[Option<Arc<Expert>>], slot: usize) -> bool {
+    slots[slot].as_ref().is_none_or(|expert| Arc::strong_count(expert) > 1)
 }
 
 #[cfg(test)]

@@ -35,6 +35,17 @@ pub enum Brought {
     Weights(Origin),
     /// What the expert makes of the rows that [`LayerInputs`] gave for it, computed elsewhere. The memory is as it was.
     Results(ExpertResults),
+    /// What [`ExpertSource::move_in`] was asked for, in the request's memory; without an origin it could not be had.
+    MovedIn(Option<Origin>),
+}
+
+/// What is gained by an expert that moves in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Gain {
+    /// It fills memory that nothing is in.
+    Fills,
+    /// Another is forgotten for it, which is used less.
+    Displaces,
 }
 
 /// Where an expert's bytes came from.
@@ -42,7 +53,7 @@ pub enum Brought {
 pub enum Origin {
     /// This node's own store.
     Disk,
-    /// A peer, while the model waited.
+    /// A peer.
     Peer,
 }
 
@@ -55,7 +66,14 @@ pub trait ExpertSource: Send {
     /// Begins to bring the weights of `requests`, which a layer will probably want.
     fn foresee(&mut self, requests: Vec<ExpertRequest>);
 
-    /// Whether an expert could be brought without asking anybody else.
+    /// Tells whoever may be asked to run them of experts that a layer will probably want, lest they have to be read first.
+    fn foretell(&mut self, blobs: &[BlobRef]);
+
+    /// Begins to bring the weights of an expert whose results are brought often. Nobody waits for it: what somebody waits for comes first,
+    /// and where it [`displaces`](Gain) another there is no hurry at all.
+    fn move_in(&mut self, request: ExpertRequest, gain: Gain);
+
+    /// Whether to bring an expert here ahead of time; others are told of, and run where they are.
     fn is_near(&self, blob: &BlobRef) -> bool;
 
     /// Waits for the next of those requested to come, in any order.

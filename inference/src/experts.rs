@@ -1,5 +1,6 @@
 //! Brings together the experts that a layer needs, from memory or from the source, and counts where they were.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use protocol::expert_blob::ExpertBlobError;
@@ -10,7 +11,8 @@ use crate::cache_policy::PolicyKind;
 use crate::expert::Expert;
 use crate::expert_cache::ExpertCache;
 use crate::expert_runner::ExpertResults;
-use crate::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, LayerInputs, Origin, SourceError};
+use crate::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, Gain, LayerInputs, Origin, SourceError};
+use crate::worth::Worth;
 
 /// Where the experts of a run were when the model first needed each of them, and how often they had to be brought.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -27,8 +29,12 @@ pub struct ExpertUse {
     pub bytes_fetched: u64,
     /// Run at a peer.
     pub remote: usize,
+    /// Uses of an expert that were run at peers, each time counted.
+    pub remote_uses: u64,
     /// Rows of activations that experts at peers worked on, each time counted.
     pub remote_rows: u64,
+    /// Experts that came into memory because they ran elsewhere often.
+    pub moved_in: u64,
     /// Uses of an expert by a layer, each time counted.
     pub uses: u64,
     /// Those that memory could serve.
@@ -39,12 +45,31 @@ pub struct ExpertUse {
     pub foreseen: u64,
     /// … and how many of them the layer then wanted.
     pub foreseen_used: u64,
+    /// Experts of which peers were told before their layer's turn, …
+    pub foretold: u64,
+    /// … and how many of them the layer then had to ask for.
+    pub foretold_used: u64,
 }
 
 /// Guesses on their way at a time, at most.
 const GUESSES_MAX: usize = 16;
 /// After so many guesses, looking ahead ends unless half of them were right.
 const GUESSES_TRIED: u64 = 256;
+/// Experts that move in at a time.
+const MOVES_MAX: usize = 2;
+
+/// How guesses fared.
+#[derive(Clone, Copy, Debug, Default)]
+struct Guesses {
+    tried: u64,
+    right: u64,
+}
+
+impl Guesses {
+    fn pay(self) -> bool {
+        self.tried < GUESSES_TRIED || 2 * self.right >= self.tried
+    }
+}
 
 /// An expert that a layer needs, or what it would make of the layer's rows.
 #[derive(Clone, Debug)]
@@ -85,8 +110,19 @@ pub struct Experts {
     guesses: usize,
     /// Whether anything was missing in this pass, and in the one before.
     missed: [bool; 2],
-    /// Guesses so far, and those that were right.
-    tried: [u64; 2],
+    /// Guesses at what to read, and at what to tell peers of.
+    near: Guesses,
+    far: Guesses,
+    /// By slot, whether peers were told that it will be wanted.
+    told: Vec<bool>,
+    worth: Worth,
+    /// Whether what is missing may run elsewhere: then memory is for what is used most, and else for what was used last.
+    elsewhere: bool,
+    /// Slots of experts that somebody waited for and that are used less than others: forgotten first, the oldest in front.
+    passing: VecDeque<usize>,
+    /// By slot, whether the weights are on their way while it runs elsewhere.
+    moving: Vec<bool>,
+    moves: usize,
 }
 
 impl std::fmt::Debug for Experts {
@@ -135,7 +171,14 @@ impl Experts {
             outstanding: 0,
             guesses: 0,
             missed: [false; 2],
-            tried: [0; 2],
+            near: Guesses::default(),
+            far: Guesses::default(),
+            told: vec![false; slots],
+            worth: Worth::new(slots),
+            elsewhere: false,
+            passing: VecDeque::new(),
+            moving: vec![false; slots],
+            moves: 0,
             manifest,
         }
     }
@@ -168,26 +211,40 @@ impl Experts {
 
     /// Whether a guess at what later layers will want is of use: something was missing lately, and guesses have been good so far.
     pub(crate) fn looks_ahead(&self) -> bool {
-        let [tried, right] = self.tried;
-        self.missed.contains(&true) && (tried < GUESSES_TRIED || 2 * right >= tried)
+        self.missed.contains(&true) && (self.near.pay() || self.far.pay())
     }
 
-    /// Begins to bring those of `experts`, which `layer` will probably want, that are near and not in memory.
+    /// Begins to bring those of `experts`, which `layer` will probably want, that are near and not in memory, and tells peers of the others.
     pub(crate) fn foresee(&mut self, layer: u32, experts: &[u32]) {
+        let mut far = Vec::new();
         for &expert in experts {
             let number = self.first_slots[layer as usize] + expert as usize;
             let slot = ExpertSlot { layer, expert };
             let blob = self.manifest.expert(slot).expect("the router chooses among the layer's experts");
-            let known = self.cache.contains(number) || matches!(self.coming[number], Coming::Guessed | Coming::Wanted);
-            if known || self.guesses >= GUESSES_MAX.min(self.cache.capacity() / 4) || !self.source.is_near(&blob) {
+            if self.cache.contains(number) || matches!(self.coming[number], Coming::Guessed | Coming::Wanted) {
+                continue;
+            }
+            if !self.source.is_near(&blob) {
+                if self.far.pay() && !std::mem::replace(&mut self.told[number], true) {
+                    far.push(blob);
+                }
+                continue;
+            }
+            if !self.near.pay() || self.guesses >= GUESSES_MAX.min(self.cache.capacity() / 4) {
                 continue;
             }
             self.coming[number] = Coming::Guessed;
             self.guesses += 1;
             self.outstanding += 1;
             self.usage.foreseen += 1;
-            self.tried[0] += 1;
-            self.source.foresee(vec![ExpertRequest { slot, blob, buffer: self.cache.buffer() }]);
+            self.near.tried += 1;
+            let buffer = self.buffer();
+            self.source.foresee(vec![ExpertRequest { slot, blob, buffer }]);
+        }
+        if !far.is_empty() {
+            self.usage.foretold += far.len() as u64;
+            self.far.tried += far.len() as u64;
+            self.source.foretell(&far);
         }
     }
 
@@ -199,6 +256,8 @@ impl Experts {
         for &expert in wanted {
             let number = self.first_slots[layer as usize] + expert as usize;
             let found = self.cache.get(number);
+            self.worth.used(number);
+            let told = std::mem::take(&mut self.told[number]);
             self.usage.uses += 1;
             if found.is_some() && self.coming[number] == Coming::Foreseen {
                 // In memory, but it had to be brought, as it would have been without looking ahead.
@@ -214,6 +273,8 @@ impl Experts {
                     self.right();
                 } else {
                     let slot = ExpertSlot { layer, expert };
+                    self.usage.foretold_used += u64::from(told);
+                    self.far.right += u64::from(told);
                     missing.push((slot, self.manifest.expert(slot).expect("the router chooses among the layer's experts")));
                 }
                 self.coming[number] = Coming::Wanted;
@@ -223,29 +284,37 @@ impl Experts {
         }
         if !missing.is_empty() {
             self.outstanding += missing.len();
-            let requests = missing.into_iter().map(|(slot, blob)| ExpertRequest { slot, blob, buffer: self.cache.buffer() });
-            self.source.request(requests.collect(), inputs);
+            let requests = missing.into_iter().map(|(slot, blob)| ExpertRequest { slot, blob, buffer: self.buffer() }).collect();
+            self.source.request(requests, inputs);
         }
     }
 
     fn right(&mut self) {
         self.usage.foreseen_used += 1;
-        self.tried[1] += 1;
+        self.near.right += 1;
     }
 
     /// Waits for one of those that the layer lacks.
     pub(crate) fn receive(&mut self) -> Result<(u32, Present), ExpertsError> {
         loop {
             let Arrival { slot, buffer, brought } = self.source.receive()?;
-            self.outstanding -= 1;
             let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
+            if let Brought::MovedIn(origin) = brought {
+                self.moved_in(slot, number, buffer, origin)?;
+                continue;
+            }
+            self.outstanding -= 1;
             let coming = std::mem::replace(&mut self.coming[number], Coming::No);
             let present = match brought {
+                Brought::MovedIn(_) => continue, // dealt with above
                 Brought::Weights(origin) => Present::Here(self.weights(slot, buffer, (origin, coming))?),
                 Brought::Results(results) => {
                     self.cache.give_back(buffer);
+                    self.elsewhere = true;
+                    self.usage.remote_uses += 1;
                     self.usage.remote_rows += results.rows() as u64;
                     self.first_use(number, |usage| usage.remote += 1);
+                    self.move_in_if_worth(slot, number);
                     Present::Computed(Arc::new(results))
                 }
             };
@@ -261,14 +330,7 @@ impl Experts {
     fn weights(&mut self, slot: ExpertSlot, bytes: AlignedBytes, (origin, coming): (Origin, Coming)) -> Result<Arc<Expert>, ExpertsError> {
         let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
         let length = bytes.len() as u64;
-        let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
-        let expert = match Expert::from_verified(bytes, shape) {
-            Ok(expert) => Arc::new(expert),
-            Err(source) => {
-                self.cache.lost();
-                return Err(ExpertsError::Expert { slot, source });
-            }
-        };
+        let expert = self.verified(slot, bytes)?;
         match origin {
             Origin::Disk if coming == Coming::Guessed => self.usage.bytes_read += length,
             Origin::Disk => {
@@ -281,15 +343,88 @@ impl Experts {
             }),
         }
         self.cache.insert(number, Arc::clone(&expert));
+        if self.elsewhere && !self.worth.is_high(number, self.cache.capacity()) {
+            self.passing.push_back(number);
+        }
         Ok(expert)
+    }
+
+    fn verified(&mut self, slot: ExpertSlot, bytes: AlignedBytes) -> Result<Arc<Expert>, ExpertsError> {
+        let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
+        Expert::from_verified(bytes, shape).map(Arc::new).map_err(|source| {
+            self.cache.lost();
+            ExpertsError::Expert { slot, source }
+        })
+    }
+
+    /// Has an expert brought that has just run elsewhere, if it is used more than the one that it would displace.
+    fn move_in_if_worth(&mut self, slot: ExpertSlot, number: usize) {
+        if self.moving[number] || self.cache.contains(number) || self.moves >= MOVES_MAX.min(self.cache.capacity() / 4) {
+            return;
+        }
+        let leaving = self.leaving();
+        if !self.worth.is_worth(number, leaving, self.cache.capacity()) {
+            return;
+        }
+        let (gain, buffer) = match leaving.and_then(|leaving| self.cache.take_from(leaving)) {
+            Some(buffer) => (Gain::Displaces, buffer),
+            None => (Gain::Fills, self.cache.buffer()),
+        };
+        let blob = self.manifest.expert(slot).expect("it was asked for before");
+        self.moving[number] = true;
+        self.moves += 1;
+        self.source.move_in(ExpertRequest { slot, blob, buffer }, gain);
+    }
+
+    /// The expert that is forgotten for another where memory is for what is used most: one in passing, or the one used least.
+    fn leaving(&mut self) -> Option<usize> {
+        if self.cache.has_room() {
+            return None;
+        }
+        while let Some(&slot) = self.passing.front() {
+            if self.cache.contains(slot) && !self.worth.is_high(slot, self.cache.capacity()) {
+                if self.cache.is_idle(slot) {
+                    return Some(slot);
+                }
+                break;
+            }
+            self.passing.pop_front(); // gone, or come to stay
+        }
+        self.worth.least(self.cache.idle())
+    }
+
+    fn buffer(&mut self) -> AlignedBytes {
+        let leaving = if self.elsewhere && !self.cache.has_spare() { self.leaving() } else { None };
+        leaving.and_then(|leaving| self.cache.take_from(leaving)).unwrap_or_else(|| self.cache.buffer())
+    }
+
+    fn moved_in(&mut self, slot: ExpertSlot, number: usize, bytes: AlignedBytes, origin: Option<Origin>) -> Result<(), ExpertsError> {
+        self.moves -= 1;
+        self.moving[number] = false;
+        let length = bytes.len() as u64;
+        match origin {
+            Some(origin) if !self.cache.contains(number) => {
+                let expert = self.verified(slot, bytes)?;
+                self.cache.insert(number, expert);
+                self.usage.moved_in += 1;
+                match origin {
+                    Origin::Disk => self.usage.bytes_read += length,
+                    Origin::Peer => self.usage.bytes_fetched += length,
+                }
+            }
+            // It could not be had, or somebody could not wait for it.
+            _ => self.cache.give_back(bytes),
+        }
+        Ok(())
     }
 
     /// Gives up what was requested and has not come.
     pub(crate) fn cancel(&mut self) {
         self.source.cancel();
         self.coming.fill(Coming::No);
+        self.moving.fill(false);
         self.guesses = 0;
-        for _ in 0..std::mem::take(&mut self.outstanding) {
+        for _ in 0..std::mem::take(&mut self.outstanding) + std::mem::take(&mut self.moves) {
             self.cache.lost();
         }
     }

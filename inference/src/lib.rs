@@ -34,6 +34,7 @@ pub mod router;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;
+mod worth;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are little-endian and are multiplied where they lie");

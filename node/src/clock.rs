@@ -12,6 +12,12 @@ pub(crate) fn now_ms() -> u64 {
     now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
+/// Lets this thread run when no other has anything to do, as far as the operating system can tell: its work can wait.
+pub(crate) fn stand_back() {
+    const MOST: i32 = 19;
+    let _ = rustix::process::nice(MOST); // on Linux that is the calling thread's own; elsewhere it may be refused, and nothing is lost
+}
+
 /// A point in time to measure from.
 pub(crate) fn instant() -> Instant {
     #[expect(clippy::disallowed_methods, reason = "this is where the node reads its clock")]

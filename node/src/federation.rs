@@ -1,6 +1,6 @@
 //! A command's view of its peers, and how it comes by a model: manifest, trust, trunk.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -209,6 +209,19 @@ impl<'a> Federation<'a> {
         self.wait(async { fetcher.lock().await.fetch_judged(Subject::Listing, u64::from(RANGE_BYTES_MAX), "list of models", judge).await })
     }
 
+    /// Of the experts that are missing, those that fit into so many bytes together with the ones that are here: the rarest among the peers.
+    pub(crate) fn rarest(&self, store: &BlobStore, manifest: &ModelManifest, bytes_max: u64) -> Result<Vec<(BlobRef, String)>, Failure> {
+        let parts = expert_parts(manifest);
+        let (here, missing): (Vec<_>, Vec<_>) = parts.into_iter().partition(|(blob, _)| store.contains(&blob.hash));
+        let mut left = bytes_max.saturating_sub(here.iter().map(|(blob, _)| blob.length).sum());
+        let fetcher = self.fetcher.as_ref().ok_or_else(|| no_peer("experts"))?;
+        let mut names: HashMap<_, _> = missing.into_iter().collect();
+        let blobs = names.keys().copied().collect();
+        let order = self.wait(async { fetcher.lock().await.rarest_first(manifest.id(), blobs).await })?;
+        let mut fits = |blob: &BlobRef| left.checked_sub(blob.length).inspect(|now| left = *now).is_some();
+        Ok(order.into_iter().filter(|blob| fits(blob)).filter_map(|blob| names.remove_entry(&blob)).collect())
+    }
+
     /// Brings the blobs of `wanted` that are missing into the store; the bar shows how far it is.
     pub(crate) fn bring(&self, store: &Arc<BlobStore>, wanted: &[(BlobRef, String)], what: &str) -> Result<u64, Failure> {
         let mut seen = BTreeSet::new();
@@ -369,6 +382,11 @@ impl Loaded {
     /// Memory that we count as taken, with the keys and values of `session`.
     pub(crate) fn counted_bytes(&mut self, session: &Session) -> u64 {
         self.process + self.engine.bytes() + session.bytes()
+    }
+
+    /// The same, as it goes on.
+    pub(crate) fn shared_report(&self) -> SharedReport {
+        self.report.clone()
     }
 
     /// What running experts at peers came to so far.

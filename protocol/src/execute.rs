@@ -1,7 +1,8 @@
 //! What travels on a `/confrere/execute/1` stream: rows of activations and the experts that should run on them one way, their
 //! results and a signed receipt the other way.
 //!
-//! A request names experts by hash and carries each row once, in the form that the expert function takes
+//! A request without rows asks for nothing: it names experts that will probably be asked for next, lest they have to be read then.
+//! Any other names experts by hash and carries each row once, in the form that the expert function takes
 //! (`docs/expert-function.md`): group by group, 32 signed bytes and their scale. An expert's results follow as soon as it has run, as
 //! rows of f32. Everything is little-endian; every length follows from counts that are checked against their limits first.
 //! Does not compute, and does not judge results: see [`audit`](crate::audit).
@@ -65,8 +66,16 @@ pub struct RequestHead {
 }
 
 impl RequestHead {
+    /// Whether it only tells of experts that will probably be asked for; hashes follow, and no answer.
+    pub fn foretells(&self) -> bool {
+        self.rows == 0
+    }
+
     /// Bytes that follow the head.
     pub fn body_bytes(&self) -> usize {
+        if self.foretells() {
+            return usize::from(self.experts) * 32;
+        }
         usize::from(self.rows) * row_bytes(self.hidden_size as usize) + usize::from(self.experts) * (32 + 2) + self.uses as usize * 2
     }
 
@@ -95,13 +104,31 @@ impl RequestHead {
         };
         let (hidden, rows, experts, uses) =
             (head.hidden_size as usize, usize::from(head.rows), usize::from(head.experts), head.uses as usize);
+        let foretells = (hidden, rows, uses) == (0, 0, 0) && (1..=EXPERTS_MAX).contains(&experts);
         let fine = (1..=HIDDEN_MAX).contains(&hidden)
             && (1..=ROWS_MAX).contains(&rows)
             && (1..=EXPERTS_MAX).contains(&experts)
             && (experts..=USES_MAX).contains(&uses)
             && uses * hidden * 4 <= RESULT_BYTES_MAX;
-        if fine { Ok(head) } else { Err(Malformed("request")) }
+        if fine || foretells { Ok(head) } else { Err(Malformed("request")) }
     }
+}
+
+/// Tells of experts that will probably be asked for: head and hashes.
+///
+/// # Panics
+/// With none, or more than [`EXPERTS_MAX`].
+pub fn foretell(experts: &[ContentHash]) -> Vec<u8> {
+    assert!((1..=EXPERTS_MAX).contains(&experts.len()), "within the limit");
+    let head = RequestHead { number: 0, nonce: [0; NONCE_BYTES], hidden_size: 0, rows: 0, experts: experts.len() as u16, uses: 0 };
+    let mut bytes = head.to_bytes().to_vec();
+    experts.iter().for_each(|expert| bytes.extend(expert.as_bytes()));
+    bytes
+}
+
+/// Reads the hashes that follow a head that [foretells](RequestHead::foretells).
+pub fn foretold(body: &[u8]) -> Vec<ContentHash> {
+    body.as_chunks::<32>().0.iter().map(|hash| ContentHash::from_bytes(*hash)).collect()
 }
 
 /// An expert that should run, and on which rows.

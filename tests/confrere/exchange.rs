@@ -124,6 +124,31 @@ fn a_list_of_hashes_that_does_not_fold_names_the_liar() {
     assert_eq!(b.json(&["repo", "verify"])["damaged"], serde_json::json!([]));
 }
 
+/// Placement: a node with room for a part takes what is rare, so that peers together keep everything.
+#[test]
+fn a_node_with_little_room_takes_what_is_rare() {
+    let a = Node::new();
+    let id = a.import(&shipped_model());
+    let half = (a.json(&["show", &id])["experts"]["bytes_each"].as_u64().expect("a size") * 96).to_string();
+    let serving = a.serve();
+    let (b, c) = (Node::new(), Node::new());
+    b.trust(&a);
+    c.trust(&a);
+    assert_eq!(b.run(&["pull", &id, "--experts", &half, "--peer", &serving.address]).code, Some(0));
+    assert_eq!(b.experts(), (96, 192));
+    let second = b.serve();
+    let pulled = c.run(&["pull", &id, "--experts", &half, "--peer", &serving.address, "--peer", &second.address]);
+    assert_eq!(pulled.code, Some(0), "{}", pulled.err);
+    assert_eq!(c.experts(), (96, 192));
+    // What C has is what B lacks: from the two of them, all comes together.
+    drop(serving);
+    let third = c.serve();
+    let d = Node::new();
+    d.trust(&a);
+    assert_eq!(d.run(&["pull", &id, "--peer", &second.address, "--peer", &third.address]).code, Some(0));
+    assert_eq!(d.experts(), (192, 192));
+}
+
 #[test]
 fn uploads_keep_to_their_limit() {
     let a = Node::new();

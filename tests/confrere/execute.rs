@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::binary::{Node, Serving, ended, text};
+use crate::binary::{Node, Serving, ended, signal_process, text};
 use crate::false_executor::{FalseExecutor, Falsehood};
 use crate::support::{checkpoint, shipped_model};
 
@@ -125,7 +125,7 @@ fn a_false_executor_changes_no_token_where_it_breaks_the_protocol() {
 /// N15, N19: a wrong result is found by computing it again, whichever way it came, and its maker's own signature is kept as evidence.
 #[test]
 fn a_false_result_is_found_and_its_maker_dropped_with_evidence() {
-    let (a, id, _) = tiny("q4");
+    let (a, id, alone) = tiny("q4");
     let serving = executor(&a);
     for falsehood in [Falsehood::FlippedBit, Falsehood::OtherReceipt, Falsehood::StolenReceipt] {
         let liar = FalseExecutor::start(a.path(), falsehood);
@@ -137,6 +137,7 @@ fn a_false_result_is_found_and_its_maker_dropped_with_evidence() {
         // The last audits may end after the answer: then the warning comes with the end of the command.
         if !dropped.is_null() {
             assert_eq!(dropped["peer"], Value::from(liar.peer.as_str()), "{falsehood:?}");
+            assert!(answer["again"] == 0 || answer["tokens"] == alone, "{falsehood:?}: made again, and right");
         }
         let evidence: Vec<_> = std::fs::read_dir(b.path().join("evidence")).expect("evidence is kept").flatten().collect();
         let record: Value = serde_json::from_slice(&std::fs::read(evidence[0].path()).expect("readable")).expect("JSON");
@@ -175,4 +176,50 @@ fn executors_that_die_and_come_back_leave_the_text_as_it_is() {
     let answer: Value = serde_json::from_str(&ended.out).expect("JSON");
     assert_eq!(answer["tokens"], alone, "{}", ended.err);
     assert!(count(&answer, "remote") > 0, "{answer}");
+}
+
+/// N16, N19: one executor is killed and comes back, one stalls, one lies, one takes requests and never answers.
+#[test]
+fn peers_that_die_stall_lie_and_come_back_change_no_token_and_hold_none_up_for_two_seconds() {
+    let prompt = ["fn main() {", "--raw", "--max-tokens", "480", "--temperature", "0"];
+    let (a, id, alone) = owner(&shipped_model(), "q4", &prompt);
+    assert_eq!(alone.as_array().map(Vec::len), Some(480));
+    let mut first = executor(&a);
+    let listen = format!("/ip4/127.0.0.1/tcp/{}", first.socket().0.rsplit(':').next().expect("a port"));
+    let (b, copy) = (Node::new(), Node::new());
+    b.trust(&a);
+    copy.trust(&a);
+    assert_eq!(b.run(&["pull", &id, "--trunk", "--peer", &first.address]).code, Some(0));
+    assert_eq!(copy.run(&["pull", &id, "--peer", &first.address]).code, Some(0));
+    let second = executor(&copy);
+    let liar = FalseExecutor::start(a.path(), Falsehood::FlippedBit);
+    let silent = FalseExecutor::start(a.path(), Falsehood::Silence);
+    let mut command = b.command(
+        &[
+            &["--json", "run", &id],
+            &prompt[..],
+            &["--peer", &first.address, "--peer", &second.address, "--peer", &liar.address, "--peer", &silent.address],
+            &["--execute-at", "any", "--audit", "0.5", "--ram", "64MB", "--kernels", "scalar", "--threads", "1"],
+        ]
+        .concat(),
+    );
+    let child = std::thread::spawn(move || ended(command.stdin(Stdio::null())));
+    let pause = |ms| std::thread::sleep(Duration::from_millis(ms));
+    // Once the text is on its way.
+    (0..1000).find(|_| liar.asked.load(Ordering::Relaxed) > 0 || (pause(10), false).1).expect("the liar is asked");
+    first.kill();
+    pause(100);
+    signal_process(second.pid(), "STOP");
+    let _first = a.serve_with(&["--listen", &listen, "--execute-for", "any"]);
+    pause(300);
+    signal_process(second.pid(), "CONT");
+    let ended = child.join().expect("it ends");
+    assert_eq!(ended.code, Some(0), "{}", ended.err);
+    let answer: Value = serde_json::from_str(&ended.out).expect("JSON");
+    assert_eq!(answer["tokens"], alone, "{}", ended.err);
+    let lost = answer["remote"]["broken"].as_u64().zip(answer["remote"]["hedged"].as_u64()).expect("counts");
+    assert!(count(&answer, "remote_uses") > 0 && lost.0 + lost.1 > 0, "{answer}");
+    assert!(answer["token_ms"]["max"].as_f64() < Some(2000.0), "{answer}");
+    assert_eq!(answer["remote"]["dropped"][0]["peer"], Value::from(liar.peer.as_str()), "{answer}");
+    println!("{}; made again {} times; requests lost and late: {lost:?}", answer["token_ms"], answer["again"]);
 }

@@ -107,6 +107,9 @@ async fn serve(state: State, mut stream: Stream) -> std::io::Result<()> {
         let head = RequestHead::from_bytes(&head).map_err(std::io::Error::other)?;
         let mut body = vec![0; head.body_bytes()];
         stream.read_exact(&mut body).await?;
+        if head.foretells() {
+            continue;
+        }
         let request = ExecuteRequest::from_body(&head, &body).map_err(std::io::Error::other)?;
         state.asked.fetch_add(request.tasks.len() as u64, Ordering::Relaxed);
         match state.falsehood {

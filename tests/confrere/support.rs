@@ -13,7 +13,7 @@ use inference::convert::Target;
 use inference::engine::{Engine, EngineOptions};
 use inference::expert::Expert;
 use inference::expert_runner::{ExpertResults, ExpertRunner};
-use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, LayerInputs, Origin, SourceError};
+use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, Gain, LayerInputs, Origin, SourceError};
 use inference::experts::Experts;
 use inference::kernels::Kernels;
 use inference::kv_cache::KvPrecision;
@@ -161,6 +161,16 @@ impl ExpertSource for Shuffled {
         for request in requests {
             self.coming.push(self.weights(request));
         }
+    }
+
+    fn foretell(&mut self, _: &[BlobRef]) {}
+
+    fn move_in(&mut self, request: ExpertRequest, _: Gain) {
+        // One in three cannot be had.
+        let lost = self.random().is_multiple_of(3);
+        let Arrival { slot, buffer, .. } = self.weights(request);
+        let origin = (!lost).then_some(Origin::Peer);
+        self.coming.push(Arrival { slot, buffer, brought: Brought::MovedIn(origin) });
     }
 
     fn is_near(&self, _: &BlobRef) -> bool {

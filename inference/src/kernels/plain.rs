@@ -63,6 +63,7 @@ pub(super) fn panel(w: Matrix<'_>, panel: usize, x: &[f32], out: &mut [[f32; PAN
 
 /// Adds the products of some rows, four at most, with all tokens to their lanes.
 fn add_rows(lanes: &mut [[[f32; LANES]; ROWS]], w: Matrix<'_>, rows: Range<usize>, x: &[f32]) {
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only there are some of the columns done otherwise"))]
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if rows.len() == ROWS && w.precision != Precision::F16 && super::math::vectors() == super::math::Vectors::Avx512 {

@@ -159,7 +159,7 @@ fn generate_one(
     }
     let mut session = loaded.engine.session();
     let mut fetched = 0;
-    let Answer { generated, prefill, experts, tokens_per_second } = answer(loaded, &mut session, &request, |progress| {
+    let Answer { generated, prefill, experts, tokens_per_second, .. } = answer(loaded, &mut session, &request, |progress| {
         let (Progress::Prefilled(usage) | Progress::Token(_, usage)) = progress;
         // What the model waited for stands before the token that came of it.
         if show == Show::Everything && usage.fetched > fetched {

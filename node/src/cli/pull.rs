@@ -3,7 +3,7 @@
 use clap::Args;
 use serde_json::json;
 
-use super::{Context, PeerArgs};
+use super::{Context, PeerArgs, parse_size};
 use crate::failure::Failure;
 use crate::federation::{Federation, expert_parts, trunk_parts};
 use crate::output::{human_bytes, note, print_json, print_line};
@@ -21,6 +21,9 @@ pub(super) struct PullArgs {
     /// Fetch the trunk and every expert (the default)
     #[arg(long)]
     all: bool,
+    /// Fetch the trunk, and experts up to so many bytes: those that the fewest peers have
+    #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["trunk", "all"])]
+    experts: Option<u64>,
     #[command(flatten)]
     peers: PeerArgs,
 }
@@ -30,7 +33,9 @@ pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
     let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
     let model = federation.find(&mut open, &args.model, args.name.as_deref())?;
     let mut bytes = federation.bring(&open.store, &trunk_parts(&model.manifest), "trunk")?;
-    if !args.trunk {
+    if let Some(bytes_max) = args.experts {
+        bytes += federation.bring(&open.store, &federation.rarest(&open.store, &model.manifest, bytes_max)?, "experts")?;
+    } else if !args.trunk {
         bytes += federation.bring(&open.store, &expert_parts(&model.manifest), "experts")?;
     }
     note(&format!("{}: fetched {}", model.name, human_bytes(bytes)));

@@ -3,7 +3,7 @@
 use std::io::{BufRead, IsTerminal, Read};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use inference::activation_log::ActivationLog;
@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 use super::{Context, EngineArgs, PeerArgs, RemoteArgs};
 use crate::clock::{instant, interrupted, while_waiting_for_input};
 use crate::data_dir::io_failure;
+use crate::dispatcher::Waited;
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, Loaded, PeerOptions, resident_bytes};
 use crate::output::{human_bytes, note, print, print_json};
@@ -134,46 +135,170 @@ pub(super) struct Answer {
     /// Those that prompt and answer took together.
     pub(super) experts: ExpertUse,
     pub(super) tokens_per_second: f64,
+    pub(super) times: Times,
+    /// How often it was made again, because a peer's result had been wrong.
+    again: u32,
 }
 
-/// Generates one answer; `on_progress` sees it grow, and ends it by failing.
+/// Generates one answer; `on_progress` sees it grow, and ends it by failing. When a peer's result turns out to be wrong meanwhile, the
+/// answer is made again without that peer.
 pub(super) fn answer(
     loaded: &mut Loaded,
     session: &mut Session,
     request: &GenerateRequest,
     mut on_progress: impl FnMut(&Progress) -> Result<(), Failure>,
 ) -> Result<Answer, Failure> {
+    let (start, mut shown, mut again) = (session.tokens(), Shown::default(), 0);
+    let report = loaded.shared_report();
+    loop {
+        let wrong_before = report.lock().wrong_peers();
+        let is_wrong = || report.lock().wrong_peers() > wrong_before;
+        let answer = attempt(loaded, session, request, |progress| {
+            if is_wrong() {
+                return Ok(ControlFlow::Break(()));
+            }
+            let news = match progress {
+                Progress::Token(text, usage) => Progress::Token(shown.news(text), *usage),
+                Progress::Prefilled(_) => progress.clone(),
+            };
+            on_progress(&news).map(ControlFlow::Continue)
+        })?;
+        if !is_wrong() {
+            return Ok(Answer { again, ..answer });
+        }
+        note("note: a peer's result was wrong: the answer is made again without that peer");
+        again += 1;
+        session.rewind(start);
+        shown.begin_again();
+    }
+}
+
+/// The text of an answer that may be made more than once.
+#[derive(Default)]
+struct Shown {
+    text: String,
+    /// What this attempt has come to.
+    attempt: String,
+}
+
+impl Shown {
+    fn begin_again(&mut self) {
+        self.attempt.clear();
+    }
+
+    /// What is to be shown when the attempt goes on like this: nothing as long as it says the same again, all of it when it does not.
+    fn news(&mut self, more: &str) -> String {
+        self.attempt.push_str(more);
+        if self.text.starts_with(&self.attempt) {
+            return String::new();
+        }
+        let news = match self.attempt.strip_prefix(&self.text) {
+            Some(news) => news.to_owned(),
+            None => format!("\n{}", self.attempt),
+        };
+        self.text.clone_from(&self.attempt);
+        news
+    }
+}
+
+fn attempt(
+    loaded: &mut Loaded,
+    session: &mut Session,
+    request: &GenerateRequest,
+    mut on_progress: impl FnMut(&Progress) -> Result<ControlFlow<()>, Failure>,
+) -> Result<Answer, Failure> {
     loaded.engine.experts().start_counting();
     let mut decoding_since: Option<Instant> = None;
     let mut prefill = ExpertUse::default();
     let mut failed = None;
+    let (mut came, mut gaps, mut waited_before) = (None, Vec::new(), Waited::default());
+    let report = loaded.shared_report();
     let generated = generate(&mut loaded.engine, loaded.tokenizer.as_ref(), session, request, |progress| {
-        if let Progress::Prefilled(usage) = progress {
-            (decoding_since, prefill) = (Some(instant()), usage);
+        match progress {
+            Progress::Prefilled(usage) => {
+                (decoding_since, prefill) = (Some(instant()), usage);
+                waited_before = report.lock().waited;
+            }
+            Progress::Token(..) => {
+                let before = came.replace(instant()).or(decoding_since);
+                gaps.extend(before.zip(came).map(|(before, now)| now - before));
+            }
         }
-        if let Err(failure) = on_progress(&progress) {
+        let next = on_progress(&progress).unwrap_or_else(|failure| {
             failed.get_or_insert(failure);
-        }
-        if failed.is_some() || interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            ControlFlow::Break(())
+        });
+        if interrupted() { ControlFlow::Break(()) } else { next }
     })?;
     if let Some(failure) = failed {
         return Err(failure);
     }
     let seconds = decoding_since.map_or(0.0, |since| (instant() - since).as_secs_f64());
     let tokens_per_second = if seconds > 0.0 { generated.tokens.len() as f64 / seconds } else { 0.0 };
-    Ok(Answer { generated, prefill, experts: loaded.engine.experts().usage(), tokens_per_second })
+    let times = Times::of(gaps, report.lock().waited.since(waited_before));
+    Ok(Answer { generated, prefill, experts: loaded.engine.experts().usage(), tokens_per_second, times, again: 0 })
+}
+
+/// How long tokens took, and what of that the model waited.
+#[derive(Clone, Debug)]
+pub(super) struct Times {
+    /// The longest first.
+    gaps: Vec<Duration>,
+    /// In the order in which they came: of the later half, which memory has settled for.
+    later: Duration,
+    waited: Waited,
+}
+
+impl Times {
+    fn of(mut gaps: Vec<Duration>, waited: Waited) -> Self {
+        let later = gaps[gaps.len() / 2..].iter().sum();
+        gaps.sort_by_key(|gap| std::cmp::Reverse(*gap));
+        Self { gaps, later, waited }
+    }
+
+    fn percentile(&self, percent: usize) -> f64 {
+        let at = self.gaps.len() * (100 - percent) / 100;
+        self.gaps.get(at).map_or(0.0, |gap| gap.as_secs_f64() * 1e3)
+    }
+
+    fn per_token(&self, time: Duration) -> f64 {
+        time.as_secs_f64() * 1e3 / self.gaps.len().max(1) as f64
+    }
+
+    fn json(&self) -> Value {
+        let later = self.gaps.len() - self.gaps.len() / 2;
+        let Waited { disk, remote, fetched } = self.waited;
+        json!({
+            "median": self.percentile(50), "p99": self.percentile(99), "max": self.percentile(100),
+            "later_half_mean": self.later.as_secs_f64() * 1e3 / later.max(1) as f64,
+            "waited": {"disk": self.per_token(disk), "remote": self.per_token(remote), "fetched": self.per_token(fetched)},
+        })
+    }
+
+    /// For the line after an answer; nothing when the model waited for nothing.
+    fn words(&self) -> String {
+        let Waited { disk, remote, fetched } = self.waited;
+        let ways = [(disk, "the disk"), (remote, "peers"), (fetched, "fetches")];
+        let waits: Vec<_> = ways
+            .iter()
+            .filter(|(time, _)| !time.is_zero())
+            .map(|(time, what)| format!("{:.1} ms for {what}", self.per_token(*time)))
+            .collect();
+        if waits.is_empty() { String::new() } else { format!("; each waited {}", waits.join(", ")) }
+    }
 }
 
 impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
-        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, remote_rows, uses, hits, bytes_read, foreseen, foreseen_used } =
-            self.experts;
+        let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, remote_uses, remote_rows, moved_in, uses, .. } = self.experts;
+        let ExpertUse { hits, bytes_read, foreseen, foreseen_used, foretold, foretold_used, .. } = self.experts;
         let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
             "tokens": self.generated.tokens,
-            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": remote, "remote_rows": remote_rows, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
-                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used},
+            "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": remote, "remote_uses": remote_uses, "remote_rows": remote_rows, "moved_in": moved_in, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
+                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used, "foretold": foretold, "foretold_used": foretold_used},
+            "token_ms": self.times.json(), "again": self.again,
             "remote": loaded.remote_report().json(),
             "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,
             "stop_reason": match self.generated.stop_reason {
@@ -192,10 +317,11 @@ impl Answer {
         let ran = if remote > 0 { format!(", {remote} run at peers") } else { String::new() };
         let tokens = self.generated.tokens.len();
         let line = format!(
-            "[experts: {needed} needed, {} had ({ram} in memory, {disk} on disk){ran}, {fetched} fetched{from}, {}; {tokens} tokens, {:.1} a second]",
+            "[experts: {needed} needed, {} had ({ram} in memory, {disk} on disk){ran}, {fetched} fetched{from}, {}; {tokens} tokens, {:.1} a second{}]",
             ram + disk,
             human_bytes(bytes_fetched),
-            self.tokens_per_second
+            self.tokens_per_second,
+            self.times.words()
         );
         [vec![line], loaded.remote_report().lines()].concat().join("\n")
     }

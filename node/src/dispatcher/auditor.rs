@@ -1,7 +1,7 @@
 //! Computes results of peers again and compares, bit for bit, beside the model's work.
 //!
-//! Weights come from the store; those that it lacks are fetched when nobody else is fetching, and for a part of the time only, so that
-//! an audit does not crowd out the work. A result that differs is kept as evidence, with the receipt that its maker signed.
+//! Weights come from the store, where those that move in arrive by themselves; others are fetched quietly, for a small part of the time,
+//! so that an audit does not crowd out the work. A result that differs is kept as evidence, with the receipt that its maker signed.
 
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
@@ -19,25 +19,22 @@ use protocol::{BlobRef, ContentHash, ExpertSlot};
 use serde_json::json;
 use store::BlobStore;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc as tokio_mpsc;
 use tracing::debug;
 
-use super::SharedFetcher;
+use super::mover::Quiet;
 use super::report::SharedReport;
-use crate::clock::{instant, interrupted, now_ms};
+use crate::clock::{instant, interrupted, now_ms, stand_back};
 use crate::net::PeerId;
 use crate::net::address::node_id;
 use crate::net::executor;
-use crate::net::fetcher::Want;
-use crate::net::link::Wanted;
 use crate::net::swarm::Network;
 use crate::output::note;
 
 /// Results that wait to be audited; while so many do, more are passed over and counted.
 const AUDITS_MAX: usize = 1024;
 /// After fetching an expert for an audit, nothing is fetched for so many times as long as that took.
-const FETCH_PAUSE: u32 = 3;
-/// At the end of a command, audits that can be done at once go on for so long at most.
+const FETCH_PAUSE: u32 = 19;
+/// Weights for an audit may take so long; at the end of a command, audits that can be done at once go on for so long at most.
 const END_MAX: Duration = Duration::from_secs(2);
 
 /// A result to compute again.
@@ -63,7 +60,7 @@ pub(super) struct Auditor {
 pub(super) struct AuditorParts {
     pub(super) store: Arc<BlobStore>,
     pub(super) network: Network,
-    pub(super) fetcher: SharedFetcher,
+    pub(super) quiet: Quiet,
     pub(super) runtime: Handle,
     pub(super) report: SharedReport,
     pub(super) shape: ExpertShape,
@@ -77,6 +74,7 @@ impl Auditor {
         let (queue, audits) = mpsc::sync_channel(AUDITS_MAX);
         let report = parts.report.clone();
         let thread = std::thread::spawn(move || {
+            stand_back();
             let runner = ExpertRunner::new(parts.shape, 1, parts.kernels);
             AuditThread { parts, runner, fetch_after: instant() }.run(&audits);
         });
@@ -193,21 +191,15 @@ impl AuditThread {
         runtime.spawn(async move { network.drop_peer(peer).await });
     }
 
-    /// Fetches weights for an audit, if nobody else is fetching and the time for it has come; keeps them where there is room.
+    /// Fetches weights for an audit, if the time for it has come; keeps them where there is room.
     fn fetch(&mut self, blob: BlobRef) -> Option<AlignedBytes> {
         if instant() < self.fetch_after {
             return None;
         }
         let started = instant();
-        let fetched = self.parts.runtime.block_on(async {
-            let mut fetcher = self.parts.fetcher.try_lock().ok()?;
-            let (results, mut queue) = tokio_mpsc::channel(1);
-            let want = Want { wanted: Wanted::Blob(blob), name: "weights for an audit".to_owned() };
-            if let Err(error) = fetcher.fetch(vec![want], &results).await {
-                debug!(%error, "cannot audit now");
-            }
-            queue.try_recv().ok()
-        });
+        let (quiet, runtime) = (&mut self.parts.quiet, &self.parts.runtime);
+        let bring = async { tokio::time::timeout(END_MAX, quiet.bring(blob, "weights for an audit")).await.ok().flatten() };
+        let fetched = runtime.block_on(bring);
         self.fetch_after = instant() + (instant() - started).max(Duration::from_millis(20)) * FETCH_PAUSE;
         let bytes = fetched?.bytes;
         let kept = self.parts.store.writer(blob).and_then(|mut writer| {

@@ -15,7 +15,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::{Duration, Instant};
 
-use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, LayerInputs, Origin, SourceError};
+use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, Gain, LayerInputs, Origin, SourceError};
 use inference::kernels::Kernels;
 use protocol::audit::AuditShare;
 use protocol::expert_blob::ExpertShape;
@@ -27,9 +27,9 @@ use tokio::task::JoinHandle;
 
 use self::auditor::{Auditor, AuditorParts};
 use self::choice::{Cost, Way, Ways};
-use self::mover::Mover;
+use self::mover::{Hurry, Mover, Quiet};
 use self::remote::{Came, Lateness, LayerRows, Remote};
-pub(crate) use self::report::{RemoteReport, SharedReport};
+pub(crate) use self::report::{RemoteReport, SharedReport, Waited};
 use self::saver::Saver;
 use crate::clock::{instant, interrupted, now_ms};
 use crate::failure::{Failure, Kind};
@@ -46,8 +46,8 @@ const RESULTS_MAX: usize = 8;
 const READS_MAX: usize = 4096;
 /// Each of them makes an event, and the end of a fetch another.
 const EVENTS_MAX: usize = 2 * READS_MAX;
-/// Threads that read and verify: while one hashes, another's read is under way.
-const READERS: usize = 2;
+/// Threads that read and verify, where there are as many cores: while one hashes, another's read is under way.
+const READERS_MAX: usize = 2;
 /// How often a wait looks for Ctrl-C.
 const LOOK_UP: Duration = Duration::from_millis(100);
 /// What a read, and a fetch, are thought to cost before they have been measured, in milliseconds.
@@ -98,11 +98,13 @@ pub(crate) struct Dispatcher {
     store: Arc<BlobStore>,
     peers: Option<DispatcherPeers>,
     remote: Option<Remote>,
+    mover: Option<Mover>,
+    hurry: Hurry,
     hidden_size: usize,
     saver: Saver,
     providers: Providers,
     report: SharedReport,
-    reads: std_mpsc::SyncSender<(u64, ExpertRequest)>,
+    reads: std_mpsc::SyncSender<(u64, Read)>,
     happened: std_mpsc::Receiver<(u64, Event)>,
     happening: std_mpsc::SyncSender<(u64, Event)>,
     /// What was asked for before the last `cancel` is of an earlier round, and nobody's.
@@ -110,6 +112,7 @@ pub(crate) struct Dispatcher {
     /// Experts that a layer waits for.
     waiting: HashMap<ExpertSlot, Waiting>,
     rows: LayerRows,
+    readers: usize,
     reading: usize,
     /// Not in the store, and not asked for yet.
     missing: Vec<ExpertRequest>,
@@ -133,19 +136,30 @@ struct Fetching {
     since: Instant,
 }
 
+/// What is to be read from the store.
+enum Read {
+    /// A layer waits for it, or will.
+    Wanted(ExpertRequest),
+    /// Nobody does.
+    MovedIn(ExpertRequest),
+}
+
 enum Event {
     /// Read and verified, in so many milliseconds.
     Read(ExpertRequest, f64),
     /// The store has it no more.
     Missing(ExpertRequest),
+    /// For the time when it is wanted again: as the store had it, or as a peer sent it, or not at all.
+    MovedIn(ExpertRequest, Option<Fetched>),
+    ReadIn(ExpertRequest, bool),
     /// It cannot be read, and no peer would help.
     Failed(Failure),
     /// A peer has sent it.
     Fetched(Fetched),
     /// The peers have sent all, or this is why not.
     FetchEnded(Result<(), Failure>),
-    /// A peer that runs experts says something.
-    Told(PeerId, Told),
+    /// A peer that runs experts has said something, then.
+    Told(PeerId, Instant, Told),
 }
 
 impl Dispatcher {
@@ -154,12 +168,21 @@ impl Dispatcher {
         let (reads, queue) = std_mpsc::sync_channel(READS_MAX);
         let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
         let queue = Arc::new(Mutex::new(queue));
-        for _ in 0..READERS {
+        let readers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(READERS_MAX);
+        for _ in 0..readers {
             let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(&store));
             std::thread::spawn(move || {
                 // Ends when the sender is dropped.
                 while let Ok((round, request)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
-                    if happening.send((round, read(&store, request))).is_err() {
+                    let event = match request {
+                        Read::Wanted(request) => read(&store, request),
+                        Read::MovedIn(request) => match read(&store, request) {
+                            Event::Read(request, _) => Event::ReadIn(request, true),
+                            Event::Missing(request) => Event::ReadIn(request, false),
+                            other => other,
+                        },
+                    };
+                    if happening.send((round, event)).is_err() {
                         break;
                     }
                 }
@@ -167,26 +190,31 @@ impl Dispatcher {
         }
         let DispatcherOptions { shape, kernels, remote, report, evidence } = options;
         let runs = shape.precision.is_packed() && !remote.execute_at.is_empty();
+        let (hurry, hurried) = Hurry::new();
         let remote = peers.as_ref().filter(|_| runs).map(|peers| {
             let DispatcherPeers { fetcher, network, runtime } = peers.clone();
-            let mover = Mover::start(Arc::clone(&store), Arc::clone(&fetcher), &runtime, report.clone());
+            let quiet = Quiet { fetcher, hurry: hurried.clone() };
+            let mover = Mover::start(quiet.clone(), &runtime, happening.clone());
             let parts = AuditorParts {
                 store: Arc::clone(&store),
                 network: network.clone(),
-                fetcher,
+                quiet,
                 runtime: runtime.clone(),
                 report: report.clone(),
                 shape,
                 kernels,
                 evidence,
             };
-            Remote::new(network, runtime, remote.execute_at, report.clone(), (Auditor::start(parts), mover), happening.clone())
+            (Remote::new(network, runtime, remote.execute_at, report.clone(), Auditor::start(parts), happening.clone()), mover)
         });
+        let (remote, mover) = remote.unzip();
         let saver = Saver::start(Arc::clone(&store));
         Self {
             store,
             peers,
             remote,
+            mover,
+            hurry,
             hidden_size: shape.hidden_size,
             saver,
             providers,
@@ -197,6 +225,7 @@ impl Dispatcher {
             round: 0,
             waiting: HashMap::new(),
             rows: LayerRows::default(),
+            readers,
             reading: 0,
             missing: Vec::new(),
             fetching: None,
@@ -233,7 +262,7 @@ impl Dispatcher {
             match ways.choose(self.rows.count(slot.expert), able) {
                 Some(Way::Disk) => {
                     self.reading += 1;
-                    let _ = self.reads.send((self.round, request)); // the readers live as long as this does
+                    let _ = self.reads.send((self.round, Read::Wanted(request))); // the readers live as long as this does
                 }
                 Some(Way::Run(peer)) => {
                     waiting.asked.push(peer);
@@ -262,7 +291,9 @@ impl Dispatcher {
         };
         let wants = requests.iter().map(|request| Want { wanted: Wanted::Blob(request.blob), name: request.slot.to_string() }).collect();
         let (fetcher, happening, round) = (Arc::clone(fetcher), self.happening.clone(), self.round);
+        let hurry = self.hurry.begin();
         let task = runtime.spawn(async move {
+            let _hurry = hurry;
             let (results, mut arrivals) = mpsc::channel(RESULTS_MAX);
             let mut fetcher = fetcher.lock().await;
             let fetch = async {
@@ -282,6 +313,63 @@ impl Dispatcher {
         Ok(())
     }
 
+    /// Waits for what comes next.
+    fn receive_next(&mut self) -> Result<Arrival, SourceError> {
+        loop {
+            // What peers send can come while the disk reads.
+            if self.fetching.is_none() && !self.missing.is_empty() {
+                self.fetch_missing()?;
+            }
+            let running = self.remote.as_ref().is_some_and(Remote::is_waiting);
+            if self.reading == 0 && self.fetching.is_none() && !running {
+                return Err(source_error(Failure::new(Kind::Other, "an expert was awaited that nobody asked for")));
+            }
+            let event = match self.happened.recv_timeout(self.patience()) {
+                Ok((round, event)) if round == self.round || matches!(event, Event::Told(..)) => event,
+                Err(_) if interrupted() => return Err(source_error(Failure::interrupted())),
+                Ok(_) => continue,
+                Err(_) => {
+                    self.hurry();
+                    continue;
+                }
+            };
+            match event {
+                Event::Read(request, milliseconds) => {
+                    self.reading -= 1;
+                    self.disk.learn(0.0, Some(milliseconds / self.readers as f64));
+                    return Ok(self.weights(request, Origin::Disk));
+                }
+                Event::Missing(request) => {
+                    self.reading -= 1;
+                    self.missing.push(request);
+                }
+                Event::ReadIn(request, read) => return Ok(moved_in(request, read.then_some(Origin::Disk))),
+                Event::MovedIn(request, fetched) => return Ok(self.take_in(request, fetched)),
+                Event::Failed(failure) => return Err(source_error(failure)),
+                Event::Fetched(fetched) => {
+                    if let Some(arrival) = self.take(fetched) {
+                        return Ok(arrival);
+                    }
+                }
+                Event::FetchEnded(result) => {
+                    if let Some(fetching) = self.fetching.take()
+                        && result.is_ok()
+                    {
+                        let milliseconds = (instant() - fetching.since).as_secs_f64() * 1e3;
+                        self.fetch.learn(0.0, Some(milliseconds / fetching.requests.len() as f64));
+                    }
+                    result.map_err(source_error)?;
+                }
+                Event::Told(peer, at, told) => {
+                    if let Some(arrival) = self.hear(peer, at, told) {
+                        return Ok(arrival);
+                    }
+                }
+            }
+            self.hurry();
+        }
+    }
+
     /// Hands over what a peer has sent.
     fn take(&mut self, Fetched { index, bytes, peer }: Fetched) -> Option<Arrival> {
         let mut request = self.fetching.as_mut()?.requests.get_mut(index)?.take()?;
@@ -291,15 +379,26 @@ impl Dispatcher {
         Some(self.weights(request, Origin::Peer))
     }
 
+    /// Hands over what a peer has sent of an expert that moves in.
+    fn take_in(&mut self, mut request: ExpertRequest, fetched: Option<Fetched>) -> Arrival {
+        let origin = fetched.map(|Fetched { bytes, peer, .. }| {
+            self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+            request.buffer.copy_from_slice(&bytes);
+            self.saver.save(request.blob, bytes);
+            Origin::Peer
+        });
+        moved_in(request, origin)
+    }
+
     fn weights(&mut self, request: ExpertRequest, origin: Origin) -> Arrival {
         self.waiting.remove(&request.slot);
         Arrival { slot: request.slot, buffer: request.buffer, brought: Brought::Weights(origin) }
     }
 
     /// Takes in what a peer that runs experts says.
-    fn hear(&mut self, peer: PeerId, told: Told) -> Option<Arrival> {
+    fn hear(&mut self, peer: PeerId, at: Instant, told: Told) -> Option<Arrival> {
         let remote = self.remote.as_mut()?;
-        match remote.hear(peer, told) {
+        match remote.hear(peer, at, told) {
             Came::Results { number, task, slot, results, bytes } => {
                 // Somebody else may have been faster, or the expert itself is on its way.
                 let request = self.waiting.get_mut(&slot)?.request.take()?;
@@ -330,6 +429,13 @@ impl Dispatcher {
     }
 }
 
+impl Drop for Dispatcher {
+    /// Nobody waits any more: what was being fetched must not hold up those who end their work.
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
 fn read(store: &BlobStore, mut request: ExpertRequest) -> Event {
     let (length, started) = (request.buffer.len(), instant());
     match store.read_pages(&request.blob.hash, request.buffer.whole_pages(), length, now_ms()) {
@@ -357,66 +463,47 @@ impl ExpertSource for Dispatcher {
     fn foresee(&mut self, requests: Vec<ExpertRequest>) {
         for request in requests {
             self.reading += 1;
-            let _ = self.reads.send((self.round, request)); // as in `place`; what is near is in the store
+            let _ = self.reads.send((self.round, Read::Wanted(request))); // as in `place`; what is near is in the store
+        }
+    }
+
+    fn foretell(&mut self, blobs: &[BlobRef]) {
+        if let Some(remote) = &mut self.remote {
+            remote.foretell(blobs);
+        }
+    }
+
+    fn move_in(&mut self, request: ExpertRequest, gain: Gain) {
+        if self.store.contains(&request.blob.hash) {
+            let _ = self.reads.send((self.round, Read::MovedIn(request)));
+            return;
+        }
+        let refused = match &self.mover {
+            Some(mover) => mover.bring(self.round, request, gain).err(),
+            None => Some(request),
+        };
+        if let Some(request) = refused {
+            let _ = self.happening.try_send((self.round, Event::MovedIn(request, None)));
         }
     }
 
     fn is_near(&self, blob: &BlobRef) -> bool {
-        self.store.contains(&blob.hash)
+        let disk = self.disk.of(1 + self.reading as u64);
+        self.store.contains(&blob.hash) && self.remote.as_ref().is_none_or(|remote| !remote.is_nearer(disk, &blob.hash))
     }
 
     fn receive(&mut self) -> Result<Arrival, SourceError> {
-        loop {
-            // What peers send can come while the disk reads.
-            if self.fetching.is_none() && !self.missing.is_empty() {
-                self.fetch_missing()?;
-            }
-            let running = self.remote.as_ref().is_some_and(Remote::is_waiting);
-            if self.reading == 0 && self.fetching.is_none() && !running {
-                return Err(source_error(Failure::new(Kind::Other, "an expert was awaited that nobody asked for")));
-            }
-            let event = match self.happened.recv_timeout(self.patience()) {
-                Ok((round, event)) if round == self.round || matches!(event, Event::Told(..)) => event,
-                Err(_) if interrupted() => return Err(source_error(Failure::interrupted())),
-                Ok(_) => continue,
-                Err(_) => {
-                    self.hurry();
-                    continue;
-                }
-            };
-            match event {
-                Event::Read(request, milliseconds) => {
-                    self.reading -= 1;
-                    self.disk.learn(0.0, Some(milliseconds / READERS as f64));
-                    return Ok(self.weights(request, Origin::Disk));
-                }
-                Event::Missing(request) => {
-                    self.reading -= 1;
-                    self.missing.push(request);
-                }
-                Event::Failed(failure) => return Err(source_error(failure)),
-                Event::Fetched(fetched) => {
-                    if let Some(arrival) = self.take(fetched) {
-                        return Ok(arrival);
-                    }
-                }
-                Event::FetchEnded(result) => {
-                    if let Some(fetching) = self.fetching.take()
-                        && result.is_ok()
-                    {
-                        let milliseconds = (instant() - fetching.since).as_secs_f64() * 1e3;
-                        self.fetch.learn(0.0, Some(milliseconds / fetching.requests.len() as f64));
-                    }
-                    result.map_err(source_error)?;
-                }
-                Event::Told(peer, told) => {
-                    if let Some(arrival) = self.hear(peer, told) {
-                        return Ok(arrival);
-                    }
-                }
-            }
-            self.hurry();
+        let since = instant();
+        let arrival = self.receive_next()?;
+        let (took, mut report) = (instant() - since, self.report.lock());
+        match arrival.brought {
+            Brought::Weights(Origin::Disk) => report.waited.disk += took,
+            Brought::Weights(Origin::Peer) => report.waited.fetched += took,
+            // What moves in comes while something else is waited for.
+            Brought::Results(_) | Brought::MovedIn(_) => report.waited.remote += took,
         }
+        drop(report);
+        Ok(arrival)
     }
 
     fn cancel(&mut self) {
@@ -431,6 +518,10 @@ impl ExpertSource for Dispatcher {
             fetching.task.abort();
         }
     }
+}
+
+fn moved_in(ExpertRequest { slot, buffer, .. }: ExpertRequest, origin: Option<Origin>) -> Arrival {
+    Arrival { slot, buffer, brought: Brought::MovedIn(origin) }
 }
 
 fn source_error(failure: Failure) -> SourceError {

@@ -1,50 +1,81 @@
-//! Moves experts in: fetches those that run at peers most often, little by little, so that this node needs its peers less and less.
-//!
-//! Takes a tenth of the time at most, and nothing while somebody else fetches; ends when the disk's quota does.
+//! Fetches for which nobody waits: weights of experts that run at peers often, and of those whose results are audited. They take a part
+//! of the time, one group at a time, and make way for whatever somebody waits for.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::{Arc, mpsc as std_mpsc};
 
+use inference::expert_source::{ExpertRequest, Gain};
 use protocol::BlobRef;
-use store::BlobStore;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::SharedFetcher;
-use super::report::SharedReport;
-use crate::failure::Kind;
-use crate::net::fetcher::Want;
-use crate::net::link::{Sink, Wanted};
+use super::{Event, SharedFetcher};
+use crate::net::fetcher::{Fetched, Want};
+use crate::net::link::Wanted;
 
-/// After fetching an expert, nothing is fetched for so many times as long as that took, …
-const PAUSE: u32 = 9;
-/// … and for this long at least.
-const PAUSE_MIN: Duration = Duration::from_millis(200);
-/// An expert that ran fewer times than this stays where it is.
-const RUNS_MIN: u32 = 2;
+/// Experts that wait to be moved in.
+const MOVES_MAX: usize = 4;
+/// After fetching an expert, nothing is fetched for so many times as long as that took.
+const PAUSE_DISPLACING: f64 = 19.0;
+const PAUSE_FILLING: f64 = 0.5;
 
-type Runs = Arc<Mutex<HashMap<BlobRef, u32>>>;
+/// A fetcher, for those who are not in a hurry.
+#[derive(Clone)]
+pub(super) struct Quiet {
+    pub(super) fetcher: SharedFetcher,
+    /// How many fetches somebody waits for.
+    pub(super) hurry: watch::Receiver<usize>,
+}
 
-/// Counts what runs at peers, and has it moved in. Ends when dropped; what has arrived of an expert by then is kept for the next time.
+impl Quiet {
+    /// Fetches a blob when nobody is in a hurry; begun again where it was broken off when somebody was. `None` when it cannot be had.
+    pub(super) async fn bring(&mut self, blob: BlobRef, name: &str) -> Option<Fetched> {
+        loop {
+            self.hurry.wait_for(|waiting| *waiting == 0).await.ok()?;
+            tokio::select! {
+                biased;
+                Ok(_) = self.hurry.wait_for(|waiting| *waiting > 0) => {}
+                fetched = fetch(&self.fetcher, blob, name) => return fetched,
+            }
+        }
+    }
+}
+
+async fn fetch(fetcher: &SharedFetcher, blob: BlobRef, name: &str) -> Option<Fetched> {
+    let mut fetcher = fetcher.lock().await;
+    let (results, mut arrivals) = mpsc::channel(1);
+    let want = Want { wanted: Wanted::SpareBlob(blob), name: name.to_owned() };
+    if let Err(failure) = fetcher.fetch(vec![want], &results).await {
+        debug!(%failure, name, "not fetched");
+    }
+    arrivals.try_recv().ok()
+}
+
+/// An expert to move in, for a round.
+struct Move {
+    round: u64,
+    request: ExpertRequest,
+    gain: Gain,
+}
+
+/// Moves experts in. Ends when dropped; what has come of an expert by then is lost with it.
 pub(super) struct Mover {
-    runs: Runs,
+    queue: mpsc::Sender<Move>,
     task: JoinHandle<()>,
 }
 
 impl Mover {
-    pub(super) fn start(store: Arc<BlobStore>, fetcher: SharedFetcher, runtime: &Handle, report: SharedReport) -> Self {
-        let runs = Runs::default();
-        let task = runtime.spawn(run(Arc::clone(&runs), store, fetcher, report));
-        Self { runs, task }
+    pub(super) fn start(quiet: Quiet, runtime: &Handle, happening: std_mpsc::SyncSender<(u64, Event)>) -> Self {
+        let (queue, moves) = mpsc::channel(MOVES_MAX);
+        let task = runtime.spawn(run(quiet, moves, happening));
+        Self { queue, task }
     }
 
-    /// Notes that an expert ran at a peer.
-    pub(super) fn ran(&self, blob: BlobRef) {
-        *self.runs.lock().unwrap_or_else(PoisonError::into_inner).entry(blob).or_default() += 1;
+    /// Brings an expert, which is told in an event of this round; gives the request back when there is too much to do.
+    pub(super) fn bring(&self, round: u64, request: ExpertRequest, gain: Gain) -> Result<(), ExpertRequest> {
+        self.queue.try_send(Move { round, request, gain }).map_err(|error| error.into_inner().request)
     }
 }
 
@@ -54,33 +85,39 @@ impl Drop for Mover {
     }
 }
 
-async fn run(runs: Runs, store: Arc<BlobStore>, fetcher: SharedFetcher, report: SharedReport) {
-    let sink = Arc::new(Sink(Arc::clone(&store)));
-    loop {
-        tokio::time::sleep(PAUSE_MIN).await;
-        let Some(blob) = most_wanted(&runs, &store) else { continue };
+async fn run(mut quiet: Quiet, mut moves: mpsc::Receiver<Move>, happening: std_mpsc::SyncSender<(u64, Event)>) {
+    while let Some(Move { round, request, gain }) = moves.recv().await {
         let began = Instant::now();
-        let Ok(mut fetcher) = fetcher.try_lock() else { continue };
-        let (results, _arrivals) = mpsc::channel(1);
-        let want = Want { wanted: Wanted::StoredBlob(blob, Arc::clone(&sink)), name: "an expert to move in".to_owned() };
-        match fetcher.fetch(vec![want], &results).await {
-            Ok(()) => {
-                let mut report = report.lock();
-                report.moved_in += 1;
-                report.bytes_moved_in += blob.length;
-            }
-            Err(failure) if failure.kind == Kind::Disk => return,
-            Err(failure) => debug!(%failure, "an expert could not be moved in"),
-        }
-        drop(fetcher);
-        tokio::time::sleep(began.elapsed() * PAUSE).await;
+        let fetched = quiet.bring(request.blob, "an expert to move in").await;
+        // There is room for as many as can be under way.
+        let _ = happening.send((round, Event::MovedIn(request, fetched)));
+        let pause = if gain == Gain::Fills { PAUSE_FILLING } else { PAUSE_DISPLACING };
+        tokio::time::sleep(began.elapsed().mul_f64(pause)).await;
     }
 }
 
-/// The expert that ran most often and is not here; those that are need not be counted any more.
-fn most_wanted(runs: &Runs, store: &BlobStore) -> Option<BlobRef> {
-    let mut runs = runs.lock().unwrap_or_else(PoisonError::into_inner);
-    runs.retain(|blob, _| !store.contains(&blob.hash));
-    let (&blob, _) = runs.iter().filter(|(_, runs)| **runs >= RUNS_MIN).max_by_key(|(blob, runs)| (**runs, blob.hash))?;
-    Some(blob)
+/// Fetches that somebody waits for, counted.
+#[derive(Clone)]
+pub(super) struct Hurry(Arc<watch::Sender<usize>>);
+
+impl Hurry {
+    pub(super) fn new() -> (Self, watch::Receiver<usize>) {
+        let (sender, receiver) = watch::channel(0);
+        (Self(Arc::new(sender)), receiver)
+    }
+
+    /// Counts as one until it is dropped.
+    pub(super) fn begin(&self) -> InHurry {
+        self.0.send_modify(|waiting| *waiting += 1);
+        InHurry(Arc::clone(&self.0))
+    }
+}
+
+/// Somebody waits.
+pub(super) struct InHurry(Arc<watch::Sender<usize>>);
+
+impl Drop for InHurry {
+    fn drop(&mut self) {
+        self.0.send_modify(|waiting| *waiting -= 1);
+    }
 }

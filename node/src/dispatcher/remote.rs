@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use inference::expert_runner::ExpertResults;
 use inference::expert_source::LayerInputs;
-use protocol::execute::{EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, row_bytes};
+use protocol::execute::{EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, foretell, row_bytes};
 use protocol::{BlobRef, ContentHash, ExpertSlot};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -17,7 +17,6 @@ use tokio::sync::mpsc;
 use super::Event;
 use super::auditor::{Audit, Auditor};
 use super::choice::Cost;
-use super::mover::Mover;
 use super::report::SharedReport;
 use crate::clock::instant;
 use crate::net::PeerId;
@@ -36,6 +35,8 @@ const VERY_LATE: Duration = Duration::from_secs(1);
 /// After a stream broke, the peer is left alone for this long, and longer each time.
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
+/// After so long, a peer may have forgotten what it had in memory.
+const WARM_FOR: Duration = Duration::from_secs(60);
 /// A busy peer is left alone for this long.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -73,7 +74,6 @@ pub(super) struct Remote {
     allowed: AllowedPeers,
     report: SharedReport,
     auditor: Auditor,
-    mover: Mover,
     happening: std_mpsc::SyncSender<(u64, Event)>,
     links: BTreeMap<PeerId, mpsc::Sender<Order>>,
     peers: BTreeMap<PeerId, Standing>,
@@ -91,6 +91,9 @@ struct Standing {
     not_before: Option<Instant>,
     /// It will not run anything for us.
     refuses: bool,
+    /// Experts that it ran or was told of since a while: it has them in memory, as likely as not.
+    warm: HashSet<ContentHash>,
+    warm_since: Instant,
 }
 
 /// A request under way.
@@ -103,6 +106,7 @@ struct Flight {
     sent: Instant,
     late: Instant,
     first: Option<(Instant, u64)>, // when, and for how many rows
+    last: Instant,                 // when the latest result came
     given_up: Option<Lateness>,
     audits: Vec<(usize, Vec<u8>)>,
 }
@@ -137,7 +141,7 @@ impl Remote {
         runtime: Handle,
         allowed: AllowedPeers,
         report: SharedReport,
-        (auditor, mover): (Auditor, Mover),
+        auditor: Auditor,
         happening: std_mpsc::SyncSender<(u64, Event)>,
     ) -> Self {
         Self {
@@ -146,7 +150,6 @@ impl Remote {
             allowed,
             report,
             auditor,
-            mover,
             happening,
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
@@ -179,6 +182,30 @@ impl Remote {
         self.peers.get(&peer).is_some_and(|standing| standing.lacks.contains(expert))
     }
 
+    /// Whether a peer can run an expert on a row in less than so many milliseconds.
+    pub(super) fn is_nearer(&self, milliseconds: f64, expert: &ContentHash) -> bool {
+        self.links.keys().filter(|peer| !self.lacks(**peer, expert)).any(|peer| {
+            let standing = self.peers.get(peer).filter(|standing| !standing.refuses);
+            standing.is_some_and(|standing| standing.cost.of(1) < milliseconds)
+        })
+    }
+
+    /// Tells the quickest peer of experts that it will probably be asked to run.
+    pub(super) fn foretell(&mut self, blobs: &[BlobRef]) {
+        let ready = self.ready();
+        let Some((peer, ..)) = ready.into_iter().min_by(|(_, a, _), (_, b, _)| a.start.total_cmp(&b.start)) else { return };
+        let Some(standing) = self.peers.get_mut(&peer) else { return };
+        if standing.warm_since.elapsed() > WARM_FOR {
+            (standing.warm, standing.warm_since) = (HashSet::new(), instant());
+        }
+        let cold = |hash: &ContentHash| !standing.lacks.contains(hash) && standing.warm.insert(*hash);
+        let hashes: Vec<_> = blobs.iter().map(|blob| blob.hash).filter(cold).take(EXPERTS_MAX).collect();
+        if !hashes.is_empty() {
+            let order = Order { number: 0, frame: foretell(&hashes), lengths: Vec::new() };
+            let _ = self.link(peer).try_send(order); // nothing is lost with it
+        }
+    }
+
     /// Asks `peer` to run some experts on their rows.
     pub(super) fn send(&mut self, peer: PeerId, slots: &[(ExpertSlot, BlobRef)], rows: &LayerRows) {
         let mut rest = slots;
@@ -207,6 +234,9 @@ impl Remote {
             |(slot, blob): &(ExpertSlot, BlobRef)| Task { expert: blob.hash, rows: rows.of[&slot.expert].iter().map(place).collect() };
         let number = self.next_number;
         self.next_number += 1;
+        if let Some(standing) = self.peers.get_mut(&peer) {
+            standing.warm.extend(slots.iter().map(|(_, blob)| blob.hash));
+        }
         let request = ExecuteRequest {
             number,
             nonce: self.nonce(number),
@@ -233,6 +263,7 @@ impl Remote {
             sent: now,
             late: now + Duration::from_secs_f64(expected * LATE / 1e3).max(LATE_MIN),
             first: None,
+            last: now,
             given_up: None,
             audits: Vec::new(),
         };
@@ -240,7 +271,8 @@ impl Remote {
         let sent = self.link(peer).try_send(order);
         if sent.is_err() {
             // Told like a stream that breaks, so that it takes the same way.
-            let _ = self.happening.try_send((0, Event::Told(peer, Told::Broken { reason: "its queue is full".to_owned(), blame: false })));
+            let _ =
+                self.happening.try_send((0, Event::Told(peer, now, Told::Broken { reason: "its queue is full".to_owned(), blame: false })));
             self.links.remove(&peer);
         }
     }
@@ -251,7 +283,9 @@ impl Remote {
             let happening = self.happening.clone();
             let _in_runtime = self.runtime.enter();
             // The engine takes answers as fast as they come, or has given them up: the queue is as long as all that can be under way.
-            execute_link::start(peer, self.network.streams.clone(), queue, move |told| drop(happening.send((0, Event::Told(peer, told)))));
+            execute_link::start(peer, self.network.streams.clone(), queue, move |told| {
+                let _ = happening.send((0, Event::Told(peer, instant(), told)));
+            });
             orders
         })
     }
@@ -265,8 +299,8 @@ impl Remote {
         nonce
     }
 
-    /// Takes in what a peer says.
-    pub(super) fn hear(&mut self, peer: PeerId, told: Told) -> Came {
+    /// Takes in what a peer said `at` a time, which may be some ago: the engine listens when it needs something.
+    pub(super) fn hear(&mut self, peer: PeerId, at: Instant, told: Told) -> Came {
         match told {
             Told::Results { number, task, bytes } => {
                 let Some(flight) = self.flights.get_mut(&number).filter(|flight| flight.peer == peer) else { return Came::Nothing };
@@ -274,7 +308,8 @@ impl Remote {
                     return self.blame(peer, "answered the same thing twice");
                 }
                 let rows = flight.request.tasks[task].rows.len() as u64;
-                flight.first.get_or_insert_with(|| (instant(), rows));
+                flight.first.get_or_insert((at, rows));
+                flight.last = at;
                 let slot = flight.slots[task].0;
                 match ExpertResults::from_bytes(&bytes, flight.request.hidden_size as usize) {
                     Some(results) => Came::Results { number, task, slot, results, bytes },
@@ -320,10 +355,9 @@ impl Remote {
             _ => return Came::Nothing,
         }
         let Some(flight) = self.flights.remove(&number) else { return Came::Nothing };
-        let now = instant();
         if let (Some((first, rows)), Some(standing)) = (flight.first, self.peers.get_mut(&peer)) {
             standing.pause = PAUSE_FIRST;
-            let each = (flight.rows > rows).then(|| (now - first).as_secs_f64() * 1e3 / (flight.rows - rows) as f64);
+            let each = (flight.rows > rows).then(|| (flight.last - first).as_secs_f64() * 1e3 / (flight.rows - rows) as f64);
             let start = (first - flight.sent).as_secs_f64() * 1e3 - rows as f64 * each.unwrap_or(standing.cost.each);
             standing.cost.learn(start, each);
         }
@@ -344,7 +378,6 @@ impl Remote {
     /// Notes that a result is used: whatever way it came, it passes here, where its audit is decided by chance.
     pub(super) fn used(&mut self, number: u64, task: usize, bytes: Vec<u8>) {
         let Some(flight) = self.flights.get_mut(&number) else { return };
-        self.mover.ran(flight.slots[task].1);
         let random = self.secret.hash_one((number, task, u64::MAX));
         if self.report.lock().book.use_result(flight.peer, random) {
             flight.audits.push((task, bytes));
@@ -432,6 +465,14 @@ impl Flight {
 
 impl Standing {
     fn new() -> Self {
-        Self { cost: COST_FIRST, lacks: HashSet::new(), pause: PAUSE_FIRST, not_before: None, refuses: false }
+        Self {
+            cost: COST_FIRST,
+            lacks: HashSet::new(),
+            pause: PAUSE_FIRST,
+            not_before: None,
+            refuses: false,
+            warm: HashSet::new(),
+            warm_since: instant(),
+        }
     }
 }

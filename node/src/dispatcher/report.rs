@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use protocol::audit::{AuditBook, AuditShare};
 use serde_json::{Value, json};
@@ -11,6 +12,26 @@ use crate::net::PeerId;
 /// A report that several threads add to.
 #[derive(Clone, Debug)]
 pub(crate) struct SharedReport(Arc<Mutex<RemoteReport>>);
+
+/// Times in which the model had nothing to do, by what ended them.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Waited {
+    pub(crate) disk: Duration,
+    pub(crate) remote: Duration,
+    pub(crate) fetched: Duration,
+}
+
+impl Waited {
+    /// What was waited since `earlier`.
+    pub(crate) fn since(self, earlier: Self) -> Self {
+        let Self { disk, remote, fetched } = earlier;
+        Self {
+            disk: self.disk.saturating_sub(disk),
+            remote: self.remote.saturating_sub(remote),
+            fetched: self.fetched.saturating_sub(fetched),
+        }
+    }
+}
 
 /// What is counted.
 #[derive(Clone, Debug)]
@@ -26,9 +47,8 @@ pub(crate) struct RemoteReport {
     pub(crate) broken: u64,
     /// Results that were to be audited and were not, because too many waited.
     pub(crate) audits_skipped: u64,
-    /// Experts that were fetched because they ran at peers often, and their bytes.
-    pub(crate) moved_in: u64,
-    pub(crate) bytes_moved_in: u64,
+    /// How long the model waited, and for what.
+    pub(crate) waited: Waited,
     /// Peers that are no longer asked, with what they did.
     pub(crate) dropped: BTreeMap<PeerId, String>,
 }
@@ -42,8 +62,7 @@ impl SharedReport {
             hedged: 0,
             broken: 0,
             audits_skipped: 0,
-            moved_in: 0,
-            bytes_moved_in: 0,
+            waited: Waited::default(),
             dropped: BTreeMap::new(),
         })))
     }
@@ -59,6 +78,11 @@ impl SharedReport {
 }
 
 impl RemoteReport {
+    /// Peers of whom a result was computed again and was not the same. They are no longer asked.
+    pub(crate) fn wrong_peers(&self) -> usize {
+        self.book.counts().values().filter(|count| count.different > 0).count()
+    }
+
     /// For `--json`.
     pub(crate) fn json(&self) -> Value {
         let peers: Vec<_> = self
@@ -71,7 +95,7 @@ impl RemoteReport {
             })
             .collect();
         let dropped: Vec<_> = self.dropped.iter().map(|(peer, why)| json!({"peer": peer.to_string(), "why": why})).collect();
-        json!({"requests": self.requests, "hedged": self.hedged, "broken": self.broken, "audits_skipped": self.audits_skipped, "moved_in": self.moved_in, "bytes_moved_in": self.bytes_moved_in, "peers": peers, "dropped": dropped})
+        json!({"requests": self.requests, "hedged": self.hedged, "broken": self.broken, "audits_skipped": self.audits_skipped, "peers": peers, "dropped": dropped})
     }
 
     /// For people; nothing when no peer ran anything.

@@ -5,7 +5,7 @@ use std::sync::{Arc, mpsc};
 use protocol::BlobRef;
 use store::BlobStore;
 
-use crate::clock::now_ms;
+use crate::clock::{now_ms, stand_back};
 use crate::output::note;
 
 const SAVES_MAX: usize = 8;
@@ -20,6 +20,7 @@ impl Saver {
     pub(super) fn start(store: Arc<BlobStore>) -> Self {
         let (queue, saves) = mpsc::sync_channel::<(BlobRef, Vec<u8>)>(SAVES_MAX);
         let thread = std::thread::spawn(move || {
+            stand_back();
             let mut full = false;
             for (blob, bytes) in saves {
                 let saved = store.writer(blob).and_then(|mut writer| {

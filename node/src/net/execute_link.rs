@@ -30,7 +30,7 @@ pub(crate) struct Order {
     /// The request's number, used once.
     pub(crate) number: u64,
     pub(crate) frame: Vec<u8>,
-    /// Bytes of results that each task will have.
+    /// Bytes of results that each task will have; of nothing where no answer comes.
     pub(crate) lengths: Vec<u32>,
 }
 
@@ -95,7 +95,9 @@ pub(crate) fn start(
 
 async fn write(mut writer: WriteHalf<Stream>, mut orders: mpsc::Receiver<Order>, lengths: &Lengths) -> io::Result<()> {
     while let Some(Order { number, frame, lengths: expected }) = orders.recv().await {
-        lock(lengths).insert(number, expected);
+        if !expected.is_empty() {
+            lock(lengths).insert(number, expected);
+        }
         timeout(WRITE_TIMEOUT, async {
             writer.write_all(&frame).await?;
             writer.flush().await

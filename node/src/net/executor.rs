@@ -3,8 +3,8 @@
 //! One thread computes, whoever asks; a request waits in a short queue or is told that the node is busy. Streams of several peers take
 //! turns, since each has one request under way.
 
-use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, mpsc as std_mpsc};
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
@@ -14,7 +14,7 @@ use inference::expert_runner::ExpertRunner;
 use inference::kernels::Kernels;
 use libp2p::{Stream, StreamProtocol};
 use protocol::execute::{
-    Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, Refusal, RequestHead, row_bytes,
+    self, Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, Refusal, RequestHead, row_bytes,
 };
 use protocol::expert_blob::ExpertShape;
 use protocol::message::STREAM_ACK;
@@ -33,6 +33,8 @@ use crate::net::swarm::Network;
 const STREAMS_MAX: usize = 32;
 /// Requests that wait for the thread that computes.
 const QUEUE_MAX: usize = 16;
+/// Experts that wait to be read ahead.
+const FORETOLD_MAX: usize = 64;
 /// Shapes of experts that memory to compute is kept for.
 const SHAPES_MAX: usize = 8;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
@@ -61,7 +63,11 @@ pub(crate) fn start(store: Arc<BlobStore>, options: ExecutorOptions, network: &N
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
     let (queue, work) = std_mpsc::sync_channel(QUEUE_MAX);
     let works_for = options.works_for.clone();
-    let mut worker = Worker { experts: HotExperts::new(store, options.bytes_max), runners: HashMap::new(), options };
+    let experts = Arc::new(HotExperts::new(store, options.bytes_max));
+    let (foretold, ahead) = std_mpsc::sync_channel(FORETOLD_MAX);
+    let reading = Arc::clone(&experts);
+    std::thread::spawn(move || ahead.into_iter().for_each(|hash| drop(reading.get(hash))));
+    let mut worker = Worker { experts, runners: HashMap::new(), options };
     std::thread::spawn(move || work.into_iter().for_each(|work| worker.work(work)));
     let room = Arc::new(Semaphore::new(STREAMS_MAX));
     tokio::spawn(async move {
@@ -70,10 +76,10 @@ pub(crate) fn start(store: Arc<BlobStore>, options: ExecutorOptions, network: &N
                 warn!(%peer, "refused an execute stream: {STREAMS_MAX} are open");
                 continue;
             };
-            let (queue, allowed) = (queue.clone(), works_for.includes(&peer));
+            let (queue, foretold, allowed) = (queue.clone(), foretold.clone(), works_for.includes(&peer));
             tokio::spawn(async move {
                 let _held = permit;
-                let end = serve(stream, allowed, &queue).await;
+                let end = serve(stream, allowed, &queue, &foretold).await;
                 debug!(%peer, reason = ?end.err(), "execute stream ended");
             });
         }
@@ -81,7 +87,12 @@ pub(crate) fn start(store: Arc<BlobStore>, options: ExecutorOptions, network: &N
     Ok(())
 }
 
-async fn serve(mut stream: Stream, allowed: bool, queue: &std_mpsc::SyncSender<Work>) -> std::io::Result<()> {
+async fn serve(
+    mut stream: Stream,
+    allowed: bool,
+    queue: &std_mpsc::SyncSender<Work>,
+    foretold: &std_mpsc::SyncSender<ContentHash>,
+) -> std::io::Result<()> {
     write(&mut stream, &[STREAM_ACK], &[]).await?;
     loop {
         let mut head = [0; REQUEST_HEAD_BYTES];
@@ -97,6 +108,13 @@ async fn serve(mut stream: Stream, allowed: bool, queue: &std_mpsc::SyncSender<W
         };
         let mut body = vec![0; head.body_bytes()]; // from counts within their limits
         timeout(TRANSFER_TIMEOUT, stream.read_exact(&mut body)).await??;
+        if head.foretells() {
+            // What does not fit into the queue is read when it is asked for.
+            for hash in execute::foretold(&body) {
+                let _ = foretold.try_send(hash);
+            }
+            continue;
+        }
         let Ok(request) = ExecuteRequest::from_body(&head, &body) else {
             write(&mut stream, &Answer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;
             return stream.close().await;
@@ -126,7 +144,7 @@ async fn write(stream: &mut Stream, head: &[u8], bytes: &[u8]) -> std::io::Resul
 /// The thread that computes.
 struct Worker {
     options: ExecutorOptions,
-    experts: HotExperts,
+    experts: Arc<HotExperts>,
     runners: HashMap<ExpertShape, ExpertRunner>,
 }
 
@@ -161,6 +179,8 @@ impl Worker {
             if answers.try_send((answer, results)).is_err() {
                 return;
             }
+            // On a single core, whoever sends it would wait until all is computed.
+            std::thread::yield_now();
         }
         let receipt = Receipt::seal(&self.options.key, request.nonce, receipt).as_bytes().to_vec();
         let _ = answers.try_send((Answer::Done { length: receipt.len() as u32 }, receipt));
@@ -179,37 +199,68 @@ impl Worker {
 struct HotExperts {
     store: Arc<BlobStore>,
     bytes_max: u64,
+    hot: Mutex<Hot>,
+    /// Told whenever a read has ended.
+    read: Condvar,
+}
+
+#[derive(Default)]
+struct Hot {
     bytes: u64,
     uses: u64,
     experts: HashMap<ContentHash, (Arc<Expert>, u64)>,
     by_use: BTreeMap<u64, ContentHash>,
+    /// Being read: whoever wants one of these waits for it.
+    reading: HashSet<ContentHash>,
 }
 
 impl HotExperts {
     fn new(store: Arc<BlobStore>, bytes_max: u64) -> Self {
-        Self { store, bytes_max, bytes: 0, uses: 0, experts: HashMap::new(), by_use: BTreeMap::new() }
+        Self { store, bytes_max, hot: Mutex::default(), read: Condvar::new() }
     }
 
     /// An expert, if the store has one of that hash.
-    fn get(&mut self, hash: ContentHash) -> Option<Arc<Expert>> {
-        self.uses += 1;
-        if let Some((expert, used)) = self.experts.get_mut(&hash) {
-            self.by_use.remove(used);
-            *used = self.uses;
-            self.by_use.insert(self.uses, hash);
-            return Some(Arc::clone(expert));
+    fn get(&self, hash: ContentHash) -> Option<Arc<Expert>> {
+        let lock = || self.hot.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut hot = self.read.wait_while(lock(), |hot| hot.reading.contains(&hash)).unwrap_or_else(PoisonError::into_inner);
+        if let Some(expert) = hot.get(hash) {
+            return Some(expert);
         }
-        let expert = Arc::new(load(&self.store, hash)?);
-        self.bytes += expert.bytes();
-        self.experts.insert(hash, (Arc::clone(&expert), self.uses));
+        hot.reading.insert(hash);
+        drop(hot);
+        let expert = load(&self.store, hash).map(Arc::new);
+        let mut hot = lock();
+        hot.reading.remove(&hash);
+        if let Some(expert) = &expert {
+            hot.insert(hash, Arc::clone(expert), self.bytes_max);
+        }
+        drop(hot);
+        self.read.notify_all();
+        expert
+    }
+}
+
+impl Hot {
+    fn get(&mut self, hash: ContentHash) -> Option<Arc<Expert>> {
+        let (expert, used) = self.experts.get_mut(&hash)?;
+        self.uses += 1;
+        self.by_use.remove(used);
+        *used = self.uses;
         self.by_use.insert(self.uses, hash);
-        while self.bytes > self.bytes_max {
+        Some(Arc::clone(expert))
+    }
+
+    fn insert(&mut self, hash: ContentHash, expert: Arc<Expert>, bytes_max: u64) {
+        self.uses += 1;
+        self.bytes += expert.bytes();
+        self.experts.insert(hash, (expert, self.uses));
+        self.by_use.insert(self.uses, hash);
+        while self.bytes > bytes_max {
             let Some((_, oldest)) = self.by_use.pop_first() else { break };
             if let Some((gone, _)) = self.experts.remove(&oldest) {
                 self.bytes -= gone.bytes();
             }
         }
-        Some(expert)
     }
 }
 

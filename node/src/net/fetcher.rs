@@ -12,7 +12,7 @@ use libp2p::PeerId;
 use protocol::exchange::{Action, Downloads, Event, Urgency};
 use protocol::group_hashes::group_count;
 use protocol::message::Subject;
-use protocol::{BlobRef, ContentHash, ModelManifest};
+use protocol::{BlobRef, ContentHash, ModelId, ModelManifest};
 use store::{BlobStore, PartialBlob, PutOutcome, StoreError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
@@ -40,6 +40,8 @@ const ARRIVING_PAUSE: Duration = Duration::from_millis(20);
 const ARRIVING_ATTEMPTS: u32 = 100;
 /// How long to look for another publisher's signature when one is not trusted.
 const SECOND_OPINION: Duration = Duration::from_secs(2);
+/// How long to wait for peers to say what they have, before it is decided what is rare.
+const RARITY_WAIT: Duration = Duration::from_secs(3);
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// After so many broken streams in a row, a peer is not counted on any more.
@@ -56,6 +58,8 @@ const NAMES_SHOWN_MAX: usize = 8;
 pub(crate) enum Wanted {
     /// A blob that fits into memory, and for which somebody waits.
     Blob(BlobRef),
+    /// The same, but nobody waits.
+    SpareBlob(BlobRef),
     /// A blob that goes straight to the store.
     StoredBlob(BlobRef, Arc<Sink>),
 }
@@ -138,6 +142,21 @@ struct Round {
     last_break: Option<String>,
 }
 
+impl Round {
+    fn new(wants: Vec<Want>, by_hash: HashMap<ContentHash, Vec<usize>>, arrived: u64) -> Self {
+        Self {
+            left: by_hash.len(),
+            by_hash,
+            senders: HashMap::new(),
+            ready: VecDeque::new(),
+            wants,
+            last_progress: Instant::now(),
+            arrived,
+            last_break: None,
+        }
+    }
+}
+
 enum Next {
     Tick,
     Done(Done),
@@ -152,13 +171,14 @@ enum Next {
 impl Wanted {
     fn blob(&self) -> BlobRef {
         match self {
-            Self::Blob(blob) | Self::StoredBlob(blob, _) => *blob,
+            Self::Blob(blob) | Self::SpareBlob(blob) | Self::StoredBlob(blob, _) => *blob,
         }
     }
 
     fn urgency(&self) -> Urgency {
         match self {
             Self::Blob(_) => Urgency::Now,
+            Self::SpareBlob(_) => Urgency::Soon,
             Self::StoredBlob(..) => Urgency::Rest,
         }
     }
@@ -215,20 +235,28 @@ impl Fetcher {
             }
             by_hash.entry(blob.hash).or_default().push(index);
         }
-        let mut round = Round {
-            left: by_hash.len(),
-            by_hash,
-            senders: HashMap::new(),
-            ready: VecDeque::new(),
-            wants,
-            last_progress: Instant::now(),
-            arrived: self.arrived.load(Ordering::Relaxed),
-            last_break: None,
-        };
+        let mut round = Round::new(wants, by_hash, self.arrived.load(Ordering::Relaxed));
         let result = self.run(&mut round, results).await;
         self.rates.lock().unwrap_or_else(PoisonError::into_inner).extend(self.machine.rates());
         self.abandon();
         result
+    }
+
+    /// Sorts blobs of a model by how few of the peers say they have them; leaves out what nobody has. Waits until all have said.
+    pub(crate) async fn rarest_first(&mut self, model: ModelId, blobs: Vec<BlobRef>) -> Result<Vec<BlobRef>, Failure> {
+        let mut round = Round::new(Vec::new(), HashMap::new(), self.arrived.load(Ordering::Relaxed));
+        let until = Instant::now() + self.timeout.min(RARITY_WAIT);
+        loop {
+            self.mind_links(&mut round)?;
+            let linked = !self.links.is_empty() && self.links.keys().all(|peer| self.machine.knows(peer));
+            let left = until.saturating_duration_since(Instant::now());
+            if linked && self.machine.all_have_said(&model) || left.is_zero() {
+                return Ok(self.machine.rarest_first(blobs));
+            }
+            if let Ok(Some(heard)) = tokio::time::timeout(left.min(TICK), self.heard.1.recv()).await {
+                self.on_heard(&mut round, heard)?;
+            }
+        }
     }
 
     /// Gives up what is wanted, as after a fetch that nobody waits for any more; what had come is kept.
@@ -420,7 +448,7 @@ impl Fetcher {
         let index = *round.by_hash.get(&hash)?.first()?;
         let sink = match &round.wants.get(index)?.wanted {
             Wanted::StoredBlob(_, sink) => Arc::clone(&sink.0),
-            Wanted::Blob(_) => {
+            Wanted::Blob(_) | Wanted::SpareBlob(_) => {
                 let kept = self.kept.iter().position(|(kept, _)| *kept == hash).and_then(|at| self.kept.remove(at));
                 let assembly = kept.map_or_else(|| Arc::new(Assembly::in_memory(blob)), |(_, assembly)| assembly);
                 let (hashes, here) = assembly.here();

@@ -119,6 +119,31 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         self.counts
     }
 
+    /// Whether a peer has taken our stream on.
+    pub fn knows(&self, peer: &P) -> bool {
+        self.peers.contains_key(peer)
+    }
+
+    /// Whether every peer has said what it has of a model.
+    pub fn all_have_said(&self, model: &ModelId) -> bool {
+        self.peers.values().all(|state| state.haves.contains_key(model))
+    }
+
+    /// Some blobs of models that are followed, those first that the fewest peers say they have; of those that nobody has, none.
+    pub fn rarest_first(&mut self, blobs: Vec<BlobRef>) -> Vec<BlobRef> {
+        let mut order: Vec<_> = blobs
+            .into_iter()
+            .filter_map(|blob| {
+                let (model, index) = self.places.get(&blob.hash)?;
+                let has = |state: &Peer| state.haves.get(model).is_some_and(|bits| bits.get(*index));
+                let holders = self.peers.values().filter(|state| has(state)).count();
+                (holders > 0).then(|| (holders, self.draws.next(), blob))
+            })
+            .collect();
+        order.sort_unstable_by_key(|(holders, draw, _)| (*holders, *draw));
+        order.into_iter().map(|(.., blob)| blob).collect()
+    }
+
     /// How fast each peer has sent lately, in bytes a second, where that is known.
     pub fn rates(&self) -> impl Iterator<Item = (P, u64)> {
         self.peers.iter().filter_map(|(peer, state)| Some((*peer, state.pace.rate()?)))

@@ -33,7 +33,7 @@ pub use wire::{FromProvider, ToProvider};
 pub enum Urgency {
     /// Somebody waits for it.
     Now = 0,
-    /// Somebody will soon.
+    /// Somebody will soon: a group at a time, so that what is wanted now has a free way.
     Soon = 1,
     /// Whenever there is nothing else to do; the rarest first.
     Rest = 2,

@@ -64,6 +64,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                 self.actions.push(Action::Send { peer, message: ToProvider::Hashes { id, blob: hash } });
                 true
             }
+            Step::Group(hash, _) if self.is_spared(peer, &hash) => false,
             Step::Group(hash, group) => {
                 self.ask_group(now_ms, peer, hash, group, false);
                 true
@@ -81,6 +82,12 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let id = self.new_id();
         self.note_asked(now_ms, peer, id, Asked { hash, group, length: group_length(length, group), second });
         self.actions.push(Action::Send { peer, message: ToProvider::Group { id, urgency, blob: hash, group } });
+    }
+
+    /// Whether a blob comes a group at a time, and the peer owes one.
+    fn is_spared(&self, peer: P, hash: &ContentHash) -> bool {
+        let soon = self.wanted.get(hash).is_some_and(|wanted| wanted.urgency == Urgency::Soon);
+        soon && self.peers.get(&peer).is_some_and(|state| !state.asked.is_empty())
     }
 
     fn has_room(&self, now_ms: u64, peer: P) -> bool {
