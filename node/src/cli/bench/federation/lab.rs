@@ -30,6 +30,7 @@ pub(super) struct Lab {
 /// A line from each node to a place where all meet.
 #[derive(Clone, Copy)]
 pub(super) struct Line {
+    /// 0 for no limit.
     pub(super) rate_mbit: u32,
     /// From any node to any other.
     pub(super) delay_ms: f64,
@@ -156,6 +157,9 @@ impl Net {
             ip(&["-n", &space, "addr", "add", &format!("{}/24", address(number)), "dev", "eth0"])?;
             ip(&["-n", &space, "link", "set", "eth0", "up"])?;
             let rate = format!("{}mbit", line.rate_mbit);
+            if line.rate_mbit == 0 {
+                continue;
+            }
             for (space, device) in [(&hub, port.as_str()), (&space, "eth0")] {
                 let shape = ["tc", "qdisc", "add", "dev", device, "root", "tbf", "rate", &rate, "burst", "256kb", "latency", "50ms"];
                 output(Command::new("ip").args(["netns", "exec", space]).args(shape))?;
@@ -179,6 +183,25 @@ impl Drop for Net {
             }
         }
     }
+}
+
+impl Serving {
+    /// Processor seconds that it has taken.
+    pub(super) fn processor_seconds(&self) -> f64 {
+        processor_seconds(&format!("/proc/{}/stat", self.child.id()), 11)
+    }
+}
+
+/// Processor seconds of all processes that were started and have ended.
+pub(super) fn processor_seconds_of_ended() -> f64 {
+    processor_seconds("/proc/self/stat", 13)
+}
+
+/// Two neighbouring fields, in hundredths of a second, counted from the one behind the name.
+fn processor_seconds(path: &str, from: usize) -> f64 {
+    let stat = fs::read_to_string(path).unwrap_or_default();
+    let fields = stat.rsplit_once(')').map_or("", |(_, fields)| fields).split_whitespace();
+    fields.skip(from).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 /// How fast one TCP stream carries bytes from one node to another just now, in bytes a second: by `iperf3`.

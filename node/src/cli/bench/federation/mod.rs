@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use self::lab::Lab;
 use super::super::Context;
 use super::synth::Routing;
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::output::{print_json, print_line};
 
 /// What is measured.
@@ -42,7 +42,7 @@ pub(in crate::cli) struct FederationArgs {
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..=48))]
     layers: u32,
     /// Tokens to decode
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, default_value_t = 1000, value_parser = clap::value_parser!(u32).range(8..=4000))]
     tokens: u32,
     /// Percent of the experts that the starved node has memory for
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=100))]
@@ -62,6 +62,8 @@ struct Row {
 struct Report {
     json: bool,
     rows: Vec<Value>,
+    /// Whether some tokens were not those of one machine.
+    differs: bool,
 }
 
 impl Report {
@@ -70,6 +72,7 @@ impl Report {
     }
 
     fn add(&mut self, Row { text, json }: Row) -> Result<(), Failure> {
+        self.differs |= json["same_tokens"] == false;
         self.rows.push(json);
         if self.json { Ok(()) } else { print_line(&format!("  {text}")) }
     }
@@ -77,7 +80,7 @@ impl Report {
 
 pub(in crate::cli) fn federation(context: &Context, args: &FederationArgs) -> Result<(), Failure> {
     let lab = Lab::new(args.dir.clone(), args.linkhub.as_deref())?;
-    let mut report = Report { json: context.json, rows: Vec::new() };
+    let mut report = Report { json: context.json, rows: Vec::new(), differs: false };
     let wanted = |part| args.parts.is_empty() || args.parts.contains(&part);
     if wanted(Part::Transfer) {
         transfer::transfer(&lab, args, &mut report)?;
@@ -85,5 +88,8 @@ pub(in crate::cli) fn federation(context: &Context, args: &FederationArgs) -> Re
     if wanted(Part::Decode) {
         args.routing.iter().try_for_each(|&routing| decode::decode(&lab, args, routing, &mut report))?;
     }
-    if context.json { print_json(&json!({"rows": report.rows})) } else { Ok(()) }
+    if context.json {
+        print_json(&json!({"rows": report.rows}))?;
+    }
+    if report.differs { Err(Failure::new(Kind::Integrity, "tokens are not those of one machine")) } else { Ok(()) }
 }

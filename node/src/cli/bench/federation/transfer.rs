@@ -3,13 +3,14 @@
 use serde_json::{Value, json};
 
 use super::super::Median;
-use super::lab::{Lab, Line, Net, Place, Serving, parts, raw_tcp, remove};
+use super::lab::{Lab, Line, Net, Place, Serving, parts, processor_seconds_of_ended, raw_tcp, remove};
 use super::{FederationArgs, Report, Row};
 use crate::failure::Failure;
 
 /// How long the stream that is compared with runs: a slow start is not what it is asked about.
 const RAW_SECONDS: u32 = 10;
 
+const UNLIMITED: Line = Line { rate_mbit: 0, delay_ms: 0.0, loss_ppm: 0 };
 const GIGABIT: Line = Line { rate_mbit: 1000, delay_ms: 0.0, loss_ppm: 0 };
 const SLOW: Line = Line { rate_mbit: 100, delay_ms: 0.0, loss_ppm: 0 };
 const FAR: Line = Line { rate_mbit: 100, delay_ms: 50.0, loss_ppm: 0 };
@@ -31,6 +32,7 @@ const WIDE: Model = Model { name: "wide", synth: &["--layers", "1", "--vocab", "
 pub(super) fn transfer(lab: &Lab, args: &FederationArgs, report: &mut Report) -> Result<(), Failure> {
     report.heading("transfer: `pull` of a whole model into an empty store, MB/s of blobs over the time of the whole command")?;
     for (what, line, model) in [
+        ("no limit", UNLIMITED, LARGE),
         ("1 Gbit/s", GIGABIT, LARGE),
         ("100 Mbit/s, 50 ms each way", FAR, SMALL),
         ("100 Mbit/s, 50 ms each way, experts of 9.4 MB", FAR, WIDE),
@@ -39,12 +41,14 @@ pub(super) fn transfer(lab: &Lab, args: &FederationArgs, report: &mut Report) ->
         let (id, bytes) = make(lab, &model)?;
         let _net = lab.join(&[line, line])?;
         let serving = serve(lab, &model, 0)?;
-        let (mut raw, mut ours) = (Vec::new(), Vec::new());
+        let (mut raw, mut ours, mut processor) = (Vec::new(), Vec::new(), 0.0);
         for _ in 0..args.runs {
             raw.push(raw_tcp(0, 1, RAW_SECONDS)?);
+            let before = (serving.processor_seconds(), processor_seconds_of_ended());
             ours.push(bytes as f64 / pull(lab, 1, &id, &[&serving])?);
+            processor += serving.processor_seconds() + processor_seconds_of_ended() - before.0 - before.1;
         }
-        report.add(row(what, raw, ours))?;
+        report.add(row(what, raw, ours, processor * 1e9 / (bytes as f64 * f64::from(args.runs))))?;
     }
     several(lab, args, report)
 }
@@ -80,19 +84,20 @@ fn several(lab: &Lab, args: &FederationArgs, report: &mut Report) -> Result<(), 
     })
 }
 
-fn row(what: &str, raw: Vec<f64>, ours: Vec<f64>) -> Row {
+/// A line of the table; `processor` is in seconds for a gigabyte, of both sides together.
+fn row(what: &str, raw: Vec<f64>, ours: Vec<f64>, processor: f64) -> Row {
     let (raw, ours) = (Median::of(raw), Median::of(ours));
     let share = ours.median / raw.median;
     Row {
         text: format!(
-            "{what:48} TCP {:6.1}   pull {:6.1} ({:.1} to {:.1})   {:.0}%",
+            "{what:48} TCP {:6.1}   pull {:6.1} ({:.1} to {:.1})   {:.0}%   {processor:.1} CPU s/GB",
             raw.median / 1e6,
             ours.median / 1e6,
             ours.min / 1e6,
             ours.max / 1e6,
             100.0 * share
         ),
-        json: json!({"what": what, "tcp_bytes_per_second": raw.json(), "pull_bytes_per_second": ours.json(), "share": share}),
+        json: json!({"what": what, "tcp_bytes_per_second": raw.json(), "pull_bytes_per_second": ours.json(), "share": share, "processor_seconds_per_gigabyte": processor}),
     }
 }
 
