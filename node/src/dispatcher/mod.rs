@@ -6,6 +6,7 @@
 mod auditor;
 mod choice;
 mod mover;
+mod reader;
 mod remote;
 mod report;
 mod saver;
@@ -20,7 +21,7 @@ use inference::kernels::Kernels;
 use protocol::audit::AuditShare;
 use protocol::expert_blob::ExpertShape;
 use protocol::{BlobRef, ExpertSlot};
-use store::{BlobStore, StoreError};
+use store::BlobStore;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -28,10 +29,11 @@ use tokio::task::JoinHandle;
 use self::auditor::{Auditor, AuditorParts};
 use self::choice::{Cost, Way, Ways};
 use self::mover::{Hurry, Mover, Quiet};
+use self::reader::Read;
 use self::remote::{Came, Lateness, LayerRows, Remote};
 pub(crate) use self::report::{RemoteReport, SharedReport, Waited};
 use self::saver::Saver;
-use crate::clock::{instant, interrupted, now_ms};
+use crate::clock::{instant, interrupted};
 use crate::failure::{Failure, Kind};
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
@@ -39,15 +41,10 @@ use crate::net::execute_link::Told;
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::link::Wanted;
 use crate::net::swarm::Network;
-use crate::output::note;
 
 const RESULTS_MAX: usize = 8;
-/// The engine asks for a few experts at a time, never for more than a layer has.
-const READS_MAX: usize = 4096;
-/// Each of them makes an event, and the end of a fetch another.
-const EVENTS_MAX: usize = 2 * READS_MAX;
-/// Threads that read and verify, where there are as many cores: while one hashes, another's read is under way.
-const READERS_MAX: usize = 2;
+/// Each read makes an event, and the end of a fetch another.
+const EVENTS_MAX: usize = 2 * reader::READS_MAX;
 /// How often a wait looks for Ctrl-C.
 const LOOK_UP: Duration = Duration::from_millis(100);
 /// What a read, and a fetch, are thought to cost before they have been measured, in milliseconds.
@@ -136,14 +133,6 @@ struct Fetching {
     since: Instant,
 }
 
-/// What is to be read from the store.
-enum Read {
-    /// A layer waits for it, or will.
-    Wanted(ExpertRequest),
-    /// Nobody does.
-    MovedIn(ExpertRequest),
-}
-
 enum Event {
     /// Read and verified, in so many milliseconds.
     Read(ExpertRequest, f64),
@@ -165,29 +154,8 @@ enum Event {
 impl Dispatcher {
     /// Experts from `store`, and from `peers` if there are any.
     pub(crate) fn new(store: Arc<BlobStore>, peers: Option<DispatcherPeers>, providers: Providers, options: DispatcherOptions) -> Self {
-        let (reads, queue) = std_mpsc::sync_channel(READS_MAX);
         let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
-        let queue = Arc::new(Mutex::new(queue));
-        let readers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(READERS_MAX);
-        for _ in 0..readers {
-            let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(&store));
-            std::thread::spawn(move || {
-                // Ends when the sender is dropped.
-                while let Ok((round, request)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
-                    let event = match request {
-                        Read::Wanted(request) => read(&store, request),
-                        Read::MovedIn(request) => match read(&store, request) {
-                            Event::Read(request, _) => Event::ReadIn(request, true),
-                            Event::Missing(request) => Event::ReadIn(request, false),
-                            other => other,
-                        },
-                    };
-                    if happening.send((round, event)).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
+        let (reads, readers) = reader::start(&store, &happening);
         let DispatcherOptions { shape, kernels, remote, report, evidence } = options;
         let runs = shape.precision.is_packed() && !remote.execute_at.is_empty();
         let (hurry, hurried) = Hurry::new();
@@ -433,20 +401,6 @@ impl Drop for Dispatcher {
     /// Nobody waits any more: what was being fetched must not hold up those who end their work.
     fn drop(&mut self) {
         self.cancel();
-    }
-}
-
-fn read(store: &BlobStore, mut request: ExpertRequest) -> Event {
-    let (length, started) = (request.buffer.len(), instant());
-    match store.read_pages(&request.blob.hash, request.buffer.whole_pages(), length, now_ms()) {
-        Ok(true) => Event::Read(request, (instant() - started).as_secs_f64() * 1e3),
-        Ok(false) => Event::Missing(request),
-        // A disk that cannot read it any more is as good as one that has lost it.
-        Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
-            note(&format!("warning: {}: {error}; fetching it again", request.slot));
-            Event::Missing(request)
-        }
-        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! What is asked of whom is decided there. Here is what is wanted, where it goes, when to give up, and who was dropped.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
@@ -11,7 +11,6 @@ use std::time::Duration;
 use libp2p::PeerId;
 use protocol::exchange::{Action, Downloads, Event, Urgency};
 use protocol::group_hashes::group_count;
-use protocol::message::Subject;
 use protocol::{BlobRef, ContentHash, ModelId, ModelManifest};
 use store::{BlobStore, PartialBlob, PutOutcome, StoreError};
 use tokio::sync::{Semaphore, mpsc};
@@ -20,7 +19,6 @@ use tracing::{debug, warn};
 
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
-use crate::net::ask::{self, Answered};
 use crate::net::assembly::{Assembly, Done, Sink, WORK_MAX, Work, start_verifiers};
 use crate::net::link::{Heard, Link, What};
 use crate::net::swarm::Network;
@@ -34,18 +32,16 @@ const FINISHING_MAX: usize = 4;
 const READY_MAX: usize = 4;
 /// Memory for what had come when fetches were broken off.
 const KEPT_BYTES_MAX: usize = 64 << 20;
-const TICK: Duration = Duration::from_millis(protocol::exchange::events::TICK_MS);
+pub(super) const TICK: Duration = Duration::from_millis(protocol::exchange::events::TICK_MS);
 /// A blob's arrival that was broken off a moment ago has this long to come to its end.
 const ARRIVING_PAUSE: Duration = Duration::from_millis(20);
 const ARRIVING_ATTEMPTS: u32 = 100;
-/// How long to look for another publisher's signature when one is not trusted.
-const SECOND_OPINION: Duration = Duration::from_secs(2);
 /// How long to wait for peers to say what they have, before it is decided what is rare.
 const RARITY_WAIT: Duration = Duration::from_secs(3);
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// After so many broken streams in a row, a peer is not counted on any more.
-const BREAKS_MAX: u32 = 8;
+pub(super) const BREAKS_MAX: u32 = 8;
 /// A provider verifies a large blob at this speed or faster before it sends the first byte.
 const VERIFY_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
 /// Of no blob that is wanted.
@@ -87,8 +83,8 @@ pub(crate) type Rates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
 
 /// Fetches from the peers of one network.
 pub(crate) struct Fetcher {
-    network: Network,
-    timeout: Duration,
+    pub(super) network: Network,
+    pub(super) timeout: Duration,
     machine: Downloads<PeerId, Vec<u8>>,
     began: Instant,
     links: BTreeMap<PeerId, Link>,
@@ -106,14 +102,14 @@ pub(crate) struct Fetcher {
     rates: Rates,
     round: u64,
     /// Peers whose streams broke since they last brought something: asked after a pause.
-    unsteady: HashMap<PeerId, Unsteady>,
-    liars: BTreeMap<PeerId, String>,
+    pub(super) unsteady: HashMap<PeerId, Unsteady>,
+    pub(super) liars: BTreeMap<PeerId, String>,
 }
 
 #[derive(Clone, Copy)]
-struct Unsteady {
-    breaks: u32,
-    until: Instant,
+pub(super) struct Unsteady {
+    pub(super) breaks: u32,
+    pub(super) until: Instant,
 }
 
 /// Room for a blob in the store, or why there is none.
@@ -540,14 +536,14 @@ impl Fetcher {
         Ok(())
     }
 
-    fn who_lacks_it(&self, connected: &BTreeSet<PeerId>) -> String {
+    pub(super) fn who_lacks_it(&self, connected: &BTreeSet<PeerId>) -> String {
         match (connected.is_empty(), self.liars.is_empty()) {
             (true, true) => "no peer is known".to_owned(),
             _ => format!("none of {} connected peers has it", connected.len()),
         }
     }
 
-    fn why_no_progress(&self, patience: Duration, last_break: Option<&str>) -> String {
+    pub(super) fn why_no_progress(&self, patience: Duration, last_break: Option<&str>) -> String {
         let mut why = format!("no progress for {} s", patience.as_secs_f32());
         for (address, reason) in &self.network.peers.borrow().awaited {
             let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
@@ -559,7 +555,7 @@ impl Fetcher {
         why
     }
 
-    fn missing(&self, names: &BTreeSet<&str>, why: &str) -> Failure {
+    pub(super) fn missing(&self, names: &BTreeSet<&str>, why: &str) -> Failure {
         let shown: Vec<_> = names.iter().take(NAMES_SHOWN_MAX).copied().collect();
         let more = names.len().saturating_sub(NAMES_SHOWN_MAX);
         let more = if more > 0 { format!(" and {more} more") } else { String::new() };
@@ -571,7 +567,7 @@ impl Fetcher {
     }
 
     /// Leaves a peer alone for a while, longer each time.
-    fn pause(&mut self, peer: PeerId) {
+    pub(super) fn pause(&mut self, peer: PeerId) {
         let now = Instant::now();
         let unsteady = self.unsteady.entry(peer).or_insert(Unsteady { breaks: 0, until: now });
         unsteady.until = now + (PAUSE_FIRST * 2u32.pow(unsteady.breaks.min(8))).min(PAUSE_MAX);
@@ -591,70 +587,6 @@ impl Fetcher {
         self.links.remove(&peer);
         let network = self.network.clone();
         tokio::spawn(async move { network.drop_peer(peer).await });
-    }
-
-    /// Fetches one small thing that has no hash of its own, and lets `judge` say whether it is right.
-    pub(crate) async fn fetch_judged<T>(
-        &mut self,
-        subject: Subject,
-        bytes_max: u64,
-        name: &str,
-        judge: impl Fn(Vec<u8>) -> Result<T, Failure>,
-    ) -> Result<T, Failure> {
-        let mut passed_over = HashSet::new();
-        let mut refusal = None;
-        let mut last_break = None;
-        let (mut since, mut patience) = (Instant::now(), self.timeout);
-        loop {
-            let (connected, more_may_come) = {
-                let peers = self.network.peers.borrow();
-                (peers.connected.clone(), peers.may_discover || !peers.awaited.is_empty())
-            };
-            let now = Instant::now();
-            let in_question = |peer: &&PeerId| !passed_over.contains(*peer) && !self.liars.contains_key(*peer);
-            let rested = |peer: &&PeerId| self.unsteady.get(*peer).is_none_or(|unsteady| unsteady.until <= now);
-            let none_left = !connected.iter().any(|peer| in_question(&peer));
-            if none_left && !more_may_come {
-                return Err(refusal.unwrap_or_else(|| self.missing(&BTreeSet::from([name]), &self.who_lacks_it(&connected))));
-            }
-            let left = patience.saturating_sub(since.elapsed());
-            if left.is_zero() {
-                let why = self.why_no_progress(patience, last_break.as_deref());
-                return Err(refusal.unwrap_or_else(|| self.missing(&BTreeSet::from([name]), &why)));
-            }
-            let Some(&peer) = connected.iter().filter(in_question).find(rested) else {
-                let mut peers = self.network.peers.clone();
-                let _ = tokio::time::timeout(TICK.min(left), peers.changed()).await;
-                continue;
-            };
-            let asked = ask::ask(peer, self.network.streams.clone(), subject, bytes_max);
-            let answered = tokio::time::timeout(left, asked).await;
-            match answered.unwrap_or_else(|_| Answered::Broken(std::io::ErrorKind::TimedOut.into())) {
-                Answered::Bytes(bytes) => {
-                    since = Instant::now();
-                    match judge(bytes) {
-                        // What cannot be what was asked for is the peer's fault; what we do not trust is not, and another may have better.
-                        Err(failure) if failure.kind == Kind::Integrity => self.blame(peer, failure.message).await,
-                        Err(failure) if failure.kind == Kind::Refused => {
-                            passed_over.insert(peer);
-                            patience = patience.min(SECOND_OPINION);
-                            refusal = Some(failure);
-                        }
-                        judged => return judged,
-                    }
-                }
-                Answered::NotHave => drop(passed_over.insert(peer)),
-                Answered::Wrong(what) => self.blame(peer, what).await,
-                Answered::Broken(error) => {
-                    debug!(%peer, %error, "stream broke");
-                    last_break = Some(error.to_string());
-                    self.pause(peer);
-                    if self.unsteady.get(&peer).is_some_and(|unsteady| unsteady.breaks > BREAKS_MAX) {
-                        passed_over.insert(peer);
-                    }
-                }
-            }
-        }
     }
 
     fn machine_ms(&self) -> u64 {

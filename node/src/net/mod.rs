@@ -11,6 +11,7 @@ pub(crate) mod executor;
 pub(crate) mod fetcher;
 mod finder;
 pub(crate) mod group;
+mod judged;
 pub(crate) mod link;
 pub(crate) mod provider;
 mod relaying;

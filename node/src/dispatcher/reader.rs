@@ -1,0 +1,64 @@
+//! Reading experts from the store, and verifying them, beside the engine's work.
+
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use inference::expert_source::ExpertRequest;
+use store::{BlobStore, StoreError};
+
+use super::Event;
+use crate::clock::{instant, now_ms};
+use crate::failure::Failure;
+use crate::output::note;
+
+/// Threads that read and verify, where there are as many cores: while one hashes, another's read is under way.
+const READERS_MAX: usize = 2;
+/// The engine asks for a few experts at a time, never for more than a layer has.
+pub(super) const READS_MAX: usize = 4096;
+
+/// What is to be read from the store.
+pub(super) enum Read {
+    /// A layer waits for it, or will.
+    Wanted(ExpertRequest),
+    /// Nobody does.
+    MovedIn(ExpertRequest),
+}
+
+/// Starts the threads that read, and says how many there are. They end when the sender is dropped; what they read is told by round.
+pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, Event)>) -> (mpsc::SyncSender<(u64, Read)>, usize) {
+    let (reads, queue) = mpsc::sync_channel(READS_MAX);
+    let queue = Arc::new(Mutex::new(queue));
+    let readers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(READERS_MAX);
+    for _ in 0..readers {
+        let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(store));
+        std::thread::spawn(move || {
+            while let Ok((round, wish)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
+                let event = match wish {
+                    Read::Wanted(request) => read(&store, request),
+                    Read::MovedIn(request) => match read(&store, request) {
+                        Event::Read(request, _) => Event::ReadIn(request, true),
+                        Event::Missing(request) => Event::ReadIn(request, false),
+                        other => other,
+                    },
+                };
+                if happening.send((round, event)).is_err() {
+                    break;
+                }
+            }
+        });
+    }
+    (reads, readers)
+}
+
+fn read(store: &BlobStore, mut request: ExpertRequest) -> Event {
+    let (length, started) = (request.buffer.len(), instant());
+    match store.read_pages(&request.blob.hash, request.buffer.whole_pages(), length, now_ms()) {
+        Ok(true) => Event::Read(request, (instant() - started).as_secs_f64() * 1e3),
+        Ok(false) => Event::Missing(request),
+        // A disk that cannot read it any more is as good as one that has lost it.
+        Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
+            note(&format!("warning: {}: {error}; fetching it again", request.slot));
+            Event::Missing(request)
+        }
+        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
+    }
+}
