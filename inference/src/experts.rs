@@ -299,16 +299,18 @@ impl Experts {
         loop {
             let Arrival { slot, buffer, brought } = self.source.receive()?;
             let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
-            if let Brought::MovedIn(origin) = brought {
-                self.moved_in(slot, number, buffer, origin)?;
-                continue;
-            }
-            self.outstanding -= 1;
-            let coming = std::mem::replace(&mut self.coming[number], Coming::No);
+            let coming = self.coming[number];
             let present = match brought {
-                Brought::MovedIn(_) => continue, // dealt with above
-                Brought::Weights(origin) => Present::Here(self.weights(slot, buffer, (origin, coming))?),
+                Brought::MovedIn(origin) => {
+                    self.moved_in(slot, number, buffer, origin)?;
+                    continue;
+                }
+                Brought::Weights(origin) => {
+                    self.came(number);
+                    Present::Here(self.weights(slot, buffer, (origin, coming))?)
+                }
                 Brought::Results(results) => {
+                    self.came(number);
                     self.cache.give_back(buffer);
                     self.elsewhere = true;
                     self.usage.remote_uses += 1;
@@ -324,6 +326,12 @@ impl Experts {
             self.guesses -= 1;
             self.coming[number] = Coming::Foreseen;
         }
+    }
+
+    /// Notes that nothing of an expert is on its way any more.
+    fn came(&mut self, number: usize) {
+        self.outstanding -= 1;
+        self.coming[number] = Coming::No;
     }
 
     /// Takes in an expert's weights.

@@ -1,7 +1,8 @@
 //! Runs the real binary: one data directory a node, removed at the end; processes are killed when a test ends.
 #![expect(clippy::disallowed_methods, reason = "how long a process takes is told by a clock")]
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -122,6 +123,28 @@ impl Node {
         let experts = &models[0]["experts"];
         (experts["have"].as_u64().expect("a count"), experts["all"].as_u64().expect("a count"))
     }
+}
+
+/// A local port that nothing listens on.
+pub(crate) fn free_port() -> u16 {
+    TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port()
+}
+
+/// What a node's API answers, head and all, to a request that names `host`.
+pub(crate) fn http_get(api: &str, path: &str, host: &str) -> String {
+    let mut stream = TcpStream::connect(api).expect("it listens");
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("written");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("readable");
+    answer
+}
+
+/// The JSON that a node's API answers with.
+pub(crate) fn api_json(api: &str, path: &str) -> Value {
+    let answer = http_get(api, path, api);
+    let (head, body) = answer.split_once("\r\n\r\n").expect("a head and a body");
+    assert!(head.starts_with("HTTP/1.1 200 OK"), "{answer}");
+    serde_json::from_str(body).expect("JSON")
 }
 
 /// Runs any command to its end, or panics when it takes too long.

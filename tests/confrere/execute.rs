@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::binary::{Node, Serving, ended, signal_process, text};
 use crate::false_executor::{FalseExecutor, Falsehood};
-use crate::support::{checkpoint, shipped_model};
+use crate::support::{checkpoint, shipped_model, shipped_model_of_length};
 
 const PROMPT: &str = "[5, 60, 200, 7, 33, 2, 91]";
 const LISTEN: [&str; 2] = ["--listen", "/ip4/127.0.0.1/tcp/0"];
@@ -181,9 +181,11 @@ fn executors_that_die_and_come_back_leave_the_text_as_it_is() {
 /// N16, N19: one executor is killed and comes back, one stalls, one lies, one takes requests and never answers.
 #[test]
 fn peers_that_die_stall_lie_and_come_back_change_no_token_and_hold_none_up_for_two_seconds() {
-    let prompt = ["fn main() {", "--raw", "--max-tokens", "480", "--temperature", "0"];
-    let (a, id, alone) = owner(&shipped_model(), "q4", &prompt);
-    assert_eq!(alone.as_array().map(Vec::len), Some(480));
+    let prompt = ["fn main() {", "--raw", "--max-tokens", "1000", "--temperature", "0"];
+    let model = tempfile::tempdir().expect("a directory");
+    shipped_model_of_length(model.path(), 1024);
+    let (a, id, alone) = owner(model.path(), "q4", &prompt);
+    assert_eq!(alone.as_array().map(Vec::len), Some(1000));
     let mut first = executor(&a);
     let listen = format!("/ip4/127.0.0.1/tcp/{}", first.socket().0.rsplit(':').next().expect("a port"));
     let (b, copy) = (Node::new(), Node::new());

@@ -4,6 +4,7 @@ mod binary;
 mod cli;
 mod crowd;
 mod discovery;
+mod endurance;
 mod engine;
 mod exchange;
 mod execute;

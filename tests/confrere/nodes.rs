@@ -1,13 +1,12 @@
 //! Two and more nodes, real processes: fetching, trust, liars, kills, restarts. The tokens never change.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::process::Stdio;
 use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::binary::{Node, ended, signal, text, wait};
+use crate::binary::{Node, ended, free_port, http_get, signal, text, wait};
 use crate::hostile::{Liar, Lie};
 use crate::slow_link::SlowLink;
 use crate::support::{checkpoint, shipped_model};
@@ -179,17 +178,10 @@ fn a_provider_that_starts_late_or_restarts_is_found_again() {
 #[test]
 fn serve_answers_health_and_stops_when_told() {
     let (a, _) = Node::with("variant-tied");
-    let port = TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port();
-    let api = format!("127.0.0.1:{port}");
+    let api = format!("127.0.0.1:{}", free_port());
     let serving = a.serve_with(&["--listen", "127.0.0.1:0", "--api", &api]);
     assert!(serving.address.contains("/tcp/"), "TCP comes first: {}", serving.address);
-    let get = |path: &str, host: &str| {
-        let mut stream = TcpStream::connect(&api).expect("it listens");
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n").expect("written");
-        let mut answer = String::new();
-        stream.read_to_string(&mut answer).expect("readable");
-        answer
-    };
+    let get = |path: &str, host: &str| http_get(&api, path, host);
     let answer = get("/health", "localhost");
     assert!(answer.starts_with("HTTP/1.1 200 OK") && answer.ends_with("{\"status\":\"ok\"}"), "{answer}");
     let answer = get("/api/peers", &api);

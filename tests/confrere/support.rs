@@ -257,3 +257,14 @@ pub(crate) fn write_checkpoint(dir: &Path, like: &Path, tensors: &BTreeMap<Strin
 pub(crate) fn shipped_model() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../models/confrere-18m")
 }
+
+/// The same in `dir`, said to take `tokens` tokens: it writes on beyond what it was trained for.
+pub(crate) fn shipped_model_of_length(dir: &Path, tokens: usize) {
+    for entry in fs::read_dir(shipped_model()).expect("it ships").flatten() {
+        fs::copy(entry.path(), dir.join(entry.file_name())).expect("copied");
+    }
+    let config = dir.join("config.json");
+    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&config).expect("readable")).expect("JSON");
+    json["max_position_embeddings"] = tokens.into();
+    fs::write(config, json.to_string()).expect("written");
+}

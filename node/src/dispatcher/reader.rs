@@ -33,12 +33,16 @@ pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, E
         std::thread::spawn(move || {
             while let Ok((round, wish)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
                 let event = match wish {
-                    Read::Wanted(request) => read(&store, request),
-                    Read::MovedIn(request) => match read(&store, request) {
-                        Event::Read(request, _) => Event::ReadIn(request, true),
-                        Event::Missing(request) => Event::ReadIn(request, false),
-                        other => other,
+                    Read::Wanted(mut request) => match read(&store, &mut request) {
+                        Ok(Some(milliseconds)) => Event::Read(request, milliseconds),
+                        Ok(None) => Event::Missing(request),
+                        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
                     },
+                    // Who waits for the expert later reads it again, and hears why that cannot be.
+                    Read::MovedIn(mut request) => {
+                        let here = matches!(read(&store, &mut request), Ok(Some(_)));
+                        Event::ReadIn(request, here)
+                    }
                 };
                 if happening.send((round, event)).is_err() {
                     break;
@@ -49,16 +53,17 @@ pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, E
     (reads, readers)
 }
 
-fn read(store: &BlobStore, mut request: ExpertRequest) -> Event {
+/// Fills a request's buffer and says how many milliseconds that took, or `None` if the store has it no more.
+fn read(store: &BlobStore, request: &mut ExpertRequest) -> Result<Option<f64>, StoreError> {
     let (length, started) = (request.buffer.len(), instant());
     match store.read_pages(&request.blob.hash, request.buffer.whole_pages(), length, now_ms()) {
-        Ok(true) => Event::Read(request, (instant() - started).as_secs_f64() * 1e3),
-        Ok(false) => Event::Missing(request),
+        Ok(true) => Ok(Some((instant() - started).as_secs_f64() * 1e3)),
+        Ok(false) => Ok(None),
         // A disk that cannot read it any more is as good as one that has lost it.
         Err(error @ (StoreError::Damaged { .. } | StoreError::Io { .. })) => {
             note(&format!("warning: {}: {error}; fetching it again", request.slot));
-            Event::Missing(request)
+            Ok(None)
         }
-        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
+        Err(error) => Err(error),
     }
 }

@@ -42,7 +42,7 @@ pub(crate) struct Asking(Stream);
 impl Asking {
     /// Opens it.
     pub(crate) async fn open(peer: PeerId, streams: libp2p_stream::Control) -> io::Result<Self> {
-        stream::open(peer, streams, FETCH_PROTOCOL).await.map(Self)
+        stream::open(peer, streams, FETCH_PROTOCOL, stream::acknowledged).await.map(|(stream, ())| Self(stream))
     }
 
     /// Asks for all of `subject`.

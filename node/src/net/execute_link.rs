@@ -73,8 +73,8 @@ pub(crate) fn start(
     tell: impl Fn(Told) + Send + Sync + 'static,
 ) {
     tokio::spawn(async move {
-        let (reason, blame) = match stream::open(peer, streams, EXECUTE_PROTOCOL).await {
-            Ok(stream) => {
+        let (reason, blame) = match stream::open(peer, streams, EXECUTE_PROTOCOL, stream::acknowledged).await {
+            Ok((stream, ())) => {
                 let (reader, writer) = stream.split();
                 let lengths = Lengths::default();
                 let end = tokio::select! {

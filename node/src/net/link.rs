@@ -3,29 +3,24 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use futures::io::{ReadHalf, WriteHalf};
 use futures::{AsyncReadExt, AsyncWriteExt};
-use libp2p::{PeerId, Stream, StreamProtocol};
+use libp2p::{PeerId, Stream};
 use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head, Kind, Malformed};
 use protocol::exchange::{FromProvider, ToProvider};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
 use tracing::debug;
 
 pub(crate) use super::assembly::Sink;
 pub(crate) use super::fetcher::Wanted;
+use super::stream;
 
 /// Messages that wait to be written: all requests that a peer takes, and as many that take them back.
 const TO_PEER_MAX: usize = 4096;
 /// Progress is noticed by so many bytes.
 const PIECE_BYTES: usize = 64 << 10;
-/// For opening a stream and hearing that somebody reads it: other peers wait for nothing meanwhile.
-const OPEN_TIMEOUT: Duration = Duration::from_millis(1500);
-const OPEN_ATTEMPTS: u32 = 2;
-const OPEN_PAUSE: Duration = Duration::from_millis(50);
 
 /// What a link tells the fetcher.
 #[derive(Debug)]
@@ -70,7 +65,7 @@ impl Link {
         let counts = Counts { here: Arc::clone(&received), arrived };
         let task = tokio::spawn(async move {
             let tell = |what| heard.send(Heard { peer, link: number, what });
-            let end = match open(peer, streams).await {
+            let end = match stream::open(peer, streams, EXCHANGE_PROTOCOL, greeting).await {
                 Ok((stream, requests_max)) => {
                     let _ = tell(What::Up(requests_max)).await;
                     let (reader, writer) = stream.split();
@@ -109,32 +104,21 @@ struct Counts {
     arrived: Arc<AtomicU64>,
 }
 
-/// Opens a stream and waits for the peer to greet; a stream that nobody accepted in time is silently gone.
-async fn open(peer: PeerId, mut streams: libp2p_stream::Control) -> Result<(Stream, u32), What> {
-    let mut last = What::Ended("nobody takes the stream on".to_owned());
-    for _ in 0..OPEN_ATTEMPTS {
-        match timeout(OPEN_TIMEOUT, open_once(peer, &mut streams)).await {
-            Ok(Ok(opened)) => return Ok(opened),
-            Ok(Err(end)) => {
-                last = end;
-                tokio::time::sleep(OPEN_PAUSE).await;
-            }
-            Err(_) => {}
-        }
+impl From<io::Error> for What {
+    fn from(error: io::Error) -> Self {
+        Self::Ended(error.to_string())
     }
-    Err(last)
 }
 
-async fn open_once(peer: PeerId, streams: &mut libp2p_stream::Control) -> Result<(Stream, u32), What> {
-    let ended = |error: &dyn std::fmt::Display| What::Ended(error.to_string());
-    let mut stream = streams.open_stream(peer, StreamProtocol::new(EXCHANGE_PROTOCOL)).await.map_err(|error| ended(&error))?;
+/// How many requests the peer takes.
+async fn greeting(stream: &mut Stream) -> Result<u32, What> {
     let mut head = [0; HEAD_BYTES];
-    stream.read_exact(&mut head).await.map_err(|error| ended(&error))?;
+    stream.read_exact(&mut head).await?;
     let head = Head::of_answer(&head).map_err(What::Malformed)?;
     let mut body = vec![0; head.length as usize]; // within the limit of its kind
-    stream.read_exact(&mut body).await.map_err(|error| ended(&error))?;
+    stream.read_exact(&mut body).await?;
     match FromProvider::from_body(head, body).map_err(What::Malformed)? {
-        FromProvider::Hello { requests_max } => Ok((stream, requests_max)),
+        FromProvider::Hello { requests_max } => Ok(requests_max),
         _ => Err(What::Malformed(Malformed("greeting"))),
     }
 }

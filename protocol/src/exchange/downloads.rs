@@ -109,6 +109,13 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         !self.may_have(peer, state, wanted)
     }
 
+    /// Whether a peer says that it has a blob of a model that is followed; `None` before it has said.
+    #[cfg(test)]
+    pub(super) fn has_said(&self, peer: &P, hash: &ContentHash) -> Option<bool> {
+        let (model, index) = self.places.get(hash)?;
+        self.peers.get(peer)?.haves.get(model).map(|bits| bits.get(*index))
+    }
+
     /// Blobs that are wanted and not complete.
     pub fn wanted(&self) -> impl Iterator<Item = &ContentHash> {
         self.wanted.keys()

@@ -82,16 +82,54 @@ fn model() -> &'static Model {
 }
 
 enum Happening {
-    ToProvider { from: Node, to: Node, link: u32, message: ToProvider },
-    FromProvider { from: Node, to: Node, link: u32, message: FromProvider<Bytes>, sent: u64 },
-    Progress { from: Node, to: Node, link: u32, bytes: u64 },
-    Down { node: Node, other: Node, link: u32 },
-    Connect { node: Node, other: Node },
-    Out { node: Node, to: Node, link: u32, bytes: u64 },
-    Opened { node: Node, hash: ContentHash },
-    Hashed { node: Node, life: u32, event: events::Event<Node, Bytes> },
+    ToProvider {
+        from: Node,
+        to: Node,
+        link: u32,
+        message: ToProvider,
+    },
+    FromProvider {
+        from: Node,
+        to: Node,
+        link: u32,
+        message: FromProvider<Bytes>,
+        sent: u64,
+    },
+    Progress {
+        from: Node,
+        to: Node,
+        link: u32,
+        bytes: u64,
+    },
+    Down {
+        node: Node,
+        other: Node,
+        link: u32,
+    },
+    Connect {
+        node: Node,
+        other: Node,
+    },
+    Out {
+        node: Node,
+        to: Node,
+        link: u32,
+        bytes: u64,
+    },
+    Opened {
+        node: Node,
+        hash: ContentHash,
+    },
+    Hashed {
+        node: Node,
+        life: u32,
+        event: events::Event<Node, Bytes>,
+    },
     Leave(Node),
     Return(Node),
+    /// The even and the odd nodes hear nothing of each other, or do again.
+    Part,
+    Heal,
     Tick,
 }
 
@@ -135,11 +173,14 @@ struct Sim {
     received: BTreeMap<(Node, Node), u64>,
     sent: BTreeMap<u32, u64>, // by stream
     next_link: u32,
+    parted: bool,
     trace: u64,
     rights: BTreeMap<(Node, ContentHash, u32), u32>,
 }
 
 const GIVE_UP_MS: u64 = 300_000;
+/// How long it takes until a stream is known to be dead.
+const NOTICED_MS: u64 = 5_000;
 
 impl Sim {
     fn new(seed: u64, plan: Plan) -> Self {
@@ -181,6 +222,7 @@ impl Sim {
             received: BTreeMap::new(),
             sent: BTreeMap::new(),
             next_link: 0,
+            parted: false,
             trace: 0,
             rights: BTreeMap::new(),
         };
@@ -241,12 +283,24 @@ impl Sim {
         (*last, end_ms)
     }
 
+    /// Whether two nodes are on different sides of a partition.
+    fn apart(&self, a: Node, b: Node) -> bool {
+        self.parted && !(a ^ b).is_multiple_of(2)
+    }
+
+    /// Lets the next thing happen, and says when it did.
+    fn step(&mut self) -> u64 {
+        let Reverse((at_ms, number)) = self.queue.pop().expect("there is always a tick to come");
+        self.now_ms = at_ms;
+        let happening = self.happenings.remove(&number).expect("queued once");
+        self.trace = self.trace.wrapping_mul(31).wrapping_add(at_ms ^ number);
+        self.happen(happening);
+        at_ms
+    }
+
     fn run(&mut self) {
-        while let Some(Reverse((at_ms, number))) = self.queue.pop() {
-            self.now_ms = at_ms;
-            let happening = self.happenings.remove(&number).expect("queued once");
-            self.trace = self.trace.wrapping_mul(31).wrapping_add(at_ms ^ number);
-            self.happen(happening);
+        loop {
+            let at_ms = self.step();
             if self.nodes.iter().all(|node| node.lie != Lie::None || node.done_ms.is_some() || node.complete.len() == model().blobs.len()) {
                 return;
             }
@@ -270,12 +324,12 @@ impl Sim {
         match happening {
             Happening::Connect { node, other } => self.connect(node, other),
             Happening::ToProvider { from, to, link, message } => {
-                if self.linked(from, to, link) {
+                if self.linked(from, to, link) && !self.lost(from, to, link) {
                     self.ask(to, upload_events::Event::Received { peer: from, message });
                 }
             }
             Happening::FromProvider { from, to, link, message, sent } => {
-                if self.linked(to, from, link) {
+                if self.linked(to, from, link) && !self.lost(to, from, link) {
                     let bytes = self.received.entry((to, from)).or_default();
                     *bytes = (*bytes).max(sent);
                     let bytes = *bytes;
@@ -319,6 +373,8 @@ impl Sim {
                 self.nodes[node as usize].up = true;
                 self.begin(node);
             }
+            Happening::Part => self.parted = true,
+            Happening::Heal => self.parted = false,
             Happening::Tick => {
                 for node in 0..self.plan.nodes {
                     if self.nodes[node as usize].up {
@@ -332,11 +388,21 @@ impl Sim {
         }
     }
 
+    /// Whether a message is lost in a partition: then so is the stream, which both ends notice after a while.
+    fn lost(&mut self, asker: Node, provider: Node, link: u32) -> bool {
+        let lost = self.apart(asker, provider);
+        if lost {
+            let at_ms = self.now_ms + NOTICED_MS;
+            self.at(at_ms, Happening::Down { node: asker, other: provider, link });
+        }
+        lost
+    }
+
     fn connect(&mut self, node: Node, other: Node) {
         if !self.nodes[node as usize].up || self.links.contains_key(&(node, other)) {
             return;
         }
-        if !self.nodes[other as usize].up {
+        if !self.nodes[other as usize].up || self.apart(node, other) {
             let again_ms = self.now_ms + 2000;
             return self.at(again_ms, Happening::Connect { node, other });
         }
@@ -580,6 +646,30 @@ fn three_hundred_nodes_share_what_one_has() {
     let groups: usize = model().blobs.iter().map(|groups| groups.hashes().len()).sum();
     let honest = sim.nodes.iter().filter(|node| node.lie == Lie::None).count() - 1;
     assert_eq!(fetched, groups * honest);
+}
+
+/// N6: a minute after a network fell into two, and fifteen seconds after it is one again, everybody knows who has what.
+#[test]
+fn what_peers_have_is_known_again_soon_after_a_partition() {
+    for seed in 0..40 {
+        let plan = Plan { nodes: 16, neighbours: 5, liars_percent: 0, churn_percent: 0, loss_ppm: 100, latency_ms_max: 100 };
+        let mut sim = Sim::new(seed, plan);
+        sim.at(500 + seed * 50, Happening::Part);
+        sim.at(60_500, Happening::Heal);
+        while sim.step() < 60_500 + 15_000 {}
+        assert!(sim.nodes.iter().all(|node| node.complete.len() == model().blobs.len()), "seed {seed}: {}", sim.stuck());
+        let mut views = 0;
+        for &(asker, provider) in sim.links.keys() {
+            for groups in &model().blobs {
+                let hash = groups.blob().hash;
+                let known = sim.nodes[asker as usize].down.has_said(&provider, &hash);
+                let has = sim.nodes[provider as usize].complete.contains(&hash);
+                assert_eq!(known, Some(has), "seed {seed}: what {asker} knows of {provider}");
+                views += 1;
+            }
+        }
+        assert!(views >= 15 * 5 * model().blobs.len(), "seed {seed}: {views} views");
+    }
 }
 
 #[test]

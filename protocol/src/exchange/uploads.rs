@@ -17,16 +17,20 @@ pub const REQUESTS_MAX: u32 = 1024;
 const FOLLOWS_MAX: usize = 16;
 /// Bytes handed over for one peer and not yet sent.
 pub const SENDING_BYTES_MAX: u64 = 512 << 10;
-/// Peers that are sent groups at the same time.
+/// Peers that are sent groups at the same time, among those that have taken some …
 const SLOTS: usize = 4;
+/// … and among those of whom that is not known yet, lest a crowd that reads nothing keep others waiting.
+const TRIALS: usize = 4;
+/// Bytes that a peer has taken once we know that it reads: more than lie in buffers and windows on the way.
+const KNOWN_BYTES: u64 = 1 << 20;
 /// Bytes that a peer is sent before it is another's turn.
 const TURN_BYTES: u64 = 2 << 20;
 /// Blobs that are kept open, so that each is verified once and not for each of its groups.
 pub const OPEN_BLOBS_MAX: usize = 64;
 /// Blobs that are being opened at the same time: it takes a disk and a processor.
 const OPENING_MAX: usize = 4;
-/// A peer that takes nothing for this long loses its slot …
-const STUCK_MS: u64 = 1000;
+/// A peer that takes nothing for this long loses its slot until it does …
+const STUCK_MS: u64 = 500;
 /// … and after this long is hung up on.
 const HANG_UP_MS: u64 = 18_000;
 /// How often a peer hears that its turn will come.
@@ -51,6 +55,7 @@ struct Peer {
     queue: BTreeMap<(Urgency, u32), Wish>,
     follows: BTreeMap<u32, ModelId>,
     sending_bytes: u64,
+    taken_bytes: u64,
     /// When it last took something, or began to be sent to.
     took_ms: u64,
     told_ms: u64, // when it last heard from us
@@ -60,6 +65,10 @@ impl Peer {
     /// Whether it takes nothing of what it was sent.
     fn is_stuck(&self, now_ms: u64) -> bool {
         self.sending_bytes > 0 && now_ms.saturating_sub(self.took_ms) >= STUCK_MS
+    }
+
+    fn is_known(&self) -> bool {
+        self.taken_bytes >= KNOWN_BYTES
     }
 }
 
@@ -107,7 +116,8 @@ impl<P: Copy + Ord> Uploads<P> {
     pub fn handle(&mut self, now_ms: u64, event: Event<P>) -> Vec<Action<P>> {
         match event {
             Event::PeerUp { peer } => {
-                let state = Peer { queue: BTreeMap::new(), follows: BTreeMap::new(), sending_bytes: 0, took_ms: now_ms, told_ms: now_ms };
+                let (queue, follows) = (BTreeMap::new(), BTreeMap::new());
+                let state = Peer { queue, follows, sending_bytes: 0, taken_bytes: 0, took_ms: now_ms, told_ms: now_ms };
                 self.peers.insert(peer, state);
             }
             Event::PeerDown { peer } => self.remove_peer(peer),
@@ -116,6 +126,7 @@ impl<P: Copy + Ord> Uploads<P> {
             Event::Sent { peer, bytes } => {
                 if let Some(state) = self.peers.get_mut(&peer) {
                     state.sending_bytes = state.sending_bytes.saturating_sub(bytes);
+                    state.taken_bytes += bytes;
                     (state.took_ms, state.told_ms) = (now_ms, now_ms);
                 }
             }
@@ -290,32 +301,33 @@ impl<P: Copy + Ord> Uploads<P> {
 
     fn hand_out_slots(&mut self, now_ms: u64) {
         let mut kept = Vec::new();
+        let mut free = [TRIALS, SLOTS]; // of those that are not known, and of those that are
         for slot in std::mem::take(&mut self.slots) {
             let Some(state) = self.peers.get(&slot.peer) else { continue };
-            let stuck = state.is_stuck(now_ms);
-            let turn_over = slot.left_bytes == 0 && !self.waiting.is_empty();
             if next_wish(state, &self.blobs).is_none() {
                 continue; // when there is something again, it asks again
             }
-            if stuck || turn_over {
+            let turn_over = slot.left_bytes == 0 && !self.waiting.is_empty();
+            let free = &mut free[usize::from(state.is_known())];
+            if state.is_stuck(now_ms) || turn_over || *free == 0 {
                 self.waiting.push_back(slot.peer);
             } else {
+                *free -= 1;
                 kept.push(slot);
             }
         }
         self.slots = kept;
         for _ in 0..self.waiting.len() {
-            if self.slots.len() >= SLOTS {
-                return;
-            }
             let Some(peer) = self.waiting.pop_front() else { return };
             let Some(state) = self.peers.get(&peer) else { continue };
             if next_wish(state, &self.blobs).is_none() {
                 continue;
             }
-            if state.is_stuck(now_ms) {
+            let free = &mut free[usize::from(state.is_known())];
+            if state.is_stuck(now_ms) || *free == 0 {
                 self.waiting.push_back(peer);
             } else {
+                *free -= 1;
                 self.slots.push(Slot { peer, left_bytes: TURN_BYTES });
             }
         }

@@ -99,14 +99,46 @@ fn a_peer_that_reads_nothing_stops_only_itself_and_is_hung_up_on() {
     assert_eq!(gone_ms.len(), 100);
     assert!(handed_over <= 100 * SENDING_BYTES_MAX, "{handed_over}");
     let mut uploads = Uploads::new(None);
-    for peer in 0..5 {
+    let last = TRIALS as Peer;
+    for peer in 0..=last {
         uploads.handle(0, Event::PeerUp { peer });
         for id in 1..=4 {
             ask(&mut uploads, 0, peer, group(id, 1, id));
         }
     }
-    let actions: Vec<_> = (0..=STUCK_MS).step_by(100).flat_map(|now_ms| uploads.handle(now_ms, Event::Tick)).collect();
-    assert_eq!(groups(&actions, 4), 2);
+    assert_eq!(uploads.slots.len(), TRIALS);
+    let actions: Vec<_> = (0..=STUCK_MS).step_by(50).flat_map(|now_ms| uploads.handle(now_ms, Event::Tick)).collect();
+    assert_eq!(groups(&actions, last), 2);
+}
+
+#[test]
+fn a_crowd_that_reads_nothing_takes_no_turn_from_those_who_read() {
+    let mut uploads = Uploads::new(None);
+    let mut waiting = VecDeque::new();
+    for peer in 0..=SLOTS as Peer {
+        uploads.handle(0, Event::PeerUp { peer });
+        for id in 1..=40 {
+            waiting.extend(ask(&mut uploads, 0, peer, group(id, 1, id)));
+        }
+    }
+    let mut got = [0; SLOTS + 1];
+    let mut take = |uploads: &mut Uploads<Peer>, waiting: &mut VecDeque<Action<Peer>>| {
+        let Some(Action::Send { peer, .. }) = waiting.pop_front() else { return None };
+        got[usize::from(peer)] += 1;
+        waiting.extend(uploads.handle(0, Event::Sent { peer, bytes: GROUP }));
+        Some(got.iter().sum::<u32>())
+    };
+    while take(&mut uploads, &mut waiting) != Some(40) {}
+    assert_eq!(uploads.slots.len(), SLOTS, "one of those that are known waits");
+    for peer in 100..200 {
+        uploads.handle(0, Event::PeerUp { peer });
+        for id in 1..=4 {
+            ask(&mut uploads, 0, peer, group(id, 1, id));
+        }
+    }
+    assert_eq!(uploads.slots.len(), SLOTS + TRIALS);
+    while take(&mut uploads, &mut waiting).is_some() {}
+    assert_eq!(got, [40; SLOTS + 1]);
 }
 
 #[test]

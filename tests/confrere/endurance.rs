@@ -1,0 +1,118 @@
+//! Nodes that live on: networks that fall apart and heal, clocks that are wrong, and many hours' work in a short time.
+#![expect(clippy::disallowed_methods, reason = "how long things take is told by a clock")]
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use crate::binary::{Node, api_json, free_port, signal_process};
+use crate::crowd::resident_bytes;
+use crate::hostile::{Liar, Lie};
+use crate::support::shipped_model;
+
+/// N6 with real nodes: of two that serve, one is as if it were cut off for a while, without its connections being ended.
+#[test]
+fn nodes_that_were_parted_know_of_each_other_again_within_fifteen_seconds() {
+    let (a, id) = Node::with("variant-tied");
+    let serving = a.serve();
+    let b = Node::new();
+    let api = format!("127.0.0.1:{}", free_port());
+    let _asking = b.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--peer", &serving.address, "--api", &api]);
+    let wait = |what: &str, is_so: &dyn Fn(&[Value]) -> bool| {
+        let began = Instant::now();
+        loop {
+            let seen = api_json(&api, "/api/peers");
+            if is_so(seen.as_array().expect("a list")) {
+                return began.elapsed();
+            }
+            assert!(began.elapsed() < Duration::from_secs(15), "{what}: {seen}");
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    };
+    let holds = |peer: &Value| peer["status"]["holdings"][0]["model"] == id.as_str();
+    wait("before", &|peers| peers.len() == 1 && holds(&peers[0]));
+    signal_process(serving.pid(), "STOP");
+    wait("while apart", &|peers| !peers.iter().any(holds));
+    std::thread::sleep(Duration::from_secs(5));
+    signal_process(serving.pid(), "CONT");
+    let took = wait("afterwards", &|peers| peers.len() == 1 && holds(&peers[0]));
+    println!("knows again after {took:?}");
+}
+
+/// N7: a day fast, a day slow, and fast and slow in turn.
+#[test]
+fn clocks_that_are_wrong_change_nothing() {
+    const DAY: i64 = 86_400;
+    let (a, id) = Node::with("variant-tied");
+    let run = ["run", &id, "[5, 60, 7]", "--max-tokens", "5", "--temperature", "0", "--raw"];
+    let alone = a.json(&run);
+    let serving = a.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--execute-for", "any"]);
+    let b = Node::new();
+    b.trust(&a);
+    for (round, shift) in [DAY, -DAY, 0, 3650 * DAY, -3650 * DAY, i64::MIN, i64::MAX, 0].into_iter().enumerate() {
+        let mut command = b.command(&[&["--json"], &run[..], &["--peer", &serving.address, "--execute-at", "any"]].concat());
+        let ended = crate::binary::ended(command.env("CONFRERE_CLOCK_SHIFT", shift.to_string()));
+        assert_eq!(ended.code, Some(0), "round {round}, {shift}: {}", ended.err);
+        let answer: Value = serde_json::from_str(&ended.out).expect("JSON");
+        assert_eq!(answer["tokens"], alone["tokens"], "{shift}");
+        let book = b.json(&["peers"]);
+        assert_eq!(book[0]["address"], serving.address.as_str(), "{shift}: {book}");
+    }
+    assert_eq!(b.run(&["repo", "verify"]).code, Some(0));
+}
+
+/// What a process has: bytes in memory, open files, threads.
+fn burden(process: u32) -> (u64, usize, usize) {
+    let count = |what: &str| fs::read_dir(format!("/proc/{process}/{what}")).expect("it runs").count();
+    (resident_bytes(process), count("fd"), count("task"))
+}
+
+/// The seconds that the next test takes; half an hour is what `docs/measuring.md` says.
+fn seconds() -> u64 {
+    std::env::var("CONFRERE_SOAK").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(24)
+}
+
+/// K1, scaled: one node serves while others come, take, run, break off and lie; it does not grow.
+#[test]
+fn a_node_that_serves_for_long_does_not_grow() {
+    let a = Node::new();
+    let id = a.import(&shipped_model());
+    let serving = a.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--execute-for", "any", "--ram", "64MB"]);
+    let b = Node::new();
+    b.trust(&a);
+    let peer = ["--peer", &serving.address];
+    let run = ["run", &id, "fn main() {", "--max-tokens", "24", "--temperature", "0"];
+    let (length, began) = (Duration::from_secs(seconds()), Instant::now());
+    let mut quarter = None;
+    let mut rounds = 0;
+    while began.elapsed() < length {
+        let c = Node::new();
+        c.trust(&a);
+        assert_eq!(c.run(&[&["pull", &id], &peer[..]].concat()).code, Some(0));
+        assert_eq!(b.run(&[&run[..], &peer, &["--execute-at", "any"]].concat()).code, Some(0));
+        let mut broken_off = Node::new();
+        broken_off.trust(&a);
+        let mut child = broken_off.command(&[&["pull", &id], &peer[..]].concat()).spawn().expect("it starts");
+        std::thread::sleep(Duration::from_millis(rounds * 7 % 100));
+        child.kill().and_then(|()| child.wait()).expect("killed");
+        broken_off = Node::new();
+        broken_off.trust(&a);
+        let liar = Liar::start(a.path(), &id, Lie::FlippedBit);
+        let among = ["--peer", &liar.address, "--peer", &serving.address];
+        assert_eq!(broken_off.run(&[&["pull", &id], &among[..]].concat()).code, Some(0));
+        rounds += 1;
+        if quarter.is_none() && began.elapsed() >= length / 4 {
+            std::thread::sleep(Duration::from_millis(500)); // what ended has been tidied away
+            quarter = Some(burden(serving.pid()));
+        }
+    }
+    std::thread::sleep(Duration::from_millis(500));
+    let (quarter, end) = (quarter.expect("a quarter of the time has passed"), burden(serving.pid()));
+    println!("{rounds} rounds in {:?}; bytes, files and threads after a quarter {quarter:?}, at the end {end:?}", began.elapsed());
+    assert!(end.0 <= quarter.0 / 10 * 11 + (4 << 20), "it grows");
+    assert!(end.1.abs_diff(quarter.1) <= 5, "files");
+    assert!(end.2.abs_diff(quarter.2) <= 5, "threads");
+    assert_eq!(serving.stop(), Some(0));
+    assert_eq!(a.run(&["repo", "verify"]).code, Some(0));
+}
