@@ -17,8 +17,11 @@ pub mod manifest;
 pub mod message;
 pub mod model_config;
 pub mod precision;
+pub mod profile;
+pub mod record;
 pub mod status;
 pub mod ticket;
+pub mod trust;
 
 pub use envelope::{Domain, SignedEnvelope};
 pub use group_hashes::{GroupCheck, GroupHashes};
