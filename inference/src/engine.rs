@@ -3,7 +3,7 @@
 //! All buffers are made once. A pass takes in tokens of one or of several sequences; none changes a bit of another's results.
 
 use protocol::manifest::TrunkTensor;
-use protocol::{ModelConfig, ModelManifest};
+use protocol::{ExpertSlot, ModelConfig, ModelManifest};
 
 use crate::activation_log::ActivationLog;
 use crate::attention::{self, Heads, norm_and_rotate};
@@ -12,7 +12,7 @@ use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
 use crate::kv_cache::KvPrecision;
 use crate::model::{LayerWeights, Model};
-use crate::moe_layer::{LOOKING_AHEAD, MoeWork, feed_forward, foresee};
+use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Watch, feed_forward, foresee};
 use crate::pool::Pool;
 use crate::rope::{Position, Rotation};
 use crate::session::Session;
@@ -63,6 +63,8 @@ pub struct Engine {
     work: Work,
     /// Where routing is noted down, if it is.
     pub log: Option<ActivationLog>,
+    /// Experts whose results are left out, to measure what they are good for. The router does not know; nothing else is changed.
+    pub left_out: Vec<ExpertSlot>,
 }
 
 /// Some tokens of one sequence.
@@ -115,7 +117,7 @@ impl Engine {
         let options = EngineOptions { batch_tokens: options.batch_tokens.clamp(1, options.context.max(1)), ..options };
         let pool = Pool::new(options.threads);
         let work = Work::new(&WorkSizes::new(&model.manifest, &options, pool.threads()));
-        Self { model, experts, pool, options, work, log: None }
+        Self { model, experts, pool, options, work, log: None, left_out: Vec::new() }
     }
 
     /// The model.
@@ -228,7 +230,7 @@ impl Engine {
             parts.push(Part { session, tokens, first: rows, past });
             rows += tokens.len();
         }
-        let Self { model, experts, pool, options, work, log } = self;
+        let Self { model, experts, pool, options, work, log, left_out } = self;
         let heads = heads(&model.config);
         work.begin(model, &parts, rows);
         experts.begin_pass();
@@ -246,7 +248,7 @@ impl Engine {
             norm_rows(pool, &work.x, &weights.post_attention_layernorm, model.eps(), &mut work.scales, &mut work.normed);
             let positions = |row: usize| {
                 let part = parts.iter().rfind(|part| part.first <= row).expect("every row is of a part");
-                part.past + row - part.first
+                (part.past + row - part.first, part.tokens[row - part.first])
             };
             let result = feed_forward(
                 pool,
@@ -257,7 +259,7 @@ impl Engine {
                 experts,
                 &mut work.moe,
                 &mut work.out,
-                log.as_mut().map(|log| (log, &positions as &dyn Fn(usize) -> usize)),
+                Watch { log: log.as_mut().map(|log| (log, &positions as &dyn Fn(usize) -> (usize, u32))), left_out },
             );
             if let Err(error) = result {
                 experts.cancel();

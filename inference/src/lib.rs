@@ -28,6 +28,7 @@ mod moe_layer;
 pub mod perplexity;
 mod pool;
 pub mod probe;
+pub mod profiler;
 pub mod reference;
 mod rope;
 pub mod router;

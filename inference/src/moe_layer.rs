@@ -8,6 +8,7 @@ use crate::kernels::{Kernels, Matrix, Operand, PANELS_MAX, Rows, TILE_MAX, Tile,
 use crate::model::{FeedForward, Model};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
+use protocol::ExpertSlot;
 use protocol::precision::PANEL_ROWS;
 
 /// Experts of a prefill that are in use at a time.
@@ -117,8 +118,13 @@ impl MoeWork {
     }
 }
 
-/// Where the activation log is, and how a row's position is found.
-pub(crate) type Logging<'a> = Option<(&'a mut ActivationLog, &'a dyn Fn(usize) -> usize)>;
+/// Who watches a pass, or interferes with it.
+pub(crate) struct Watch<'a> {
+    /// Where routing is noted down, and each row's position and token.
+    pub(crate) log: Option<(&'a mut ActivationLog, &'a dyn Fn(usize) -> (usize, u32))>,
+    /// Experts whose results are left out.
+    pub(crate) left_out: &'a [ExpertSlot],
+}
 
 /// Writes the feed-forward output of layer `number` for `x`, cut into `token_tiles`, to `out`.
 #[expect(clippy::too_many_arguments, reason = "an engine's parts, lent one by one")]
@@ -131,7 +137,7 @@ pub(crate) fn feed_forward(
     experts: &mut Experts,
     work: &mut MoeWork,
     out: &mut Rows,
-    log: Logging<'_>,
+    watch: Watch<'_>,
 ) -> Result<(), ExpertsError> {
     let hidden = model.config.hidden_size as usize;
     let (data, tokens) = (x.data(), x.tokens());
@@ -159,8 +165,9 @@ pub(crate) fn feed_forward(
             work.tokens.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
             work.logits.resize(tokens);
             project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
-            work.route(pool, model, tokens);
-            if let Some((log, position)) = log {
+            let left_out = |expert| watch.left_out.iter().any(|slot| (slot.layer, slot.expert) == (number as u32, expert));
+            work.route(pool, model, tokens, left_out);
+            if let Some((log, position)) = watch.log {
                 let k = model.config.num_experts_per_tok as usize;
                 for (row, choices) in work.choices[..tokens * k].chunks_exact(k).enumerate() {
                     log.record(position(row), number as u32, choices);
@@ -187,13 +194,13 @@ pub(crate) fn foresee(
     work.tokens.fill(pool, model.config.hidden_size as usize, router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
     work.logits.resize(tokens);
     project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
-    work.route(pool, model, tokens);
+    work.route(pool, model, tokens, |_| false);
     std::mem::swap(&mut work.wanted, &mut work.foreseen);
 }
 
 impl MoeWork {
-    /// Chooses each token's experts and lists the tokens of each expert.
-    fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize) {
+    /// Chooses each token's experts and lists the tokens of each expert; those that are left out weigh nothing.
+    fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize, left_out: impl Fn(u32) -> bool) {
         let (k, experts) = (model.config.num_experts_per_tok as usize, model.config.num_experts as usize);
         let logits = &self.logits;
         let choices = &mut self.choices[..tokens * k];
@@ -218,7 +225,8 @@ impl MoeWork {
         for (token, choices) in choices.chunks_exact(k).enumerate() {
             for choice in choices {
                 let place = &mut self.starts[choice.expert as usize];
-                self.assigned[*place as usize] = (token as u32, choice.weight);
+                let weight = if left_out(choice.expert) { 0.0 } else { choice.weight };
+                self.assigned[*place as usize] = (token as u32, weight);
                 *place += 1;
             }
         }

@@ -1,7 +1,9 @@
 //! How well a model predicts a text.
 //!
-//! The byte 0x1e separates documents. Each is cut into windows of the model's context length that do not overlap; the
-//! first token of each window is not scored. Bytes are those of the scored tokens.
+//! A document is cut into windows of the model's context length that do not overlap; the first token of each
+//! is not scored. Bytes are those of the scored tokens.
+
+use std::ops::AddAssign;
 
 use crate::engine::{Engine, ForwardError};
 use crate::sampler::NotFinite;
@@ -16,6 +18,14 @@ pub struct PerplexityReport {
     pub bytes: u64,
     /// Their negative log-likelihood.
     pub nats: f64,
+}
+
+impl AddAssign for PerplexityReport {
+    fn add_assign(&mut self, other: Self) {
+        self.tokens += other.tokens;
+        self.bytes += other.bytes;
+        self.nats += other.nats;
+    }
 }
 
 impl PerplexityReport {
@@ -50,24 +60,22 @@ pub enum PerplexityError {
     Interrupted,
 }
 
-/// Scores `text`; `on_progress` is told the bytes dealt with and answers whether to go on.
+/// Scores one document; `on_progress` is told the bytes dealt with and answers whether to go on.
 pub fn perplexity(
     engine: &mut Engine,
     tokenizer: &Tokenizer,
-    text: &str,
+    document: &str,
     mut on_progress: impl FnMut(u64) -> bool,
 ) -> Result<PerplexityReport, PerplexityError> {
     let mut report = PerplexityReport::default();
     let mut done = 0;
-    for document in text.split('\u{1e}') {
-        let tokens = tokenizer.encode(document, SpecialTokens::AsWritten)?;
-        for window in tokens.chunks(engine.context()) {
-            score(engine, tokenizer, window, &mut report)?;
-            if !on_progress(done + window.iter().map(|&token| tokenizer.token_bytes(token) as u64).sum::<u64>()) {
-                return Err(PerplexityError::Interrupted);
-            }
+    let tokens = tokenizer.encode(document, SpecialTokens::AsWritten)?;
+    for window in tokens.chunks(engine.context()) {
+        score(engine, tokenizer, window, &mut report)?;
+        done += window.iter().map(|&token| tokenizer.token_bytes(token) as u64).sum::<u64>();
+        if !on_progress(done) {
+            return Err(PerplexityError::Interrupted);
         }
-        done += document.len() as u64 + 1;
     }
     if report.tokens == 0 { Err(PerplexityError::TooShort) } else { Ok(report) }
 }
@@ -94,8 +102,9 @@ fn score(engine: &mut Engine, tokenizer: &Tokenizer, window: &[u32], report: &mu
 }
 
 /// ln Σ exp(logits) − logit of `target`, summed in f64.
-fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
+pub(crate) fn negative_log_likelihood(logits: &[f32], target: u32) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|&logit| f64::from(logit - max).exp()).sum();
-    sum.ln() + f64::from(max) - f64::from(logits[target as usize])
+    // libm's are the same bits on every platform.
+    let sum: f64 = logits.iter().map(|&logit| libm::exp(f64::from(logit - max))).sum();
+    libm::log(sum) + f64::from(max) - f64::from(logits[target as usize])
 }

@@ -7,6 +7,7 @@
 //! met, met-GROUP  address books: peers that were met and useful, of everybody's network and of each closed group
 //! models.json     local names of models
 //! manifests/ID    signed manifests, as received
+//! profiles/       what was measured of models' experts (see `profiles`)
 //! store/          blobs and their index
 //! lock            held by the process that uses all this
 //! ```
@@ -44,6 +45,11 @@ impl DataDir {
     pub(crate) fn open(root: &Path) -> Result<Self, Failure> {
         fs::create_dir_all(root).map_err(|error| io_failure("create", root, &error))?;
         Ok(Self { root: root.to_owned() })
+    }
+
+    /// Where it is.
+    pub(crate) fn path(&self) -> &Path {
+        &self.root
     }
 
     /// The node's key, made at first use.
@@ -310,6 +316,7 @@ impl OpenDataDir {
         for model in self.models()? {
             named.extend(model.blobs().into_keys());
         }
+        named.extend(self.dir.all_profiles().into_iter().map(|(_, profile)| profile.body.hash));
         let (mut blobs, mut bytes) = (0, 0);
         for blob in self.store.list().into_iter().filter(|blob| !named.contains(&blob.hash)) {
             if self.store.remove(&blob.hash)? {

@@ -11,6 +11,8 @@ use inference::generate::GenerateError;
 use inference::memory::BudgetTooSmall;
 use inference::model::LoadError;
 use inference::perplexity::PerplexityError;
+use inference::profiler::ProfileError;
+use inference::tokenizer::TokenizerError;
 use protocol::manifest::ManifestError;
 use store::{LockError, StoreError};
 
@@ -174,6 +176,22 @@ impl From<GenerateError> for Failure {
             GenerateError::EmptyPrompt | GenerateError::PromptTooLong { .. } => Self::of(Kind::Usage, &error),
             GenerateError::NotFinite(_) => Self::of(Kind::Integrity, &error),
             GenerateError::Tokenizer(_) => Self::of(Kind::Other, &error),
+        }
+    }
+}
+
+impl From<TokenizerError> for Failure {
+    fn from(error: TokenizerError) -> Self {
+        Self::new(Kind::Usage, error.to_string())
+    }
+}
+
+impl From<ProfileError> for Failure {
+    fn from(error: ProfileError) -> Self {
+        match error {
+            ProfileError::Forward(error) => error.into(),
+            ProfileError::Tokenizer(error) => error.into(),
+            ProfileError::Other => Self::new(Kind::Integrity, error.to_string()),
         }
     }
 }

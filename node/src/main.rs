@@ -10,6 +10,8 @@ mod federation;
 mod net;
 mod output;
 mod peer_book;
+mod probes;
+mod profiles;
 
 use std::process::ExitCode;
 

@@ -51,10 +51,18 @@ pub(crate) fn note(line: &str) {
 
 /// A progress bar over bytes, with rate and time left; on anything but a terminal it draws nothing.
 pub(crate) fn byte_bar(total: u64, what: &str) -> ProgressBar {
+    bar(total, what, "{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left")
+}
+
+/// A progress bar over things that are counted.
+pub(crate) fn count_bar(total: u64, what: &str, things: &str) -> ProgressBar {
+    bar(total, what, &format!("{{prefix}} {{bar:30}} {{pos}}/{{len}} {things} {{eta}} left"))
+}
+
+fn bar(total: u64, what: &str, template: &str) -> ProgressBar {
     let shown = io::stderr().is_terminal() && !QUIET.load(Ordering::Relaxed);
     let bar = ProgressBar::with_draw_target(Some(total), if shown { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() });
-    let style = ProgressStyle::with_template("{prefix} {bar:30} {bytes}/{total_bytes} {bytes_per_sec} {eta} left");
-    bar.set_style(style.expect("the template is valid"));
+    bar.set_style(ProgressStyle::with_template(template).expect("the templates are valid"));
     bar.set_prefix(what.to_owned());
     bar
 }

@@ -71,13 +71,13 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
 
         for (i, layer) in config.moe_layers().enumerate() {
             let expected = floats(&reference[&format!("router.{i}")]);
-            let found: Vec<_> = log.entries().iter().filter(|entry| entry.layer == layer).collect();
+            let found: Vec<_> = log.entries().filter(|entry| entry.layer == layer).collect();
             assert_eq!(found.len(), prompt.len());
             for (entry, row) in found.iter().zip(expected.chunks_exact(config.num_experts as usize)) {
                 let mut expected = vec![Choice::default(); config.num_experts_per_tok as usize];
                 route(&mut row.to_vec(), config.norm_topk_prob, &mut expected);
                 let experts = |choices: &[Choice]| choices.iter().map(|choice| choice.expert).collect::<Vec<_>>();
-                assert_eq!(experts(&entry.choices), experts(&expected), "{checkpoint} layer {layer} token {}", entry.position);
+                assert_eq!(experts(entry.choices), experts(&expected), "{checkpoint} layer {layer} token {}", entry.position);
             }
         }
 

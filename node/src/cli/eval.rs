@@ -1,11 +1,12 @@
 //! `confrere eval`: logits and perplexity, to compare with other programs.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
-use inference::perplexity::perplexity;
+use inference::perplexity::{PerplexityError, PerplexityReport, perplexity};
 use inference::reference::reference_logits;
+use protocol::ExpertSlot;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
@@ -52,6 +53,9 @@ pub(super) struct PerplexityArgs {
     model: String,
     /// A text file; the byte 0x1e separates documents
     file: PathBuf,
+    /// Leave out the results of these experts, to see what they are good for: LAYER:EXPERT, separated by commas
+    #[arg(long, value_name = "SLOTS", value_delimiter = ',', value_parser = parse_slot)]
+    without: Vec<ExpertSlot>,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -119,18 +123,44 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
     let tokenizer = loaded.tokenizer.as_ref().ok_or_else(missing)?;
+    let slots: BTreeSet<_> = found.manifest.config.expert_slots().collect();
+    if let Some(slot) = args.without.iter().find(|slot| !slots.contains(slot)) {
+        return Err(Failure::new(Kind::Usage, format!("{} has no {slot}", found.name)));
+    }
+    loaded.engine.left_out.clone_from(&args.without);
     let bar = byte_bar(text.len() as u64, "perplexity");
-    let report = perplexity(&mut loaded.engine, tokenizer, &text, |done| {
-        bar.set_position(done);
-        !interrupted()
-    })?;
+    let (mut report, mut documents, mut before) = (PerplexityReport::default(), Vec::new(), 0);
+    for document in text.split('\u{1e}') {
+        let scored = perplexity(&mut loaded.engine, tokenizer, document, |done| {
+            bar.set_position(before + done);
+            !interrupted()
+        });
+        before += document.len() as u64 + 1;
+        match scored {
+            Ok(scored) => {
+                report += scored;
+                documents.push(json!({"tokens": scored.tokens, "nats": scored.nats}));
+            }
+            Err(PerplexityError::TooShort) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
     bar.finish_and_clear();
+    if report.tokens == 0 {
+        return Err(PerplexityError::TooShort.into());
+    }
     if context.json {
-        return print_json(
-            &json!({"tokens": report.tokens, "nats_per_token": report.nats_per_token(), "bits_per_byte": report.bits_per_byte()}),
-        );
+        return print_json(&json!({
+            "tokens": report.tokens, "nats_per_token": report.nats_per_token(), "bits_per_byte": report.bits_per_byte(), "documents": documents,
+        }));
     }
     print_line(&format!("{} tokens, {:.4} nats a token, {:.4} bits a byte", report.tokens, report.nats_per_token(), report.bits_per_byte()))
+}
+
+/// Reads LAYER:EXPERT.
+fn parse_slot(text: &str) -> Result<ExpertSlot, String> {
+    let slot = text.split_once(':').and_then(|(layer, expert)| Some(ExpertSlot { layer: layer.parse().ok()?, expert: expert.parse().ok()? }));
+    slot.ok_or_else(|| format!("{text:?} is not LAYER:EXPERT, as in 3:17"))
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {

@@ -3,12 +3,15 @@
 mod bench;
 mod demo;
 mod eval;
+mod experts;
 mod import;
 mod join;
 mod keys;
+mod map;
 mod models;
 mod peers;
 mod plan;
+mod profile;
 mod pull;
 mod repo;
 mod run;
@@ -110,6 +113,12 @@ enum Command {
     Plan(plan::PlanArgs),
     /// Generate text; experts that are missing are fetched
     Run(run::RunArgs),
+    /// Say which experts serve a domain
+    #[command(subcommand)]
+    Experts(experts::ExpertsCommand),
+    /// Measure what a model's experts are good at
+    #[command(subcommand)]
+    Profile(profile::ProfileCommand),
     /// Measure a model
     #[command(subcommand)]
     Eval(eval::EvalCommand),
@@ -266,6 +275,8 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Rm { model } => models::rm(&context, &model),
         Command::Serve(args) => serve::serve(&context, &args),
         Command::Plan(args) => plan::plan(&context, &args),
+        Command::Experts(command) => experts::experts(&context, &command),
+        Command::Profile(command) => profile::profile(&context, &command),
         Command::Pull(args) => pull::pull(&context, &args),
         Command::Run(args) => run::run(&context, &args),
         Command::Bench(command) => bench::bench(&context, &command),
