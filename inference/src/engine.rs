@@ -12,7 +12,7 @@ use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
 use crate::kv_cache::KvPrecision;
 use crate::model::{LayerWeights, Model};
-use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Watch, feed_forward, foresee};
+use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Places, Watch, feed_forward, foresee};
 use crate::pool::Pool;
 use crate::rope::{Position, Rotation};
 use crate::session::Session;
@@ -259,7 +259,7 @@ impl Engine {
                 experts,
                 &mut work.moe,
                 &mut work.out,
-                Watch { log: log.as_mut().map(|log| (log, &positions as &dyn Fn(usize) -> (usize, u32))), left_out },
+                Watch { log: log.as_mut().map(|log| (log, &positions as Places<'_>)), left_out },
             );
             if let Err(error) = result {
                 experts.cancel();

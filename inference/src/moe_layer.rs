@@ -118,10 +118,13 @@ impl MoeWork {
     }
 }
 
+/// Each row's position and token.
+pub(crate) type Places<'a> = &'a dyn Fn(usize) -> (usize, u32);
+
 /// Who watches a pass, or interferes with it.
 pub(crate) struct Watch<'a> {
-    /// Where routing is noted down, and each row's position and token.
-    pub(crate) log: Option<(&'a mut ActivationLog, &'a dyn Fn(usize) -> (usize, u32))>,
+    /// Where routing is noted down.
+    pub(crate) log: Option<(&'a mut ActivationLog, Places<'a>)>,
     /// Experts whose results are left out.
     pub(crate) left_out: &'a [ExpertSlot],
 }

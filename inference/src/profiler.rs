@@ -5,8 +5,8 @@
 //! forward pass. It is a *hit* when the token that follows became less likely. Which tokens an expert is tried on, and in which order, follows from the probes
 //! alone, so that whoever has the model counts the same. Keeps no time and no files: whoever drives it does.
 
-use protocol::profile::{COACTIVE_MAX, DomainTotal, GATE_UNIT, Modality, ProbeSet, ProfileBody};
 use protocol::profile::lift::{Z_95, wilson};
+use protocol::profile::{COACTIVE_MAX, DomainTotal, GATE_UNIT, Modality, ProbeSet, ProfileBody};
 use protocol::{ExpertSlot, ModelId};
 use serde::{Deserialize, Serialize};
 
@@ -76,7 +76,7 @@ pub struct Profiler {
     /// Number of each layer among those with experts.
     layers: Vec<u32>,
     k: usize,
-    /// By domain and expert: the tokens that it is tried on, in order, once all probes are read.
+    /// By domain and expert: the tokens that it is tried on, in order, once the domain's probes are read.
     tokens_of: Vec<Vec<Vec<(u32, u32)>>>,
 }
 
@@ -108,7 +108,8 @@ impl Profiler {
         let body = ProfileBody::new(model, set.hash(), domains.collect(), slots.len());
         let readings = probes.iter().map(|domain| vec![None; domain.len()]).collect();
         let (layers, k) = (config.moe_layers().collect(), config.num_experts_per_tok as usize);
-        Ok(Self { probes, readings, body, slots, layers, k, tokens_of: Vec::new() })
+        let tokens_of = vec![Vec::new(); probes.len()];
+        Ok(Self { probes, readings, body, slots, layers, k, tokens_of })
     }
 
     /// Tokens of all probes.
@@ -126,9 +127,10 @@ impl Profiler {
         &self.body
     }
 
-    /// Reads the next probe that was not read yet; `None` when all have been.
-    pub fn read_next(&mut self, engine: &mut Engine) -> Result<Option<Reading>, ProfileError> {
-        let next = self.readings.iter().enumerate().find_map(|(domain, probes)| Some((domain, probes.iter().position(Option::is_none)?)));
+    /// Reads the next probe that was not read yet, of one domain or of any; `None` when all have been.
+    pub fn read_next(&mut self, engine: &mut Engine, of: Option<usize>) -> Result<Option<Reading>, ProfileError> {
+        let mut readings = self.readings.iter().enumerate().filter(|(domain, _)| of.is_none_or(|of| of == *domain));
+        let next = readings.find_map(|(domain, probes)| Some((domain, probes.iter().position(Option::is_none)?)));
         let Some((domain, probe)) = next else { return Ok(None) };
         let reading = self.read(engine, domain, probe)?;
         self.take_reading(reading.clone())?;
@@ -192,26 +194,42 @@ impl Profiler {
             self.body.experts[expert as usize].domains[domain].gate_mass += mass;
         }
         self.readings[domain][probe] = Some(reading);
+        if self.readings[domain].iter().all(Option::is_some) {
+            self.lay_down_trials(domain);
+        }
         if self.readings.iter().flatten().all(Option::is_some) {
-            self.all_read();
+            self.count_together();
         }
         Ok(())
     }
 
-    /// Counts what goes together, and lays down which tokens each expert is tried on.
-    fn all_read(&mut self) {
-        let mut together = vec![std::collections::HashMap::<u32, u32>::new(); self.slots.len()];
-        self.tokens_of = vec![vec![Vec::new(); self.slots.len()]; self.probes.len()];
-        for reading in self.readings.iter().flatten().flatten() {
+    /// Lays down which tokens of a domain each expert is tried on.
+    fn lay_down_trials(&mut self, domain: usize) {
+        let mut tokens_of = vec![Vec::new(); self.slots.len()];
+        for reading in self.readings[domain].iter().flatten() {
             for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
                 let (token, layer) = (row / self.layers.len(), row % self.layers.len());
+                if token < reading.losses.len() {
+                    experts.iter().for_each(|&expert| tokens_of[self.number(layer, u32::from(expert))].push((reading.probe, token as u32)));
+                }
+            }
+        }
+        for tokens in &mut tokens_of {
+            // Tokens of one probe are alike: each next one is from anywhere.
+            tokens.sort_unstable_by_key(|&(probe, token)| (scatter(u64::from(probe) << 32 | u64::from(token)), probe, token));
+        }
+        self.tokens_of[domain] = tokens_of;
+    }
+
+    /// Counts which experts are used together.
+    fn count_together(&mut self) {
+        let mut together = vec![std::collections::HashMap::<u32, u32>::new(); self.slots.len()];
+        for reading in self.readings.iter().flatten().flatten() {
+            for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
                 for &expert in experts {
-                    let number = self.number(layer, u32::from(expert));
+                    let number = self.number(row % self.layers.len(), u32::from(expert));
                     for &other in experts.iter().filter(|&&other| other != expert) {
                         *together[number].entry(u32::from(other)).or_default() += 1;
-                    }
-                    if token < reading.losses.len() {
-                        self.tokens_of[reading.domain as usize][number].push((reading.probe, token as u32));
                     }
                 }
             }
@@ -221,10 +239,6 @@ impl Profiler {
             pairs.sort_unstable_by_key(|&(expert, count)| (std::cmp::Reverse(count), expert));
             pairs.truncate(COACTIVE_MAX);
             counts.coactive = pairs;
-        }
-        for tokens in self.tokens_of.iter_mut().flatten() {
-            // Tokens of one probe are alike: each next one is from anywhere.
-            tokens.sort_unstable_by_key(|&(probe, token)| (scatter(u64::from(probe) << 32 | u64::from(token)), probe, token));
         }
     }
 
@@ -237,7 +251,8 @@ impl Profiler {
                 let most = (tokens.len() as u32).min(TRIALS_MAX);
                 if of.trials < most {
                     let (lower, upper) = wilson(of.hits, of.trials, Z_95);
-                    let next = Trials { expert: expert as u32, domain: domain as u32, trials: most.min(of.trials + TRIALS_AT_ONCE), hits: 0 };
+                    let next =
+                        Trials { expert: expert as u32, domain: domain as u32, trials: most.min(of.trials + TRIALS_AT_ONCE), hits: 0 };
                     pairs.push((upper - lower, tokens.len(), next));
                 }
             }
@@ -249,7 +264,12 @@ impl Profiler {
     }
 
     /// Makes the trials of a round; `go_on` is asked before each probe, and what a round that was broken off has found is dropped.
-    pub fn try_round(&mut self, engine: &mut Engine, round: &[Trials], mut go_on: impl FnMut() -> bool) -> Result<Option<Vec<Trials>>, ProfileError> {
+    pub fn try_round(
+        &mut self,
+        engine: &mut Engine,
+        round: &[Trials],
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<Option<Vec<Trials>>, ProfileError> {
         let begun = |next: &Trials| self.body.experts[next.expert as usize].domains[next.domain as usize];
         let from: Vec<_> = round.iter().map(|next| begun(next).trials).collect();
         let Some(hits) = self.hits(engine, round, &from, &mut go_on)? else { return Ok(None) };
@@ -281,7 +301,13 @@ impl Profiler {
     }
 
     /// Hits of each of `round` in its trials from `from` on. A probe is read once, and then gone back through.
-    fn hits(&self, engine: &mut Engine, round: &[Trials], from: &[u32], go_on: &mut dyn FnMut() -> bool) -> Result<Option<Vec<u32>>, ProfileError> {
+    fn hits(
+        &self,
+        engine: &mut Engine,
+        round: &[Trials],
+        from: &[u32],
+        go_on: &mut dyn FnMut() -> bool,
+    ) -> Result<Option<Vec<u32>>, ProfileError> {
         let mut tests = Vec::new();
         for (number, (next, &from)) in round.iter().zip(from).enumerate() {
             let tokens = &self.tokens_of[next.domain as usize][next.expert as usize];

@@ -8,6 +8,8 @@
 //! models.json     local names of models
 //! manifests/ID    signed manifests, as received
 //! profiles/       what was measured of models' experts (see `profiles`)
+//! records, trust, rulings, seq
+//!                 what peers have signed, what was seen of them, what the user decided (see `records`)
 //! store/          blobs and their index
 //! lock            held by the process that uses all this
 //! ```
@@ -102,6 +104,24 @@ impl DataDir {
         self.root.join("evidence")
     }
 
+    /// The models whose manifests are here.
+    pub(crate) fn model_ids(&self) -> BTreeSet<ModelId> {
+        let files = fs::read_dir(self.root.join("manifests")).into_iter().flatten().flatten();
+        files.filter_map(|file| file.file_name().to_str()?.parse().ok()).collect()
+    }
+
+    /// Local names of models; a daemon may be changing them.
+    pub(crate) fn model_names(&self) -> Result<BTreeMap<String, ModelId>, Failure> {
+        let path = self.root.join("models.json");
+        let text = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
+        let names: BTreeMap<String, String> = serde_json::from_slice(&text.unwrap_or_else(|| b"{}".to_vec())).unwrap_or_else(|error| {
+            // Names are a convenience: the manifests are all there, and get names from their ids.
+            warn!(path = %path.display(), %error, "names of models are lost");
+            BTreeMap::new()
+        });
+        Ok(names.into_iter().filter_map(|(name, id)| Some((name, id.parse().ok()?))).collect())
+    }
+
     /// The keys whose models this user runs, besides the node's own.
     pub(crate) fn publishers(&self) -> Result<BTreeSet<NodeId>, Failure> {
         let path = self.root.join("publishers");
@@ -149,20 +169,13 @@ impl DataDir {
         let store = BlobStore::open(Box::new(RealDisk), &self.root.join("store"), disk_max)?;
         let manifests = self.root.join("manifests");
         fs::create_dir_all(&manifests).map_err(|error| io_failure("create", &manifests, &error))?;
-        let path = self.root.join("models.json");
-        let text = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
-        let names: BTreeMap<String, String> = serde_json::from_slice(&text.unwrap_or_else(|| b"{}".to_vec())).unwrap_or_else(|error| {
-            // Names are a convenience: the manifests are all there, and get names from their ids.
-            warn!(path = %path.display(), %error, "names of models are lost");
-            BTreeMap::new()
-        });
-        let parsed = names.into_iter().filter_map(|(name, id)| Some((name, id.parse().ok()?)));
-        let mut open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names: parsed.collect(), _lock: lock };
+        let names = self.model_names()?;
+        let mut open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names, _lock: lock };
         open.adopt_unnamed()?;
         Ok(open)
     }
 
-    fn set_lines(&self, name: &str, lines: impl Iterator<Item = String>) -> Result<(), Failure> {
+    pub(crate) fn set_lines(&self, name: &str, lines: impl Iterator<Item = String>) -> Result<(), Failure> {
         let text: String = lines.map(|line| line + "\n").collect();
         self.write(name, text.as_bytes())
     }
@@ -348,9 +361,7 @@ impl OpenDataDir {
 
     /// Gives a name to every manifest that has none: names are a convenience and may be lost, models are not.
     fn adopt_unnamed(&mut self) -> Result<(), Failure> {
-        let path = self.dir.root.join("manifests");
-        let files = fs::read_dir(&path).map_err(|error| io_failure("list", &path, &error))?;
-        let ids = files.flatten().filter_map(|file| file.file_name().to_str()?.parse::<ModelId>().ok()).collect::<BTreeSet<_>>();
+        let ids = self.dir.model_ids();
         let named: BTreeSet<_> = self.names.values().copied().collect();
         if ids.is_subset(&named) {
             return Ok(());

@@ -36,6 +36,7 @@ use crate::net::swarm::{Network, NetworkOptions, Peers, Role};
 use crate::net::{Multiaddr, PeerId, random};
 use crate::output::{byte_bar, human_bytes, note};
 use crate::peer_book::Learned;
+use crate::records::SharedRecords;
 
 const RESULTS_MAX: usize = 32;
 
@@ -108,6 +109,7 @@ impl<'a> Federation<'a> {
         let key = dir.key()?;
         let group = options.private.as_deref().map(GroupKey::read).transpose()?;
         let _in_runtime = runtime.enter();
+        let records = SharedRecords::load(dir, [crate::probes::shipped().hash()])?;
         let network = Network::start(NetworkOptions {
             key: &key,
             listen: Vec::new(),
@@ -117,6 +119,7 @@ impl<'a> Federation<'a> {
             group,
             memory_max: network_memory(),
             role: Role::Guest,
+            records,
         })?;
         info!(local = %network.local, "asking peers");
         let group = group.map(|group| group.fingerprint());
@@ -147,6 +150,9 @@ impl<'a> Federation<'a> {
         let found = self.find_manifest(open, model, name)?;
         if let Some(fetcher) = &self.fetcher {
             self.runtime.block_on(async { fetcher.lock().await.follow(&found.manifest) });
+        }
+        if let Some(acquaintance) = &self.acquaintance {
+            acquaintance.network.records.lock().know(found.id);
         }
         Ok(found)
     }
@@ -191,15 +197,26 @@ impl<'a> Federation<'a> {
     /// Asks all peers that can be reached within `patience` what they can do and what they hold.
     pub(crate) fn ask_all(&self, patience: Duration) -> Result<(Peers, Vec<Account>), Failure> {
         let Some(acquaintance) = &self.acquaintance else { return Ok(Default::default()) };
+        self.settle(patience)?;
         self.wait(async {
             let network = &acquaintance.network;
-            let mut peers = network.peers.clone();
-            let settled = peers.wait_for(|peers| peers.awaited.is_empty() && !peers.may_discover);
-            let _ = tokio::time::timeout(patience, settled).await;
             let accounts = status::ask_all(network, patience).await;
             let peers = network.peers.borrow().clone();
             Ok((peers, accounts))
         })
+    }
+
+    /// The peers that are connected, once all who were named or remembered have been dialled, or after `patience`.
+    pub(crate) fn settle(&self, patience: Duration) -> Result<Option<Network>, Failure> {
+        let Some(acquaintance) = &self.acquaintance else { return Ok(None) };
+        let network = acquaintance.network.clone();
+        self.wait(async {
+            let mut peers = network.peers.clone();
+            let settled = peers.wait_for(|peers| peers.awaited.is_empty() && !peers.may_discover);
+            let _ = tokio::time::timeout(patience, settled).await;
+            Ok(())
+        })?;
+        Ok(Some(network))
     }
 
     /// Asks for the models that the peers have; the first answer counts.
@@ -220,6 +237,34 @@ impl<'a> Federation<'a> {
         let order = self.wait(async { fetcher.lock().await.rarest_first(manifest.id(), blobs).await })?;
         let mut fits = |blob: &BlobRef| left.checked_sub(blob.length).inspect(|now| left = *now).is_some();
         Ok(order.into_iter().filter(|blob| fits(blob)).filter_map(|blob| names.remove_entry(&blob)).collect())
+    }
+
+    /// Fetches one thing into memory.
+    pub(crate) fn fetch_one(
+        &self,
+        want: Want,
+        results: mpsc::Sender<Fetched>,
+        arrivals: &mut mpsc::Receiver<Fetched>,
+    ) -> Result<Vec<u8>, Failure> {
+        let name = want.name.clone();
+        let fetcher = self.fetcher.as_ref().ok_or_else(|| no_peer(&name))?;
+        self.wait(async {
+            let mut fetcher = fetcher.lock().await;
+            let fetch = async {
+                let result = fetcher.fetch(vec![want], &results).await;
+                drop(results);
+                result
+            };
+            let (result, arrived) = tokio::join!(fetch, arrivals.recv());
+            result?;
+            arrived.map(|fetched| fetched.bytes).ok_or_else(|| no_peer(&name))
+        })
+    }
+
+    /// Who says that he has each of some blobs of a model.
+    pub(crate) fn holders(&self, model: ModelId, blobs: &[BlobRef]) -> Result<Vec<Vec<PeerId>>, Failure> {
+        let Some(fetcher) = &self.fetcher else { return Ok(vec![Vec::new(); blobs.len()]) };
+        self.wait(async { fetcher.lock().await.holders(model, blobs).await })
     }
 
     /// Brings the blobs of `wanted` that are missing into the store; the bar shows how far it is.
@@ -330,7 +375,7 @@ impl<'a> Federation<'a> {
     }
 
     /// Runs something on the network until it ends or the user presses Ctrl-C.
-    fn wait<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    pub(crate) fn wait<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
         self.runtime.block_on(async {
             tokio::select! {
                 result = work => result,
@@ -346,6 +391,7 @@ impl Acquaintance {
         let useful: BTreeSet<_> = useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
         let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let learned = Learned { useful, rates, ..Learned::default() };
+        self.network.records.save_trust(&self.dir)?;
         remember(&self.dir, self.group.as_deref(), &self.network.peers.borrow(), &learned)
     }
 }

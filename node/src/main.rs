@@ -1,6 +1,8 @@
 //! Confrere: a node that runs Mixture-of-Experts models together with its peers.
 
+mod announcer;
 mod api;
+mod claims;
 mod cli;
 mod clock;
 mod data_dir;
@@ -12,6 +14,7 @@ mod output;
 mod peer_book;
 mod probes;
 mod profiles;
+mod records;
 
 use std::process::ExitCode;
 

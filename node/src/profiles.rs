@@ -26,7 +26,8 @@ const META_BYTES_MAX: u64 = 4096;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Profile {
     pub(crate) probes: ContentHash,
-    pub(crate) build_profile: ContentHash,
+    /// Hash of the name of the arithmetic.
+    pub(crate) arithmetic: ContentHash,
     pub(crate) body: BlobRef,
     /// Whether the user wants it told.
     pub(crate) published: bool,

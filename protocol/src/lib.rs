@@ -18,6 +18,7 @@ pub mod message;
 pub mod model_config;
 pub mod precision;
 pub mod profile;
+pub mod query;
 pub mod record;
 pub mod status;
 pub mod ticket;

@@ -29,6 +29,8 @@ pub enum Subject {
     Listing,
     /// What the provider says of itself, in the form of [`Status`](crate::status::Status).
     Status,
+    /// The signed records that the provider holds, in frames: kind (u8), length (u32), envelope.
+    Records,
 }
 
 /// A request for some bytes.
@@ -70,6 +72,7 @@ impl Request {
             Subject::Manifest(ModelId(hash)) => (0, hash),
             Subject::Listing => (2, ContentHash::from_bytes([0; 32])),
             Subject::Status => (3, ContentHash::from_bytes([0; 32])),
+            Subject::Records => (4, ContentHash::from_bytes([0; 32])),
         };
         let mut bytes = [0; REQUEST_BYTES];
         bytes[0] = kind;
@@ -90,6 +93,7 @@ impl Request {
             0 => Subject::Manifest(ModelId(hash)),
             2 if hash.as_bytes() == &[0; 32] => Subject::Listing,
             3 if hash.as_bytes() == &[0; 32] => Subject::Status,
+            4 if hash.as_bytes() == &[0; 32] => Subject::Records,
             _ => return Err(malformed),
         };
         let length = u32::from_le_bytes(*length);

@@ -113,7 +113,7 @@ async fn serve(truth: Truth, mut stream: Stream) -> std::io::Result<()> {
         let mut whole = match request.subject {
             Subject::Manifest(id) => std::fs::read(truth.dir.join("manifests").join(id.to_string()))?,
             Subject::Listing => protocol::codec::to_bytes(&protocol::message::Listing::default()),
-            Subject::Status => Vec::new(),
+            Subject::Status | Subject::Records => Vec::new(),
         };
         if truth.lie == Lie::ForgedManifest && matches!(request.subject, Subject::Manifest(_)) {
             *whole.last_mut().expect("a manifest has bytes") ^= 1;

@@ -159,7 +159,8 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
 
 /// Reads LAYER:EXPERT.
 fn parse_slot(text: &str) -> Result<ExpertSlot, String> {
-    let slot = text.split_once(':').and_then(|(layer, expert)| Some(ExpertSlot { layer: layer.parse().ok()?, expert: expert.parse().ok()? }));
+    let slot =
+        text.split_once(':').and_then(|(layer, expert)| Some(ExpertSlot { layer: layer.parse().ok()?, expert: expert.parse().ok()? }));
     slot.ok_or_else(|| format!("{text:?} is not LAYER:EXPERT, as in 3:17"))
 }
 

@@ -1,22 +1,34 @@
 //! `confrere experts`: which experts serve a domain or a text, and a map of what each is good at.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use inference::tokenizer::SpecialTokens;
 use protocol::ExpertSlot;
 use protocol::profile::ProfileBody;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, Ranked, ranking};
+use protocol::record::is_domain_name;
 use serde_json::{Value, json};
 
 use super::map::{Cell, Map};
+use super::profile::{Measuring, SETTLE, check_text, parse_time};
 use super::{Context, EngineArgs, PeerArgs};
-use crate::clock::now_ms;
+use crate::claims::{self, Check, Claim, Claims};
+use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
+use crate::net::PeerId;
+use crate::net::swarm::Network;
 use crate::output::{note, print_json, print_line};
+use crate::probes;
 
+const HEADING: &str = "layer expert   lift             95%        q  routed  trials helps at least";
+/// Providers of an expert that are named.
+const PROVIDERS_SHOWN: usize = 3;
+/// Experts whose trials are made again.
+const SAMPLE: usize = 5;
 /// Experts that are listed unless told otherwise.
 const TOP_DEFAULT: usize = 10;
 
@@ -45,6 +57,12 @@ pub(super) struct WhichArgs {
     /// How many
     #[arg(long, value_name = "N", default_value_t = TOP_DEFAULT)]
     top: usize,
+    /// Ask the peers, too, and check what they say as far as the model is here
+    #[arg(long, conflicts_with = "text")]
+    federation: bool,
+    /// With --federation: how long to measure again what peers say
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_time)]
+    check: Duration,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -63,6 +81,7 @@ pub(super) struct MapArgs {
 pub(super) fn experts(context: &Context, command: &ExpertsCommand) -> Result<(), Failure> {
     match command {
         ExpertsCommand::Which(args) => match (&args.domain, &args.text) {
+            (Some(domain), _) if args.federation => of_federation(context, args, domain),
             (Some(domain), _) => of_domain(context, args, domain),
             (None, Some(text)) => of_text(context, args, text),
             (None, None) => unreachable!("clap asks for one of both"),
@@ -87,11 +106,19 @@ fn no_profile(found: &LocalModel) -> Failure {
 /// The number of a domain, or an error that lists those that there are.
 pub(super) fn domain_of(body: &ProfileBody, name: &str) -> Result<usize, Failure> {
     body.domain(name).ok_or_else(|| {
-        let known: Vec<_> = body.domains.iter().map(|domain| domain.name.as_str()).collect();
-        let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
-        let near = near.filter(|(distance, known)| distance * 2 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));
-        Failure::new(Kind::NotFound, format!("no domain is called {name} (known: {}){}", known.join(", "), near.unwrap_or_default()))
+        let known: Vec<_> = body.domains.iter().map(|domain| domain.name.clone()).collect();
+        unknown_domain(name, &known, &Claims::default())
     })
+}
+
+/// The only model that is here.
+pub(super) fn only_model(open: &OpenDataDir) -> Result<String, Failure> {
+    let mut models = open.models()?;
+    match (models.pop(), models.is_empty()) {
+        (Some(model), true) => Ok(model.name),
+        (None, _) => Err(Failure::new(Kind::NotFound, "no model is here; say which with --model ID")),
+        _ => Err(Failure::new(Kind::Usage, "more than one model is here; say which with --model")),
+    }
 }
 
 /// The model that was named, or the only one with a profile.
@@ -113,7 +140,8 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
     let body = own_body(&open, &found)?.ok_or_else(|| no_profile(&found))?;
     let number = domain_of(&body, domain)?;
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();
-    let rows: Vec<_> = ranking(&body, number).into_iter().filter(|one| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
+    let rows: Vec<_> =
+        ranking(&body, number).into_iter().filter(|one| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
     let shown = &rows[..rows.len().min(args.top)];
     let here = |one: &Ranked| open.store.contains(&found.manifest.experts[one.expert].hash);
     if context.json {
@@ -123,7 +151,7 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
             "tested": rows.len(), "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
         }));
     }
-    print_line(&format!("{:>5} {:>6} {:>6} {:>15} {:>8} {:>7} {:>7} {:>14}  here", "layer", "expert", "lift", "95%", "q", "routed", "trials", "helps at least"))?;
+    print_line(&format!("{HEADING}  here"))?;
     for one in shown {
         print_line(&format!("{}  {}", row_text(slots[one.expert], one), if here(one) { "yes" } else { "no" }))?;
     }
@@ -138,12 +166,152 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
     Ok(())
 }
 
+/// What the federation says: claims of peers, measured again as far as that can be done here, and who has the experts.
+fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
+    let mut open = context.lock()?;
+    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let model = args.model.clone().map_or_else(|| only_model(&open), Ok)?;
+    let found = federation.find(&mut open, &model, None)?;
+    let network = federation
+        .settle(SETTLE)?
+        .ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR, or `confrere join TICKET`)"))?;
+    if !is_domain_name(domain) {
+        return Err(Failure::new(
+            Kind::Usage,
+            format!("{domain:?} cannot name a domain: it takes 1 to 32 lower-case letters, digits and _"),
+        ));
+    }
+    let mut claims = claims::collect(&federation, &network, &found, domain, None)?;
+    if let (Some(body), Some(profile)) = (own_body(&open, &found)?, open.dir.profile(found.id)?) {
+        claims.domains.extend(body.domains.iter().map(|domain| domain.name.clone()));
+        claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
+    }
+    check_claims(context, args, (&open, &found), &federation, &network, domain, &mut claims)?;
+    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let rows: Vec<_> =
+        claims.ranking(domain).into_iter().filter(|(one, _)| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
+    if rows.is_empty() {
+        claims.domains.sort();
+        claims.domains.dedup();
+        return Err(unknown_domain(domain, &claims.domains, &claims));
+    }
+    let shown = &rows[..rows.len().min(args.top)];
+    let blobs: Vec<_> = shown.iter().map(|(one, _)| found.manifest.experts[one.expert]).collect();
+    let holders = federation.holders(found.id, &blobs)?;
+    let trust = |peer: &PeerId| network.trust_in_bytes(*peer);
+    if context.json {
+        let rows: Vec<_> = shown
+            .iter()
+            .zip(&holders)
+            .map(|((one, claim), holders)| {
+                let mut row = row_json(slots[one.expert], one, open.store.contains(&found.manifest.experts[one.expert].hash));
+                row["claim"] = json!(claim);
+                row["providers"] = holders.iter().map(|peer| json!({"peer": peer.to_string(), "trust": trust(peer)})).collect();
+                row
+            })
+            .collect();
+        return print_json(&json!({
+            "model": found.id.to_string(), "domain": domain, "precision": found.manifest.expert_precision.to_string(),
+            "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows, "claims": claims.held.iter().map(claim_json).collect::<Vec<_>>(),
+            "void": claims.void.iter().map(|(node, why)| json!({"node": node.to_string(), "why": why})).collect::<Vec<_>>(),
+        }));
+    }
+    print_line(&format!("{HEADING}  says  providers (trust)"))?;
+    for ((one, claim), holders) in shown.iter().zip(&holders) {
+        let here = open.store.contains(&found.manifest.experts[one.expert].hash).then(|| "here".to_owned());
+        let mut trusted: Vec<_> = holders.iter().map(|peer| (trust(peer), peer)).collect();
+        trusted.sort_by(|a, b| b.0.total_cmp(&a.0));
+        let peers = trusted.iter().take(PROVIDERS_SHOWN).map(|(trust, peer)| format!("{} ({trust:.2})", short(&peer.to_string())));
+        let more = trusted.len().saturating_sub(PROVIDERS_SHOWN);
+        let providers: Vec<_> = here.into_iter().chain(peers).chain((more > 0).then(|| format!("{more} more"))).collect();
+        let providers = if providers.is_empty() { "nobody".to_owned() } else { providers.join(", ") };
+        print_line(&format!("{}  [{}]   {providers}", row_text(slots[one.expert], one), claim + 1))?;
+    }
+    for (number, claim) in (1..).zip(&claims.held) {
+        let trust = if claim.check == Check::Own {
+            String::new()
+        } else {
+            format!("trust {:.2} from here, {:.2} with what others say; ", claim.opinion.first_hand, claim.opinion.ordering)
+        };
+        note(&format!("[{number}] {}: {trust}{}", claim.node, check_text(&claim.check)));
+    }
+    claims.void.iter().for_each(|(node, why)| note(&format!("[–] {node}: counts for nothing: {why}")));
+    note(&format!("{} at {}", found.name, found.manifest.expert_precision));
+    Ok(())
+}
+
+/// Measures again what peers say, if the model is here and there is time.
+fn check_claims(
+    context: &Context,
+    args: &WhichArgs,
+    (open, found): (&OpenDataDir, &LocalModel),
+    federation: &Federation<'_>,
+    network: &Network,
+    domain: &str,
+    claims: &mut Claims,
+) -> Result<(), Failure> {
+    let set = probes::shipped();
+    let number = set.domains().keys().position(|known| known == domain);
+    let trunk_is_here = found.manifest.trunk_blobs().all(|blob| open.store.contains(&blob.hash));
+    let Some(number) = number.filter(|_| trunk_is_here && !args.check.is_zero()) else { return Ok(()) };
+    if claims.held.iter().all(|claim| claim.check == Check::Own) {
+        return Ok(());
+    }
+    let began = instant();
+    let in_time = || instant() - began < args.check && !interrupted();
+    let mut measuring = Measuring::new(context, (open, found), federation, &args.engine, &set)?;
+    measuring.resume_quietly(open, found, &set)?;
+    while in_time() && measuring.profiler.read_next(&mut measuring.loaded.engine, None)?.is_some() {}
+    if measuring.profiler.tokens_read() < measuring.profiler.tokens() {
+        claims
+            .held
+            .iter_mut()
+            .filter(|claim| claim.check != Check::Own)
+            .for_each(|claim| claim.check = Check::Not("no time (--check TIME)"));
+        return Ok(());
+    }
+    let tools = (&measuring.profiler, &mut measuring.loaded.engine);
+    claims.check(network, tools, (number, measuring.build_profile), SAMPLE, in_time)
+}
+
+fn claim_json(claim: &Claim) -> Value {
+    let (check, why) = match &claim.check {
+        Check::Own => ("own", None),
+        Check::Holds => ("holds", None),
+        Check::Not(why) => ("unchecked", Some((*why).to_owned())),
+        Check::Refuted(why) => ("refuted", Some(why.clone())),
+    };
+    json!({
+        "node": claim.node.to_string(), "check": check, "why": why, "trust": claim.opinion.first_hand, "ordering": claim.opinion.ordering,
+        "body": protocol::ContentHash::of(&claim.body.to_bytes()).to_string(),
+    })
+}
+
+fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
+    if known.is_empty() {
+        let void: Vec<_> = claims.void.iter().map(|(node, why)| format!("; {node}: {why}")).collect();
+        return Failure::new(Kind::NotFound, format!("no peer has a profile of this model{}", void.concat()));
+    }
+    let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
+    let near = near.filter(|(distance, known)| distance * 2 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));
+    Failure::new(Kind::NotFound, format!("no domain is called {name} (known: {}){}", known.join(", "), near.unwrap_or_default()))
+}
+
+/// The beginning of a long name.
+fn short(name: &str) -> String {
+    let end = name.char_indices().nth(14).map_or(name.len(), |(at, _)| at);
+    if end < name.len() { format!("{}…", &name[..end]) } else { name.to_owned() }
+}
+
 fn row_text(slot: ExpertSlot, one: &Ranked) -> String {
     let ExpertSlot { layer, expert } = slot;
     let bounds = format!("{:.2} to {:.2}", one.lift.lower, one.lift.upper);
     let q = if one.q_value < 1e-4 { "<0.0001".to_owned() } else { format!("{:.4}", one.q_value) };
     let helps = if one.counts.trials == 0 { "not tried".to_owned() } else { format!("{:.0}%", one.helps_lower * 100.0) };
-    format!("{layer:>5} {expert:>6} {:>6.2} {bounds:>15} {q:>8} {:>7} {:>7} {helps:>14}", one.lift.value, one.counts.routed, one.counts.trials)
+    format!(
+        "{layer:>5} {expert:>6} {:>6.2} {bounds:>15} {q:>8} {:>7} {:>7} {helps:>14}",
+        one.lift.value, one.counts.routed, one.counts.trials
+    )
 }
 
 fn row_json(slot: ExpertSlot, one: &Ranked, here: bool) -> Value {
@@ -206,7 +374,9 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
     if context.json {
         let rows: Vec<_> = rows
             .iter()
-            .map(|(slot, used, share, lift)| json!({"layer": slot.layer, "expert": slot.expert, "used": used, "share": share, "lift": lift}))
+            .map(
+                |(slot, used, share, lift)| json!({"layer": slot.layer, "expert": slot.expert, "used": used, "share": share, "lift": lift}),
+            )
             .collect();
         return print_json(&json!({"model": found.id.to_string(), "tokens": tokens.len(), "experts": rows}));
     }
@@ -214,7 +384,11 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
     for (slot, used, share, lift) in rows {
         print_line(&format!("{:>5} {:>6} {used:>6} {:>5.0}% {lift:>6.2}", slot.layer, slot.expert, share * 100.0))?;
     }
-    let against = if usual.is_some() { "the mean of the profile's domains" } else { "what chance would give; confrere profile build makes a profile" };
+    let against = if usual.is_some() {
+        "the mean of the profile's domains"
+    } else {
+        "what chance would give; confrere profile build makes a profile"
+    };
     note(&format!("{} tokens; lift is against {against}", tokens.len()));
     Ok(())
 }
@@ -234,7 +408,12 @@ fn map(context: &Context, args: &MapArgs) -> Result<(), Failure> {
         }
     }
     let names = body.domains.iter().map(|domain| domain.name.clone()).collect();
-    let map = Map { names, per_layer: found.manifest.config.num_experts as usize, first_layers: found.manifest.config.moe_layers().collect(), cells };
+    let map = Map {
+        names,
+        per_layer: found.manifest.config.num_experts as usize,
+        first_layers: found.manifest.config.moe_layers().collect(),
+        cells,
+    };
     if let Some(path) = &args.png {
         std::fs::write(path, map.png()?).map_err(|error| crate::data_dir::io_failure("write", path, &error))?;
         note(&format!("wrote {}", path.display()));

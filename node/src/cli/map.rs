@@ -12,8 +12,17 @@ const DOT: usize = 2;
 /// From a lift of 1 to this, cells get brighter.
 const STRENGTH_MAX: f64 = 6.0;
 /// Paul Tol's muted scheme, which people with any colour vision can tell apart; those beyond repeat.
-const COLOURS: [[u8; 3]; 9] =
-    [[51, 34, 136], [136, 204, 238], [68, 170, 153], [17, 119, 51], [153, 153, 51], [221, 204, 119], [204, 102, 119], [136, 34, 85], [170, 68, 153]];
+const COLOURS: [[u8; 3]; 9] = [
+    [51, 34, 136],
+    [136, 204, 238],
+    [68, 170, 153],
+    [17, 119, 51],
+    [153, 153, 51],
+    [221, 204, 119],
+    [204, 102, 119],
+    [136, 34, 85],
+    [170, 68, 153],
+];
 
 /// What an expert is best at.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -207,7 +216,8 @@ mod tests {
     fn letters_are_told_apart_and_each_expert_has_its_place() {
         let names = ["poetry", "prose", "python"].map(str::to_owned).to_vec();
         let cell = |domain, strength| Some(Cell { domain, strength });
-        let map = Map { names, per_layer: 3, first_layers: vec![0, 2], cells: vec![cell(0, 3.0), None, cell(1, 1.5), cell(2, 2.0), None, None] };
+        let map =
+            Map { names, per_layer: 3, first_layers: vec![0, 2], cells: vec![cell(0, 3.0), None, cell(1, 1.5), cell(2, 2.0), None, None] };
         assert_eq!(map.letters(), ['P', 'R', 'Y']);
         assert!(map.text().starts_with("  0 P.r\n  2 Y..\n  P poetry: 1\n"), "{}", map.text());
         let png = map.png().expect("a picture");

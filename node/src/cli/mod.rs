@@ -16,6 +16,7 @@ mod pull;
 mod repo;
 mod run;
 mod serve;
+mod trust;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -116,6 +117,9 @@ enum Command {
     /// Say which experts serve a domain
     #[command(subcommand)]
     Experts(experts::ExpertsCommand),
+    /// Say what this node thinks of its peers
+    #[command(subcommand)]
+    Trust(trust::TrustCommand),
     /// Measure what a model's experts are good at
     #[command(subcommand)]
     Profile(profile::ProfileCommand),
@@ -276,6 +280,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Serve(args) => serve::serve(&context, &args),
         Command::Plan(args) => plan::plan(&context, &args),
         Command::Experts(command) => experts::experts(&context, &command),
+        Command::Trust(command) => trust::trust(&context, &command),
         Command::Profile(command) => profile::profile(&context, &command),
         Command::Pull(args) => pull::pull(&context, &args),
         Command::Run(args) => run::run(&context, &args),

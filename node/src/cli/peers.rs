@@ -4,7 +4,8 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::Args;
+use clap::{Args, Subcommand};
+use protocol::trust::Ruling;
 use serde_json::{Value, json};
 
 use super::Context;
@@ -17,14 +18,32 @@ use crate::net::group::GroupKey;
 use crate::net::status::{self, Account};
 use crate::net::{Multiaddr, PeerId};
 use crate::output::{human_bytes, print_json, print_line};
+use crate::records::parse_peer;
 
 /// Peers that are not reached within this time are listed as remembered.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Where the address of a peer comes from that the user has joined.
 const JOINED: &str = "joined";
 
+#[derive(Subcommand)]
+enum RulingCommand {
+    /// Have nothing to do with a peer: it is not dialled, not let in, and what it signs counts for nothing
+    Ban {
+        /// A peer's key (ed25519:…) or id (12D3Koo…)
+        peer: String,
+    },
+    /// Use a peer whatever its scores, or take a ban back
+    Allow {
+        /// A peer's key (ed25519:…) or id (12D3Koo…)
+        peer: String,
+    },
+}
+
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(super) struct PeersArgs {
+    #[command(subcommand)]
+    ruling: Option<RulingCommand>,
     /// Ask this one, too; may be given again
     #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
     peers: Vec<Multiaddr>,
@@ -49,6 +68,9 @@ struct Known {
 }
 
 pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> {
+    if let Some(command) = &args.ruling {
+        return rule(context, command);
+    }
     let group = args.private.as_deref().map(GroupKey::read).transpose()?;
     let mut known: BTreeMap<PeerId, Known> = BTreeMap::new();
     for entry in context.dir.book(group.map(|group| group.fingerprint()).as_deref())?.entries() {
@@ -96,6 +118,20 @@ pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> 
     let now_ms = now_ms();
     known.iter().try_for_each(|(peer, known)| known.lines(peer, now_ms).iter().try_for_each(|line| print_line(line)))?;
     nameless.iter().try_for_each(|address| print_line(&format!("{address}  {JOINED}, does not answer")))
+}
+
+/// Notes what the user has decided; a daemon on the same data directory heeds it within seconds.
+fn rule(context: &Context, command: &RulingCommand) -> Result<(), Failure> {
+    let (peer, ruling) = match command {
+        RulingCommand::Ban { peer } => (parse_peer(peer)?, Ruling::Banned),
+        RulingCommand::Allow { peer } => (parse_peer(peer)?, Ruling::Allowed),
+    };
+    let _editing = context.dir.exclusive()?;
+    let mut trust = context.dir.trust()?;
+    trust.rule(peer, Some(ruling));
+    context.dir.set_rulings(&trust)?;
+    let word = if ruling == Ruling::Banned { "banned" } else { "allowed" };
+    if context.json { print_json(&json!({"peer": peer.to_string(), "ruling": word})) } else { print_line(&format!("{word} {peer}")) }
 }
 
 impl Known {

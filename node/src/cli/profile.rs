@@ -8,10 +8,12 @@ use inference::engine::EngineOptions;
 use inference::profiler::{PROBE_TOKENS_MAX, ProfileError, Profiler};
 use protocol::profile::ProbeSet;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, ranking};
-use protocol::ContentHash;
+use protocol::record::Facet;
+use protocol::{ContentHash, ModelId};
 use serde_json::{Value, json};
 
-use super::{Context, EngineArgs, PeerArgs};
+use super::{Context, EngineArgs, PeerArgs, experts};
+use crate::claims::{self, Check};
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
@@ -19,11 +21,44 @@ use crate::federation::{Federation, Loaded};
 use crate::output::{count_bar, note, print_json, print_line};
 use crate::probes;
 use crate::profiles::{Journal, Profile, Step};
+use crate::records::parse_peer;
+
+/// For peers to turn up.
+pub(super) const SETTLE: Duration = Duration::from_secs(3);
 
 #[derive(Subcommand)]
 pub(super) enum ProfileCommand {
     /// Measure which experts serve which domains, by reading probe texts and by leaving experts out
     Build(BuildArgs),
+    /// Have `serve` tell others what was measured of a model
+    Publish(PublishArgs),
+    /// Measure again a part of what a peer says of a model's experts; what comes of it counts for or against the peer
+    Verify(VerifyArgs),
+}
+
+#[derive(Args)]
+pub(super) struct PublishArgs {
+    /// A name, an id or the beginning of an id
+    model: String,
+    /// Take it back: it is told no more
+    #[arg(long)]
+    withdraw: bool,
+}
+
+#[derive(Args)]
+pub(super) struct VerifyArgs {
+    /// A peer's key (ed25519:…) or id (12D3Koo…)
+    peer: String,
+    /// A name, an id or the beginning of an id [default: the only model here]
+    #[arg(long, value_name = "MODEL")]
+    model: Option<String>,
+    /// In each domain, experts on which the trials are made again
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    sample: usize,
+    #[command(flatten)]
+    engine: EngineArgs,
+    #[command(flatten)]
+    peers: PeerArgs,
 }
 
 #[derive(Args)]
@@ -45,6 +80,8 @@ pub(super) struct BuildArgs {
 pub(super) fn profile(context: &Context, command: &ProfileCommand) -> Result<(), Failure> {
     match command {
         ProfileCommand::Build(args) => build(context, args),
+        ProfileCommand::Publish(args) => publish(context, args),
+        ProfileCommand::Verify(args) => verify(context, args),
     }
 }
 
@@ -73,18 +110,27 @@ impl Measuring {
         Ok(Self { loaded, profiler, build_profile: build_profile(&options) })
     }
 
-    /// Reads all probes; `note_down` is given what came of each. Says whether it got to the end.
-    pub(super) fn read_all(&mut self, what: &str, mut note_down: impl FnMut(Step) -> Result<(), Failure>) -> Result<bool, Failure> {
-        let bar = count_bar(self.profiler.tokens(), what, "tokens");
+    /// Takes in what an earlier build has read, if it was about the same.
+    pub(super) fn resume_quietly(&mut self, open: &OpenDataDir, found: &LocalModel, set: &ProbeSet) -> Result<(), Failure> {
+        let begun = Step::Begun(set.hash(), self.build_profile);
+        let (_, steps) = Journal::open(&open.dir, found.id)?;
+        if resume(&mut self.profiler, &begun, steps).is_err() {
+            self.profiler = Profiler::new(&self.loaded.engine, found.id, tokenizer(&self.loaded), set)?;
+        }
+        Ok(())
+    }
+
+    /// Reads all probes, or those of one domain; `note_down` is given what came of each. Says whether it got to the end.
+    pub(super) fn read_all(&mut self, of: Option<usize>, mut note_down: impl FnMut(Step) -> Result<(), Failure>) -> Result<bool, Failure> {
+        let tokens = of.map_or_else(|| self.profiler.tokens(), |domain| self.profiler.body().domains[domain].tokens);
+        let bar = count_bar(tokens, "probes", "tokens");
         loop {
             bar.set_position(self.profiler.tokens_read());
-            match self.profiler.read_next(&mut self.loaded.engine)? {
-                Some(reading) => note_down(Step::Read(reading))?,
-                None => {
-                    bar.finish_and_clear();
-                    return Ok(true);
-                }
-            }
+            let Some(reading) = self.profiler.read_next(&mut self.loaded.engine, of)? else {
+                bar.finish_and_clear();
+                return Ok(true);
+            };
+            note_down(Step::Read(reading))?;
             if interrupted() {
                 return Ok(false);
             }
@@ -111,7 +157,7 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
         journal.clear()?;
         journal.add(&begun)?;
     }
-    if !measuring.read_all("probes", |step| journal.add(&step))? {
+    if !measuring.read_all(None, |step| journal.add(&step))? {
         journal.sync()?;
         note("interrupted: what was read is kept, and the next build goes on from there");
         return Err(Failure::interrupted());
@@ -121,7 +167,7 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let (body, _) = open.store.put(&measuring.profiler.body().to_bytes(), now_ms())?;
     open.store.flush();
     let published = open.dir.profile(found.id)?.is_some_and(|profile| profile.published);
-    let profile = Profile { probes: set.hash(), build_profile: measuring.build_profile, body, published };
+    let profile = Profile { probes: set.hash(), arithmetic: measuring.build_profile, body, published };
     open.dir.set_profile(found.id, &profile)?;
     show(context, &found, &measuring, &profile)?;
     if interrupted() { Err(Failure::interrupted()) } else { Ok(()) }
@@ -170,6 +216,96 @@ fn try_experts(measuring: &mut Measuring, journal: &mut Journal, budget: Duratio
     Ok(())
 }
 
+fn publish(context: &Context, args: &PublishArgs) -> Result<(), Failure> {
+    let (id, name) = model_without_lock(context, &args.model)?;
+    let missing = || Failure::new(Kind::NotFound, format!("there is no profile of {name}; confrere profile build {name} makes one"));
+    let profile = context.dir.profile(id)?.ok_or_else(missing)?;
+    context.dir.set_profile(id, &Profile { published: !args.withdraw, ..profile })?;
+    if context.json {
+        return print_json(&json!({"model": id.to_string(), "body": profile.body.hash.to_string(), "published": !args.withdraw}));
+    }
+    let what = if args.withdraw { "serve tells it no more" } else { "serve tells it, signed, and again before it expires" };
+    note(&format!("profile of {name}: {what}"));
+    Ok(())
+}
+
+/// A model with a profile, by its id or its name: a daemon may hold the lock.
+fn model_without_lock(context: &Context, model: &str) -> Result<(ModelId, String), Failure> {
+    match context.lock() {
+        Ok(open) => open.local(model).map(|found| (found.id, found.name)),
+        Err(failure) if failure.kind == Kind::Busy => {
+            let names = context.dir.model_names()?;
+            let begins = |id: &ModelId| model.len() >= 4 && id.to_string().starts_with(model);
+            let mut fitting = names.into_iter().filter(|(name, id)| name == model || begins(id));
+            let found = fitting.next().map(|(name, id)| (id, name));
+            found.ok_or_else(|| Failure::new(Kind::NotFound, format!("no model is called {model}")))
+        }
+        Err(failure) => Err(failure),
+    }
+}
+
+fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
+    let peer = parse_peer(&args.peer)?;
+    let mut open = context.lock()?;
+    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let model = args.model.clone().map_or_else(|| experts::only_model(&open), Ok)?;
+    let found = federation.find(&mut open, &model, None)?;
+    let set = probes::shipped();
+    let any = set.domains().keys().next().expect("a probe set has domains").clone();
+    let network = federation.settle(SETTLE)?.ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR)"))?;
+    let mut claims = claims::collect(&federation, &network, &found, &any, Some(peer))?;
+    let mut results = Vec::new();
+    let silent = claims.held.is_empty() && claims.void.is_empty();
+    if silent {
+        return Err(Failure::new(Kind::NotFound, format!("{peer} says nothing of {} that has come here", found.name)));
+    }
+    if !claims.held.is_empty() {
+        let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
+        measuring.resume_quietly(&open, &found, &set)?;
+        if !measuring.read_all(None, |_| Ok(()))? {
+            return Err(Failure::interrupted());
+        }
+        for (number, name) in set.domains().keys().enumerate() {
+            let build_profile = measuring.build_profile;
+            let tools = (&measuring.profiler, &mut measuring.loaded.engine);
+            claims.check(&network, tools, (number, build_profile), args.sample, || !interrupted())?;
+            let check = claims.held.first().map(|claim| claim.check.clone()).expect("there is one");
+            results.push((name.clone(), check.clone()));
+            if matches!(check, Check::Refuted(_)) {
+                break;
+            }
+        }
+    }
+    let refuted = claims
+        .void
+        .first()
+        .map(|(_, why)| why.clone())
+        .or_else(|| results.iter().find_map(|(_, check)| if let Check::Refuted(why) = check { Some(why.clone()) } else { None }));
+    let trust = network.records.lock().trust.first_hand(now_ms(), &peer, Facet::Profile);
+    if context.json {
+        let domains: Vec<_> = results.iter().map(|(name, check)| json!({"domain": name, "holds": *check == Check::Holds})).collect();
+        print_json(
+            &json!({"peer": peer.to_string(), "model": found.id.to_string(), "domains": domains, "refuted": refuted, "trust": trust}),
+        )?;
+    } else {
+        for (name, check) in &results {
+            print_line(&format!("{name:16} {}", check_text(check)))?;
+        }
+        note(&format!("trust of {peer} in profiles, from what was seen here: {trust:.3}"));
+    }
+    refuted.map_or(Ok(()), |why| Err(Failure::new(Kind::Refused, format!("what {peer} says does not hold: {why}"))))
+}
+
+/// What came of checking, for people.
+pub(super) fn check_text(check: &Check) -> String {
+    match check {
+        Check::Own => "measured here".to_owned(),
+        Check::Holds => "measured again: it holds".to_owned(),
+        Check::Not(why) => format!("not measured again: {why}"),
+        Check::Refuted(why) => format!("does not hold: {why}"),
+    }
+}
+
 /// Says what a profile comes to.
 fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &Profile) -> Result<(), Failure> {
     let body = measuring.profiler.body();
@@ -184,7 +320,7 @@ fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &
             })
             .collect();
         return print_json(&json!({
-            "model": found.id.to_string(), "probes": profile.probes.to_string(), "build_profile": profile.build_profile.to_string(),
+            "model": found.id.to_string(), "probes": profile.probes.to_string(), "build_profile": profile.arithmetic.to_string(),
             "body": profile.body.hash.to_string(), "body_bytes": profile.body.length, "experts": body.experts.len(), "domains": domains,
         }));
     }

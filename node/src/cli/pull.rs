@@ -1,10 +1,14 @@
 //! `confrere pull`: a model, or part of it, from peers into the store.
 
 use clap::Args;
+use protocol::BlobRef;
 use serde_json::json;
 
-use super::{Context, PeerArgs, parse_size};
-use crate::failure::Failure;
+use super::profile::SETTLE;
+use super::{Context, PeerArgs, experts, parse_size};
+use crate::claims::{self, Claims};
+use crate::data_dir::{LocalModel, OpenDataDir};
+use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, expert_parts, trunk_parts};
 use crate::output::{human_bytes, note, print_json, print_line};
 
@@ -24,6 +28,9 @@ pub(super) struct PullArgs {
     /// Fetch the trunk, and experts up to so many bytes: those that the fewest peers have
     #[arg(long, value_name = "SIZE", value_parser = parse_size, conflicts_with_all = ["trunk", "all"])]
     experts: Option<u64>,
+    /// Fetch the trunk, and of the experts those that a domain uses most, as far as the disk goes that --disk or --experts allows
+    #[arg(long, value_name = "DOMAIN", conflicts_with_all = ["trunk", "all"])]
+    domain: Option<String>,
     #[command(flatten)]
     peers: PeerArgs,
 }
@@ -33,7 +40,9 @@ pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
     let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
     let model = federation.find(&mut open, &args.model, args.name.as_deref())?;
     let mut bytes = federation.bring(&open.store, &trunk_parts(&model.manifest), "trunk")?;
-    if let Some(bytes_max) = args.experts {
+    if let Some(domain) = &args.domain {
+        bytes += federation.bring(&open.store, &of_domain(context, args, (&open, &federation, &model), domain)?, "experts")?;
+    } else if let Some(bytes_max) = args.experts {
         bytes += federation.bring(&open.store, &federation.rarest(&open.store, &model.manifest, bytes_max)?, "experts")?;
     } else if !args.trunk {
         bytes += federation.bring(&open.store, &expert_parts(&model.manifest), "experts")?;
@@ -44,4 +53,36 @@ pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
         return print_json(&json!({"name": model.name, "id": model.id.to_string(), "experts": experts, "bytes_fetched": bytes}));
     }
     print_line(&model.id.to_string())
+}
+
+/// The experts that a domain uses most, by what is measured here or, failing that, by what the peer says who is trusted most; as many as fit.
+fn of_domain(
+    context: &Context,
+    args: &PullArgs,
+    (open, federation, model): (&OpenDataDir, &Federation<'_>, &LocalModel),
+    domain: &str,
+) -> Result<Vec<(BlobRef, String)>, Failure> {
+    let mut claims = Claims::default();
+    if let (Some(body), Some(profile)) = (experts::own_body(open, model)?, open.dir.profile(model.id)?) {
+        claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
+    } else if let Some(network) = federation.settle(SETTLE)? {
+        claims = claims::collect(federation, &network, model, domain, None)?;
+    }
+    let order = claims.by_use(domain);
+    if order.is_empty() {
+        let known: Vec<_> =
+            claims.domains.iter().chain(claims.held.iter().flat_map(|claim| claim.body.domains.iter().map(|of| &of.name))).collect();
+        let known: std::collections::BTreeSet<_> = known.into_iter().cloned().collect();
+        let why = if known.is_empty() {
+            "nobody here has a profile of it".to_owned()
+        } else {
+            format!("known: {}", known.into_iter().collect::<Vec<_>>().join(", "))
+        };
+        return Err(Failure::new(Kind::NotFound, format!("which experts of {} serve {domain} is not known ({why})", model.name)));
+    }
+    let stat = open.store.stat()?;
+    let mut left = args.experts.unwrap_or(u64::MAX).min(context.disk_max.saturating_sub(stat.bytes));
+    let parts = expert_parts(&model.manifest);
+    let mut fits = |blob: &BlobRef| open.store.contains(&blob.hash) || left.checked_sub(blob.length).inspect(|now| left = *now).is_some();
+    Ok(order.into_iter().map(|number| parts[number].clone()).filter(|(blob, _)| fits(blob)).collect())
 }

@@ -1,6 +1,6 @@
 //! `confrere serve`: a node that others fetch from, until it is told to stop.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::path::PathBuf;
@@ -9,14 +9,22 @@ use std::time::Duration;
 
 use clap::Args;
 use inference::kernels::Kernels;
+use protocol::ModelId;
 use protocol::message::{LISTING_MODELS_MAX, Listing};
+use protocol::profile::ProfileBody;
+use protocol::profile::lift::ranking;
+use protocol::query::{ATTESTATIONS_MAX, HEADS_MAX, Query, QueryAnswer};
+use protocol::record::Facet;
 use protocol::ticket::{TICKET_ADDRESSES_MAX, Ticket};
+use serde_bytes::ByteBuf;
 use serde_json::json;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
-use super::{Context, parse_size};
-use crate::data_dir::DataDir;
+use super::{Context, experts, parse_size};
+use crate::announcer::Announcer;
+use crate::clock::now_ms;
+use crate::data_dir::{DataDir, LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::{network_memory, process_bytes, remember};
 use crate::net::address::{is_loopback, is_relayed, is_tcp, parse_address, parse_listen};
@@ -24,11 +32,14 @@ use crate::net::allowed::{Allowed, AllowedPeers};
 use crate::net::executor::{self, ExecutorOptions};
 use crate::net::group::GroupKey;
 use crate::net::provider::{self, Provider};
+use crate::net::query;
 use crate::net::status::OwnStatus;
 use crate::net::swarm::{Network, NetworkOptions, Peers, Relay, Role};
 use crate::net::{Multiaddr, random};
 use crate::output::{announce, note};
 use crate::peer_book::Learned;
+use crate::probes;
+use crate::records::SharedRecords;
 
 /// Where a node listens unless told otherwise.
 const DEFAULT_PORT: u16 = 4747;
@@ -89,6 +100,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         if context.offline { (Vec::new(), Vec::new()) } else { (args.peers.clone(), open.dir.book(fingerprint.as_deref())?.plan(random)) };
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        let records = SharedRecords::load(&open.dir, [probes::shipped().hash()])?;
         let network = Network::start(NetworkOptions {
             key: &key,
             listen,
@@ -101,6 +113,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
                 models: models.iter().map(|model| model.id).collect(),
                 relay: if args.relay { Relay::Yes } else { Relay::No },
             },
+            records: records.clone(),
         })?;
         let works_for = AllowedPeers::new(&args.execute_for);
         let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
@@ -109,6 +122,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         let own_status = OwnStatus {
             store: Arc::clone(&open.store),
             models: models.clone(),
+            records: records.clone(),
             works_for: works_for.clone(),
             threads: threads as u16,
             memory_bytes,
@@ -119,6 +133,19 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             let options = ExecutorOptions { key: open.dir.key()?, works_for, threads, kernels: Kernels::best(), bytes_max: memory_bytes };
             executor::start(Arc::clone(&open.store), options, &network)?;
         }
+        let bodies = Arc::new(own_bodies(&open, &models));
+        let (answering, known) = (Arc::clone(&bodies), records.clone());
+        query::start(&network, move |query| answer(query, &answering, &known))?;
+        let announcer = Announcer {
+            network: network.clone(),
+            dir: open.dir.clone(),
+            key: open.dir.key()?,
+            models: models.clone(),
+            bodies: Arc::clone(&bodies),
+            memory_bytes,
+            disk_bytes: context.disk_max,
+        };
+        tokio::spawn(announcer.run());
         let api = match args.api {
             Some(address) => Some(crate::api::serve(address, network.clone()).await?),
             None => None,
@@ -142,10 +169,48 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             never = keep_notes(&network, &open.dir, fingerprint.as_deref()) => match never {},
         };
         take_note(&network.peers.borrow(), &open.dir, fingerprint.as_deref());
+        records.save_trust(&open.dir)?;
+        records.save_records(&open.dir)?;
         ended
     })?;
     open.store.flush();
     Ok(())
+}
+
+/// The bodies of this node's own profiles.
+fn own_bodies(open: &OpenDataDir, models: &[LocalModel]) -> BTreeMap<ModelId, ProfileBody> {
+    let read = |model: &LocalModel| match experts::own_body(open, model) {
+        Ok(body) => body.map(|body| (model.id, body)),
+        Err(failure) => {
+            note(&format!("warning: {failure}; confrere profile build {} makes it anew", model.name));
+            None
+        }
+    };
+    models.iter().filter_map(read).collect()
+}
+
+/// What this node knows of a question: its own ranking, and what it holds signed.
+fn answer(query: &Query, bodies: &BTreeMap<ModelId, ProfileBody>, records: &SharedRecords) -> QueryAnswer {
+    let (records, now_ms) = (records.lock(), now_ms());
+    let own = bodies.get(&query.model);
+    let ranked = own.and_then(|body| Some((body, body.domain(&query.domain)?)));
+    let experts = ranked.map_or_else(Vec::new, |(body, domain)| {
+        ranking(body, domain).iter().take(query.top as usize).map(|one| one.expert as u32).collect()
+    });
+    let mut heads: Vec<_> = records.book.heads(now_ms).filter(|head| head.record().model == query.model).collect();
+    heads.sort_by(|a, b| {
+        let trust = |node| records.ordering(now_ms, &node, Facet::Profile);
+        trust(b.node()).total_cmp(&trust(a.node()))
+    });
+    heads.truncate(HEADS_MAX);
+    let about: BTreeSet<_> = heads.iter().map(|head| head.node()).collect();
+    let attestations = records.book.attestations(now_ms).filter(|one| about.contains(&one.record().subject)).take(ATTESTATIONS_MAX);
+    QueryAnswer {
+        domains: own.map_or_else(Vec::new, |body| body.domains.iter().map(|domain| domain.name.clone()).collect()),
+        experts,
+        heads: heads.iter().map(|head| ByteBuf::from(head.as_bytes())).collect(),
+        attestations: attestations.map(|one| ByteBuf::from(one.as_bytes())).collect(),
+    }
 }
 
 /// Tells the user of addresses at relays, and remembers now and then whom this node has met.

@@ -15,6 +15,7 @@ use protocol::audit::Verdict;
 use protocol::execute::{NONCE_BYTES, Receipt, row_bytes};
 use protocol::expert_blob::ExpertShape;
 use protocol::hash::to_hex;
+use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ExpertSlot};
 use serde_json::json;
 use store::BlobStore;
@@ -161,6 +162,7 @@ impl AuditThread {
         self.runner.run(&expert, &rows, &mut ours);
         if ours == audit.output {
             self.parts.report.lock().book.conclude(audit.peer, Verdict::Same);
+            self.parts.network.observe(audit.peer, Facet::Execution, Outcome::Good);
         } else {
             self.accuse(&audit, &format!("sent a wrong result for {}", audit.slot), Some(&ours));
         }
@@ -186,6 +188,7 @@ impl AuditThread {
                 return;
             }
         }
+        network.observe(audit.peer, Facet::Execution, Outcome::WrongResult);
         note(&format!("warning: {} {what}: it is no longer asked ({kept})", audit.peer));
         let (network, peer) = (network.clone(), audit.peer);
         runtime.spawn(async move { network.drop_peer(peer).await });

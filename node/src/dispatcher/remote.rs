@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use inference::expert_runner::ExpertResults;
 use inference::expert_source::LayerInputs;
 use protocol::execute::{EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, foretell, row_bytes};
+use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ExpertSlot};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -432,6 +433,9 @@ impl Remote {
         self.links.remove(&peer);
         let lost: Vec<u64> = self.flights.iter().filter(|(_, flight)| flight.peer == peer).map(|(number, _)| *number).collect();
         self.report.lock().broken += lost.len() as u64;
+        if !lost.is_empty() {
+            self.network.observe(peer, Facet::Execution, Outcome::TimedOut);
+        }
         let mut slots = Vec::new();
         for flight in lost.iter().filter_map(|number| self.flights.remove(number)).collect::<Vec<_>>() {
             slots.extend(flight.open_slots());
@@ -444,6 +448,7 @@ impl Remote {
         if self.report.lock().dropped.insert(peer, what.to_owned()).is_none() {
             note(&format!("warning: {peer} {what}: it is no longer asked"));
         }
+        self.network.observe(peer, Facet::Execution, Outcome::WrongResult);
         let network = self.network.clone();
         self.runtime.spawn(async move { network.drop_peer(peer).await });
         // All that it was asked for is placed anew, but for what is used already: the answer at fault is no longer open.

@@ -11,6 +11,7 @@ use std::time::Duration;
 use libp2p::PeerId;
 use protocol::exchange::{Action, Downloads, Event, Urgency};
 use protocol::group_hashes::group_count;
+use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ModelId, ModelManifest};
 use store::{BlobStore, PartialBlob, PutOutcome, StoreError};
 use tokio::sync::{Semaphore, mpsc};
@@ -240,6 +241,17 @@ impl Fetcher {
 
     /// Sorts blobs of a model by how few of the peers say they have them; leaves out what nobody has. Waits until all have said.
     pub(crate) async fn rarest_first(&mut self, model: ModelId, blobs: Vec<BlobRef>) -> Result<Vec<BlobRef>, Failure> {
+        self.hear_haves(model).await?;
+        Ok(self.machine.rarest_first(blobs))
+    }
+
+    /// Who says that he has each of some blobs of a model. Waits until all have said.
+    pub(crate) async fn holders(&mut self, model: ModelId, blobs: &[BlobRef]) -> Result<Vec<Vec<PeerId>>, Failure> {
+        self.hear_haves(model).await?;
+        Ok(blobs.iter().map(|blob| self.machine.holders(&blob.hash)).collect())
+    }
+
+    async fn hear_haves(&mut self, model: ModelId) -> Result<(), Failure> {
         let mut round = Round::new(Vec::new(), HashMap::new(), self.arrived.load(Ordering::Relaxed));
         let until = Instant::now() + self.timeout.min(RARITY_WAIT);
         loop {
@@ -247,7 +259,7 @@ impl Fetcher {
             let linked = !self.links.is_empty() && self.links.keys().all(|peer| self.machine.knows(peer));
             let left = until.saturating_duration_since(Instant::now());
             if linked && self.machine.all_have_said(&model) || left.is_zero() {
-                return Ok(self.machine.rarest_first(blobs));
+                return Ok(());
             }
             if let Ok(Some(heard)) = tokio::time::timeout(left.min(TICK), self.heard.1.recv()).await {
                 self.on_heard(&mut round, heard)?;
@@ -370,7 +382,10 @@ impl Fetcher {
         let Heard { peer, link: number, what } = heard;
         let Some(link) = self.links.get(&peer).filter(|link| link.number == number) else { return Ok(()) };
         match what {
-            What::Up(requests_max) => self.tell(round, Event::PeerUp { peer, requests_max }),
+            What::Up(requests_max) => {
+                self.tell(round, Event::PeerUp { peer, requests_max })?;
+                if self.network.is_doubted(peer) { self.tell(round, Event::Doubted { peer }) } else { Ok(()) }
+            }
             What::Said(message) => {
                 let bytes = link.received();
                 self.tell(round, Event::Progress { peer, bytes })?;
@@ -425,6 +440,7 @@ impl Fetcher {
                     Action::HangUp { peer } => {
                         debug!(%peer, "is silent; its stream is given up");
                         round.last_break = Some("it was silent".to_owned());
+                        self.network.observe(peer, Facet::Bytes, Outcome::TimedOut);
                         self.hang_up(peer);
                     }
                 }
@@ -480,6 +496,7 @@ impl Fetcher {
 
     fn deliver(&self, round: &mut Round, hash: ContentHash, bytes: Vec<u8>) {
         let peer = round.senders.remove(&hash).unwrap_or(self.network.local);
+        self.network.observe(peer, Facet::Bytes, Outcome::Good);
         let Some(indices) = round.by_hash.remove(&hash) else { return };
         round.left -= 1;
         round.last_progress = Instant::now();
@@ -578,6 +595,7 @@ impl Fetcher {
     pub(crate) async fn blame(&mut self, peer: PeerId, what: String) {
         self.liars.insert(peer, what);
         self.links.remove(&peer);
+        self.network.observe(peer, Facet::Bytes, Outcome::WrongBytes);
         self.network.drop_peer(peer).await;
     }
 
@@ -585,6 +603,7 @@ impl Fetcher {
     fn note_liar(&mut self, peer: PeerId, what: String) {
         self.liars.insert(peer, what);
         self.links.remove(&peer);
+        self.network.observe(peer, Facet::Bytes, Outcome::WrongBytes);
         let network = self.network.clone();
         tokio::spawn(async move { network.drop_peer(peer).await });
     }

@@ -45,7 +45,9 @@ impl Fetcher {
                 let why = self.why_no_progress(patience, last_break.as_deref());
                 return Err(refusal.unwrap_or_else(|| self.missing(&BTreeSet::from([name]), &why)));
             }
-            let Some(&peer) = connected.iter().filter(in_question).find(rested) else {
+            let trust = |peer: &&PeerId| self.network.trust_in_bytes(**peer);
+            let best = connected.iter().filter(in_question).filter(rested).max_by(|a, b| trust(a).total_cmp(&trust(b)));
+            let Some(&peer) = best else {
                 let mut peers = self.network.peers.clone();
                 let _ = tokio::time::timeout(TICK.min(left), peers.changed()).await;
                 continue;

@@ -2,7 +2,7 @@
 
 pub(crate) mod address;
 pub(crate) mod allowed;
-mod ask;
+pub(crate) mod ask;
 mod assembly;
 mod behaviour;
 mod crowding;
@@ -10,10 +10,12 @@ pub(crate) mod execute_link;
 pub(crate) mod executor;
 pub(crate) mod fetcher;
 mod finder;
+mod gossip;
 pub(crate) mod group;
 mod judged;
 pub(crate) mod link;
 pub(crate) mod provider;
+pub(crate) mod query;
 mod relaying;
 pub(crate) mod status;
 mod stream;

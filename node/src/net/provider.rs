@@ -17,6 +17,7 @@ use crate::failure::{Failure, Kind};
 use crate::net::status::OwnStatus;
 use crate::net::swarm::Network;
 use crate::net::upload;
+use crate::records::TOLD_BYTES_MAX;
 
 const STREAMS_MAX: usize = 256;
 const STREAMS_PER_PEER_MAX: usize = 8;
@@ -151,6 +152,7 @@ fn answer(provider: &Provider, peer: &PeerId, request: Request) -> (Answer, Vec<
         Subject::Manifest(id) => provider.manifests.get(&id).cloned(),
         Subject::Listing => Some(Arc::clone(&provider.listing)),
         Subject::Status => Some(Arc::new(provider.own_status.for_peer(peer).to_bytes())),
+        Subject::Records => Some(Arc::new(provider.own_status.records.lock().to_bytes(TOLD_BYTES_MAX as usize))),
     };
     let Some(whole) = whole else { return (Answer::NotHave, Vec::new()) };
     match range(request, whole.len() as u64) {

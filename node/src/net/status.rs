@@ -14,6 +14,7 @@ use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
 use crate::net::ask::{Answered, Asking};
 use crate::net::swarm::Network;
+use crate::records::SharedRecords;
 
 /// Answers of which the quickest counts: the others had other things on their way.
 const ANSWERS: u32 = 3;
@@ -22,6 +23,7 @@ const ANSWERS: u32 = 3;
 pub(crate) struct OwnStatus {
     pub(crate) store: Arc<BlobStore>,
     pub(crate) models: Vec<LocalModel>,
+    pub(crate) records: SharedRecords,
     pub(crate) works_for: AllowedPeers,
     pub(crate) threads: u16,
     /// For experts that run for others.

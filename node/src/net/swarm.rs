@@ -14,18 +14,21 @@ use libp2p::swarm::dial_opts::DialOpts;
 use libp2p::swarm::{ConnectionId, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns};
 use protocol::message::FETCH_PROTOCOL;
+use protocol::trust::{Facet, Outcome, score};
 use protocol::{ModelId, NodeKey};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::address::{ip_of, is_relayed, is_tcp, peer_of, with_peer};
+use super::address::{ip_of, is_relayed, is_tcp, node_id, peer_id, peer_of, with_peer};
 use super::behaviour::{Behaviour, BehaviourEvent, Choices};
 use super::finder::Finder;
 use super::group::GroupKey;
 use super::relaying::Relaying;
 use super::transport::transport;
+use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
+use crate::records::{RecordKind, SharedRecords};
 
 const COMMANDS_MAX: usize = 64;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
@@ -59,6 +62,8 @@ pub(crate) struct NetworkOptions<'a> {
     /// Bytes of memory beyond which the process makes no more connections.
     pub(crate) memory_max: u64,
     pub(crate) role: Role,
+    /// What peers have signed and what is thought of them.
+    pub(crate) records: SharedRecords,
 }
 
 /// What a node is to others.
@@ -143,18 +148,20 @@ pub(crate) struct Network {
     pub(crate) local: PeerId,
     pub(crate) streams: libp2p_stream::Control,
     pub(crate) peers: watch::Receiver<Peers>,
+    pub(crate) records: SharedRecords,
     commands: mpsc::Sender<Command>,
 }
 
 enum Command {
     Drop(PeerId),
     LookFor(ModelId, oneshot::Sender<()>),
+    Tell(RecordKind, Vec<u8>),
 }
 
 impl Network {
     /// Starts the network on the current runtime.
     pub(crate) fn start(options: NetworkOptions<'_>) -> Result<Self, Failure> {
-        let NetworkOptions { key, mut listen, peers, book, mdns, group, memory_max, role } = options;
+        let NetworkOptions { key, mut listen, peers, book, mdns, group, memory_max, role, records } = options;
         let failed = |error: &dyn fmt::Display| Failure::new(Kind::Other, format!("cannot start the network: {error}"));
         let keypair = libp2p::identity::Keypair::ed25519_from_bytes(key.secret()).map_err(|error| failed(&error))?;
         let local = keypair.public().to_peer_id();
@@ -190,16 +197,40 @@ impl Network {
             finder: Finder::new(&role),
             relaying,
             mdns,
+            records: records.clone(),
         };
+        task.shut_out_unwelcome();
         peers.iter().for_each(|address| task.want(address));
         task.look_around();
         tokio::spawn(task.run(command_queue));
-        Ok(Self { local, streams, peers: seen, commands })
+        Ok(Self { local, streams, peers: seen, records, commands })
+    }
+
+    /// Notes what was seen of a peer.
+    pub(crate) fn observe(&self, peer: PeerId, facet: Facet, outcome: Outcome) {
+        if let Some(node) = node_id(peer).filter(|_| peer != self.local) {
+            self.records.observe(node, facet, outcome);
+        }
+    }
+
+    /// How far a peer is trusted with bytes, from what was seen and what others say: for the order in which peers are asked.
+    pub(crate) fn trust_in_bytes(&self, peer: PeerId) -> f64 {
+        node_id(peer).map_or(0.0, |node| self.records.lock().ordering(now_ms(), &node, Facet::Bytes))
+    }
+
+    /// Whether more speaks against a peer's bytes than for them: it is asked last.
+    pub(crate) fn is_doubted(&self, peer: PeerId) -> bool {
+        self.trust_in_bytes(peer) < score(0.0, 0.0)
     }
 
     /// Disconnects a peer that cannot be trusted with bytes, and keeps it away.
     pub(crate) async fn drop_peer(&self, peer: PeerId) {
         let _ = self.commands.send(Command::Drop(peer)).await;
+    }
+
+    /// Tells hosts a record of this node's own.
+    pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) {
+        let _ = self.commands.send(Command::Tell(kind, bytes)).await;
     }
 
     /// Begins to look for peers who have a model, by asking those who are connected. Once this returns, it has begun.
@@ -224,6 +255,7 @@ pub(super) struct SwarmTask {
     pub(super) finder: Finder,
     pub(super) relaying: Relaying,
     mdns: bool,
+    pub(super) records: SharedRecords,
 }
 
 /// A peer that the user named: dialled until it answers, and again when it is lost.
@@ -287,6 +319,7 @@ impl SwarmTask {
                 event = self.swarm.select_next_some() => self.on_event(event),
                 command = commands.recv() => match command {
                     Some(Command::Drop(peer)) => self.drop_peer(peer),
+                    Some(Command::Tell(kind, bytes)) => self.tell_record(kind, bytes),
                     Some(Command::LookFor(model, begun)) => {
                         self.look_for(model);
                         self.look_around();
@@ -401,6 +434,7 @@ impl SwarmTask {
             }
             SwarmEvent::Behaviour(BehaviourEvent::Identify(event)) => self.on_identify(event),
             SwarmEvent::Behaviour(BehaviourEvent::Kad(event)) => self.on_kad(event),
+            SwarmEvent::Behaviour(BehaviourEvent::Gossip(event)) => self.on_gossip(event),
             SwarmEvent::Behaviour(BehaviourEvent::Dcutr(event)) => self.on_punched(&event),
             SwarmEvent::Behaviour(BehaviourEvent::Autonat(event)) => {
                 debug!(address = %event.tested_addr, server = %event.server, result = ?event.result, "reachability");
@@ -530,6 +564,12 @@ impl SwarmTask {
         wanted.redial_at = Some(Instant::now() + wanted.pause);
         wanted.pause = (wanted.pause * 2).min(REDIAL_MAX);
         self.known.awaited.insert(address.clone(), Some(reason.to_owned()));
+    }
+
+    /// Those whom the user has banned, or of whom only bad was seen, are not let in.
+    fn shut_out_unwelcome(&mut self) {
+        let unwelcome: Vec<_> = self.records.lock().unwelcome(now_ms()).into_iter().filter_map(peer_id).collect();
+        unwelcome.into_iter().for_each(|peer| self.drop_peer(peer));
     }
 
     fn drop_peer(&mut self, peer: PeerId) {

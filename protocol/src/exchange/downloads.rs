@@ -77,6 +77,11 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     pub fn handle(&mut self, now_ms: u64, event: Event<P, B>) -> Vec<Action<P, B>> {
         match event {
             Event::PeerUp { peer, requests_max } => self.peer_up(now_ms, peer, requests_max),
+            Event::Doubted { peer } => {
+                if let Some(peer) = self.peers.get_mut(&peer) {
+                    peer.doubt(now_ms);
+                }
+            }
             Event::PeerDown { peer } => self.remove_peer(peer),
             Event::Follow { model, blobs } => self.follow(model, blobs),
             Event::Want { blob, urgency } => self.want(blob, urgency),
@@ -141,14 +146,19 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let mut order: Vec<_> = blobs
             .into_iter()
             .filter_map(|blob| {
-                let (model, index) = self.places.get(&blob.hash)?;
-                let has = |state: &Peer| state.haves.get(model).is_some_and(|bits| bits.get(*index));
-                let holders = self.peers.values().filter(|state| has(state)).count();
+                let holders = self.holders(&blob.hash).len();
                 (holders > 0).then(|| (holders, self.draws.next(), blob))
             })
             .collect();
         order.sort_unstable_by_key(|(holders, draw, _)| (*holders, *draw));
         order.into_iter().map(|(.., blob)| blob).collect()
+    }
+
+    /// Who says that he has a blob of a model that is followed.
+    pub fn holders(&self, hash: &ContentHash) -> Vec<P> {
+        let Some((model, index)) = self.places.get(hash) else { return Vec::new() };
+        let has = |state: &Peer| state.haves.get(model).is_some_and(|bits| bits.get(*index));
+        self.peers.iter().filter(|(_, state)| has(state)).map(|(peer, _)| *peer).collect()
     }
 
     /// How fast each peer has sent lately, in bytes a second, where that is known.

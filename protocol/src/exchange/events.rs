@@ -15,6 +15,11 @@ pub enum Event<P, B> {
         /// Requests that it takes at a time.
         requests_max: u32,
     },
+    /// There is more against a peer than for it: whatever another may have is asked of the other.
+    Doubted {
+        /// Whom.
+        peer: P,
+    },
     /// A stream has ended.
     PeerDown {
         /// Whose.

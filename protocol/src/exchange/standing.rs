@@ -63,6 +63,12 @@ impl Peer {
         }
     }
 
+    /// As slow as can be: asked for what nobody else may have, until it shows better.
+    pub(super) fn doubt(&mut self, now_ms: u64) {
+        self.demoted_for_ms = DEMOTED_MAX_MS;
+        self.demoted_until_ms = now_ms + DEMOTED_MAX_MS;
+    }
+
     pub(super) fn demote(&mut self, now_ms: u64) {
         self.demoted_for_ms = (self.demoted_for_ms * 2).clamp(DEMOTED_FIRST_MS, DEMOTED_MAX_MS);
         self.demoted_until_ms = now_ms + self.demoted_for_ms;

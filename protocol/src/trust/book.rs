@@ -126,14 +126,15 @@ impl TrustBook {
         Opinion { tally, first_hand, hearsay, hearsay_good, ordering: score(tally.good + hearsay_good, tally.bad) }
     }
 
-    /// Whether a peer is not to be talked to: the user has said so, or what was seen of it in some facet speaks clearly against it.
+    /// Whether a peer is not to be talked to: the user has said so, or more was proven wrong of its bytes or results than was right. What is
+    /// claimed falsely of experts only makes claims count for nothing.
     pub fn is_unwelcome(&self, now_ms: u64, peer: &NodeId) -> bool {
         match self.rulings.get(peer) {
             Some(Ruling::Banned) => true,
             Some(Ruling::Allowed) => false,
             None => Facet::ALL.iter().any(|facet| {
-                let Tally { good, bad, .. } = self.tally(peer, *facet).at(now_ms);
-                *facet != Facet::Profile && bad >= Outcome::WrongBytes.penalty() / 2.0 && bad > good
+                let Tally { good, wrong, .. } = self.tally(peer, *facet).at(now_ms);
+                *facet != Facet::Profile && wrong >= Outcome::WrongBytes.penalty() / 2.0 && wrong > good
             }),
         }
     }

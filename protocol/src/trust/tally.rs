@@ -45,6 +45,8 @@ pub struct Tally {
     pub good: f64,
     /// Bad work by its penalties, fading.
     pub bad: f64,
+    /// Of that, what was proven wrong and not just late.
+    pub wrong: f64,
     /// Pieces of work that were seen, good and bad, which do not fade.
     pub seen: (u32, u32),
     /// When that was so, in milliseconds since 1970.
@@ -53,11 +55,13 @@ pub struct Tally {
 
 impl Tally {
     /// What is left of it at a time. A clock that went back takes nothing back.
+    #[must_use]
     pub fn at(&self, now_ms: u64) -> Self {
         let passed_ms = now_ms.saturating_sub(self.at_ms) as f64;
         let left = |half_life_ms: f64| libm::exp2(-passed_ms / half_life_ms);
         let (good, bad) = (self.good * left(GOOD_HALF_LIFE_MS), self.bad * left(BAD_HALF_LIFE_MS));
-        Self { good, bad, seen: self.seen, at_ms: self.at_ms.max(now_ms) }
+        let wrong = self.wrong * left(BAD_HALF_LIFE_MS);
+        Self { good, bad, wrong, seen: self.seen, at_ms: self.at_ms.max(now_ms) }
     }
 
     /// Adds a piece of work.
@@ -68,6 +72,9 @@ impl Tally {
             self.seen.0 = self.seen.0.saturating_add(1);
         } else {
             self.bad += outcome.penalty();
+            if outcome != Outcome::TimedOut {
+                self.wrong += outcome.penalty();
+            }
             self.seen.1 = self.seen.1.saturating_add(1);
         }
     }

@@ -1,0 +1,231 @@
+//! Tells what this node has to say of itself, again and again, and catches up with what others have said while it was away.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use protocol::message::Subject;
+use protocol::profile::ProfileBody;
+use protocol::profile::lift::ranking;
+use protocol::record::{
+    ADDRESSES_MAX, Attestation, DomainSummary, Facet, MODELS_MAX, NodeRecord, ProfileHead, Record, RecordHead, Verified,
+};
+use protocol::trust::Ruling;
+use protocol::{ModelId, NodeId, NodeKey};
+use tracing::{debug, warn};
+
+use crate::clock::now_ms;
+use crate::data_dir::{DataDir, LocalModel};
+use crate::failure::Failure;
+use crate::net::PeerId;
+use crate::net::address::{is_relayed, peer_id};
+use crate::net::ask::{self, Answered};
+use crate::net::swarm::Network;
+use crate::profiles::Profile;
+use crate::records::{RecordKind, TOLD_BYTES_MAX, frames};
+
+/// How often it is looked whether there is anything to say.
+const LOOK: Duration = Duration::from_secs(2);
+/// A statement is made again when so much of its life is over.
+const RENEW_AFTER_MS: u64 = 12 * 3_600_000;
+/// What was seen of peers is told no more often than this.
+const ATTEST_EVERY_MS: u64 = 10 * 60_000;
+/// How often the records are written down.
+const SAVE_EVERY_MS: u64 = 60_000;
+
+/// What an announcer works with.
+pub(crate) struct Announcer {
+    pub(crate) network: Network,
+    pub(crate) dir: DataDir,
+    pub(crate) key: NodeKey,
+    pub(crate) models: Vec<LocalModel>,
+    /// The bodies of finished profiles, by model.
+    pub(crate) bodies: Arc<BTreeMap<ModelId, ProfileBody>>,
+    pub(crate) memory_bytes: u64,
+    pub(crate) disk_bytes: u64,
+}
+
+/// When things were said last, and what.
+#[derive(Default)]
+struct Said {
+    node: Option<(u64, Vec<String>)>,
+    profiles: BTreeMap<ModelId, (u64, Profile)>,
+    attested_ms: Option<u64>,
+    attestations: BTreeMap<(NodeId, Facet), (u32, u32)>,
+    saved_ms: u64,
+    asked: BTreeSet<PeerId>,
+}
+
+impl Announcer {
+    /// Goes on until the network ends.
+    pub(crate) async fn run(self) {
+        let mut said = Said::default();
+        let mut look = tokio::time::interval(LOOK);
+        let mut peers = self.network.peers.clone();
+        loop {
+            tokio::select! {
+                _ = look.tick() => {
+                    if let Err(failure) = self.say(&mut said).await {
+                        warn!(%failure, "nothing is told");
+                    }
+                }
+                changed = peers.changed() => if changed.is_err() { return },
+            }
+            let connected = peers.borrow_and_update().connected.clone();
+            said.asked.retain(|peer| connected.contains(peer));
+            for peer in connected {
+                if said.asked.insert(peer) {
+                    self.catch_up(peer);
+                }
+            }
+        }
+    }
+
+    /// Asks a peer what it holds: what was said while this node was away.
+    fn catch_up(&self, peer: PeerId) {
+        let network = self.network.clone();
+        tokio::spawn(async move {
+            let Answered::Bytes(bytes) = ask::ask(peer, network.streams.clone(), Subject::Records, TOLD_BYTES_MAX).await else { return };
+            let (now_ms, mut new) = (now_ms(), 0);
+            for (kind, envelope) in frames(&bytes) {
+                let taken = network.records.lock().take_asked(now_ms, kind, envelope.clone());
+                if taken.is_ok() {
+                    new += 1;
+                    // News to this node may be news to its neighbours.
+                    network.tell_record(kind, envelope).await;
+                }
+            }
+            debug!(%peer, new, "caught up");
+        });
+    }
+
+    async fn say(&self, said: &mut Said) -> Result<(), Failure> {
+        let now_ms = now_ms();
+        self.heed_rulings()?;
+        self.say_node(now_ms, said).await?;
+        self.say_profiles(now_ms, said).await?;
+        self.attest(now_ms, said).await?;
+        if now_ms.saturating_sub(said.saved_ms) >= SAVE_EVERY_MS {
+            said.saved_ms = now_ms;
+            self.network.records.save_trust(&self.dir)?;
+            self.network.records.save_records(&self.dir)?;
+        }
+        Ok(())
+    }
+
+    /// Takes over what the user has decided, and what other commands have seen, meanwhile.
+    fn heed_rulings(&self) -> Result<(), Failure> {
+        self.network.records.save_trust(&self.dir)?;
+        let trust = self.dir.trust()?;
+        let mut records = self.network.records.lock();
+        let banned = |rulings: &BTreeMap<NodeId, Ruling>| -> BTreeSet<NodeId> {
+            rulings.iter().filter(|(_, ruling)| **ruling == Ruling::Banned).map(|(peer, _)| *peer).collect()
+        };
+        let new: Vec<_> = banned(trust.rulings()).difference(&banned(records.trust.rulings())).copied().collect();
+        records.trust = trust;
+        drop(records);
+        for peer in new.into_iter().filter_map(peer_id) {
+            let network = self.network.clone();
+            tokio::spawn(async move { network.drop_peer(peer).await });
+        }
+        Ok(())
+    }
+
+    async fn say_node(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
+        let listening = self.network.peers.borrow().listening.clone();
+        let addresses: Vec<_> =
+            listening.iter().filter(|address| !is_relayed(address)).map(ToString::to_string).take(ADDRESSES_MAX).collect();
+        if said.node.as_ref().is_some_and(|(at_ms, last)| *last == addresses && now_ms.saturating_sub(*at_ms) < RENEW_AFTER_MS) {
+            return Ok(());
+        }
+        let mut models: Vec<_> = self.models.iter().map(|model| model.id).collect();
+        models.sort_unstable();
+        models.dedup();
+        models.truncate(MODELS_MAX);
+        let head = self.next_head(now_ms, NodeRecord::LIFE_MS_MAX)?;
+        let record = NodeRecord {
+            head,
+            memory_bytes: self.memory_bytes,
+            disk_bytes: self.disk_bytes,
+            experts_per_second: 0,
+            addresses: addresses.clone(),
+            models,
+        };
+        said.node = Some((now_ms, addresses));
+        self.tell(RecordKind::Node, Verified::seal(&self.key, record).as_bytes()).await;
+        Ok(())
+    }
+
+    async fn say_profiles(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
+        for (model, profile) in self.dir.all_profiles().into_iter().filter(|(_, profile)| profile.published) {
+            let Some(body) = self.bodies.get(&model) else { continue };
+            if said.profiles.get(&model).is_some_and(|(at_ms, last)| *last == profile && now_ms.saturating_sub(*at_ms) < RENEW_AFTER_MS) {
+                continue;
+            }
+            let head = self.next_head(now_ms, ProfileHead::LIFE_MS_MAX)?;
+            said.profiles.insert(model, (now_ms, profile));
+            self.tell(RecordKind::Profile, Verified::seal(&self.key, profile_head(head, &profile, body)).as_bytes()).await;
+        }
+        Ok(())
+    }
+
+    /// Says what was seen of peers, where that has changed.
+    async fn attest(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
+        if said.attested_ms.is_some_and(|at_ms| now_ms.saturating_sub(at_ms) < ATTEST_EVERY_MS) {
+            return Ok(());
+        }
+        said.attested_ms = Some(now_ms);
+        let seen: Vec<_> = {
+            let records = self.network.records.lock();
+            records.trust.tallies().map(|(peer, facet, tally)| (peer, facet, tally.at(now_ms))).collect()
+        };
+        for (subject, facet, tally) in seen.into_iter().filter(|(subject, ..)| *subject != self.key.id()) {
+            let counts = (tally.good.round() as u32, tally.bad.round() as u32);
+            if counts == (0, 0) || said.attestations.insert((subject, facet), counts) == Some(counts) {
+                continue;
+            }
+            let head = self.next_head(now_ms, Attestation::LIFE_MS_MAX)?;
+            let from_ms = now_ms.saturating_sub(Attestation::LIFE_MS_MAX);
+            let (good, bad) = counts;
+            let attestation = Attestation { head, subject, facet, from_ms, until_ms: now_ms, good, bad, evidence: Vec::new() };
+            self.tell(RecordKind::Attestation, Verified::seal(&self.key, attestation).as_bytes()).await;
+        }
+        Ok(())
+    }
+
+    /// A head with the next sequence number, which is on the disk before anybody sees it.
+    fn next_head(&self, now_ms: u64, life_ms: u64) -> Result<RecordHead, Failure> {
+        let head = RecordHead::new(self.key.id(), now_ms, life_ms, self.dir.last_seq()?);
+        self.dir.set_last_seq(head.seq)?;
+        Ok(head)
+    }
+
+    async fn tell(&self, kind: RecordKind, bytes: &[u8]) {
+        // Held like anybody's, so that whoever asks is told.
+        if let Err(refused) = self.network.records.lock().take_asked(now_ms(), kind, bytes.to_vec()) {
+            warn!(?kind, %refused, "this node's own record is not held");
+        }
+        self.network.tell_record(kind, bytes.to_vec()).await;
+    }
+}
+
+/// The head of a profile, with what its body comes to.
+pub(crate) fn profile_head(head: RecordHead, profile: &Profile, body: &ProfileBody) -> ProfileHead {
+    let summary = body.domains.iter().enumerate().map(|(number, domain)| {
+        let counts = body.experts.iter().map(|counts| counts.domains[number]);
+        DomainSummary {
+            domain: domain.name.clone(),
+            experts: ranking(body, number).iter().filter(|one| one.is_specialist()).count() as u32,
+            trials: counts.clone().map(|counts| u64::from(counts.trials)).sum(),
+            hits: counts.map(|counts| u64::from(counts.hits)).sum(),
+        }
+    });
+    ProfileHead {
+        head,
+        model: body.model,
+        probes: profile.probes,
+        build_profile: profile.arithmetic,
+        body: profile.body,
+        summary: summary.collect(),
+    }
+}

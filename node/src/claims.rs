@@ -1,0 +1,284 @@
+//! What nodes say of a model's experts: their signed heads, the bodies that those name, and whether they hold when they are measured again.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use inference::profiler::{ProfileError, Profiler, Trials};
+use protocol::profile::lift::{Ranked, ranking};
+use protocol::profile::{BODY_BYTES_MAX, DomainCounts, ProfileBody};
+use protocol::query::Query;
+use protocol::record::{Facet, ProfileHead, Verified};
+use protocol::trust::{Opinion, Outcome};
+use protocol::{ContentHash, NodeId};
+use tokio::sync::mpsc;
+
+use crate::clock::now_ms;
+use crate::data_dir::LocalModel;
+use crate::failure::Failure;
+use crate::federation::Federation;
+use crate::net::fetcher::{Fetched, Want, Wanted};
+use crate::net::query;
+use crate::net::random;
+use crate::net::swarm::Network;
+use crate::records::RecordKind;
+
+/// For peers to turn up, and for each to answer.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// Of the experts that a claim ranks first, replays choose among so many.
+const RELIED_ON: usize = 20;
+
+/// How far a claim has been checked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Check {
+    /// It is this node's own.
+    Own,
+    /// Measured again, it came out the same.
+    Holds,
+    /// It was not measured again, for a reason.
+    Not(&'static str),
+    /// It is not true, and this is why.
+    Refuted(String),
+}
+
+/// A node's profile of a model.
+pub(crate) struct Claim {
+    pub(crate) node: NodeId,
+    pub(crate) probes: ContentHash,
+    pub(crate) build_profile: ContentHash,
+    pub(crate) body: ProfileBody,
+    pub(crate) opinion: Opinion,
+    pub(crate) check: Check,
+}
+
+/// What could be found out.
+#[derive(Default)]
+pub(crate) struct Claims {
+    pub(crate) held: Vec<Claim>,
+    /// Claims of which nothing is left, with the reason.
+    pub(crate) void: Vec<(NodeId, String)>,
+    /// Domains that peers know.
+    pub(crate) domains: Vec<String>,
+}
+
+/// Asks the peers who says what of a model's experts in a domain; fetches what they point to.
+pub(crate) fn collect(
+    federation: &Federation<'_>,
+    network: &Network,
+    found: &LocalModel,
+    domain: &str,
+    of: Option<NodeId>,
+) -> Result<Claims, Failure> {
+    let question = Query { model: found.id, domain: domain.to_owned(), top: 0 };
+    let answers = federation.wait(async { Ok(query::ask_all(network, &question, PATIENCE).await) })?;
+    let mut claims = Claims::default();
+    let now_ms = now_ms();
+    for (_, answer) in answers {
+        let mut records = network.records.lock();
+        for head in answer.heads {
+            let _ = records.take_asked(now_ms, RecordKind::Profile, head.into_vec());
+        }
+        for attestation in answer.attestations {
+            let _ = records.take_asked(now_ms, RecordKind::Attestation, attestation.into_vec());
+        }
+        claims.domains.extend(answer.domains);
+    }
+    claims.domains.sort();
+    claims.domains.dedup();
+    let heads: Vec<ProfileHead> = {
+        let records = network.records.lock();
+        let unwelcome = records.unwelcome(now_ms);
+        let heads = records.book.heads(now_ms).map(Verified::record);
+        heads
+            .filter(|head| head.model == found.id && of.is_none_or(|of| head.head.node == of) && !unwelcome.contains(&head.head.node))
+            .cloned()
+            .collect()
+    };
+    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let mut bodies: BTreeMap<ContentHash, Result<Vec<u8>, String>> = BTreeMap::new();
+    for head in heads {
+        let node = head.head.node;
+        if head.body.length > BODY_BYTES_MAX as u64 {
+            claims.refute(network, node, format!("names a body of {} bytes; {BODY_BYTES_MAX} is the most", head.body.length));
+            continue;
+        }
+        let fetched =
+            bodies.entry(head.body.hash).or_insert_with(|| fetch(federation, &head).map_err(|failure| failure.to_string())).clone();
+        let bytes = match fetched {
+            Ok(bytes) => bytes,
+            Err(why) => {
+                claims.void.push((node, why));
+                continue;
+            }
+        };
+        let body = match ProfileBody::from_bytes(&bytes, (head.model, head.probes), &slots) {
+            Ok(body) => body,
+            Err(error) => {
+                claims.refute(network, node, error.to_string());
+                continue;
+            }
+        };
+        if !sums_agree(&head, &body) {
+            claims.refute(network, node, "its head sums up something else than its body".to_owned());
+            continue;
+        }
+        let opinion = opinion(network, &node);
+        let check = Check::Not("not asked for");
+        claims.held.push(Claim { node, probes: head.probes, build_profile: head.build_profile, body, opinion, check });
+    }
+    Ok(claims)
+}
+
+fn opinion(network: &Network, node: &NodeId) -> Opinion {
+    let (records, now_ms) = (network.records.lock(), now_ms());
+    records.trust.opinion(now_ms, node, Facet::Profile, &records.voices(now_ms, node, Facet::Profile))
+}
+
+fn fetch(federation: &Federation<'_>, head: &ProfileHead) -> Result<Vec<u8>, Failure> {
+    let name = format!("body of the profile by {}", head.head.node);
+    let want = Want { wanted: Wanted::Blob(head.body), name };
+    let (results, mut arrivals) = mpsc::channel::<Fetched>(1);
+    federation.fetch_one(want, results, &mut arrivals)
+}
+
+fn sums_agree(head: &ProfileHead, body: &ProfileBody) -> bool {
+    head.summary.iter().all(|of| {
+        body.domain(&of.domain).is_some_and(|number| {
+            let counts = body.experts.iter().map(|counts| counts.domains[number]);
+            let (trials, hits) = counts.fold((0, 0), |sums, counts| (sums.0 + u64::from(counts.trials), sums.1 + u64::from(counts.hits)));
+            (trials, hits) == (of.trials, of.hits)
+        })
+    })
+}
+
+impl Claims {
+    fn refute(&mut self, network: &Network, node: NodeId, why: String) {
+        network.records.observe(node, Facet::Profile, Outcome::WrongResult);
+        self.void.push((node, why));
+    }
+
+    /// Adds this node's own profile.
+    pub(crate) fn add_own(&mut self, node: NodeId, build_profile: ContentHash, body: ProfileBody) {
+        self.held.retain(|claim| claim.node != node);
+        let opinion =
+            Opinion { tally: protocol::trust::Tally::default(), first_hand: 1.0, hearsay: Vec::new(), hearsay_good: 0.0, ordering: 1.0 };
+        self.held.push(Claim { node, probes: body.probes, build_profile, body, opinion, check: Check::Own });
+    }
+
+    /// Experts by what is most to be relied on: of each, what the node says that is trusted most, and by the number of that claim. Best first.
+    pub(crate) fn ranking(&self, domain: &str) -> Vec<(Ranked, usize)> {
+        let mut rows: BTreeMap<usize, (Ranked, usize)> = BTreeMap::new();
+        let mut order: Vec<_> = (0..self.held.len()).filter(|&number| !matches!(self.held[number].check, Check::Refuted(_))).collect();
+        order.sort_by(|&a, &b| self.reliance(b).total_cmp(&self.reliance(a)));
+        for number in order {
+            let body = &self.held[number].body;
+            let Some(domain) = body.domain(domain) else { continue };
+            for one in ranking(body, domain) {
+                rows.entry(one.expert).or_insert((one, number));
+            }
+        }
+        let mut rows: Vec<_> = rows.into_values().collect();
+        rows.sort_by(|a, b| b.0.lift.lower.total_cmp(&a.0.lift.lower).then(a.0.expert.cmp(&b.0.expert)));
+        rows
+    }
+
+    /// Experts by how much a domain uses them, by the claim that is most to be relied on; what it never used is left out.
+    pub(crate) fn by_use(&self, domain: &str) -> Vec<usize> {
+        let known =
+            |number: &usize| self.held[*number].body.domain(domain).is_some() && !matches!(self.held[*number].check, Check::Refuted(_));
+        let best = (0..self.held.len()).filter(known).max_by(|&a, &b| self.reliance(a).total_cmp(&self.reliance(b)));
+        let Some((body, domain)) = best.and_then(|number| Some((&self.held[number].body, self.held[number].body.domain(domain)?))) else {
+            return Vec::new();
+        };
+        let uses = body.experts.iter().enumerate().map(|(number, counts)| (counts.domains[domain].routed, number));
+        let mut uses: Vec<_> = uses.filter(|(routed, _)| *routed > 0).collect();
+        uses.sort_unstable_by_key(|&(routed, number)| (std::cmp::Reverse(routed), number));
+        uses.into_iter().map(|(_, number)| number).collect()
+    }
+
+    /// What was measured here comes first, then what was measured again, then by trust.
+    fn reliance(&self, number: usize) -> f64 {
+        let claim = &self.held[number];
+        let checked = match claim.check {
+            Check::Own => 4.0,
+            Check::Holds => 2.0,
+            Check::Not(_) | Check::Refuted(_) => 0.0,
+        };
+        checked + claim.opinion.ordering
+    }
+
+    /// Measures claims about a domain again: all that was routed, and of `sample` experts that they rank first, the trials. What comes of it
+    /// counts for or against who said it. `go_on` ends it early.
+    pub(crate) fn check(
+        &mut self,
+        network: &Network,
+        (profiler, engine): (&Profiler, &mut inference::engine::Engine),
+        (domain, build_profile): (usize, ContentHash),
+        sample: usize,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<(), Failure> {
+        for claim in self.held.iter_mut().filter(|claim| claim.check != Check::Own) {
+            if claim.probes != profiler.body().probes {
+                claim.check = Check::Not("by other probes");
+                continue;
+            }
+            if claim.build_profile != build_profile {
+                claim.check = Check::Not("by another arithmetic");
+                continue;
+            }
+            let Some(verdict) = replay(claim, profiler, engine, domain, sample, &mut go_on)? else {
+                claim.check = Check::Not("no time");
+                continue;
+            };
+            let outcome = if verdict == Check::Holds { Outcome::Good } else { Outcome::WrongResult };
+            network.records.observe(claim.node, Facet::Profile, outcome);
+            claim.opinion = opinion(network, &claim.node);
+            claim.check = verdict;
+        }
+        Ok(())
+    }
+}
+
+/// Compares a claim with what comes of measuring again.
+fn replay(
+    claim: &Claim,
+    profiler: &Profiler,
+    engine: &mut inference::engine::Engine,
+    domain: usize,
+    sample: usize,
+    go_on: &mut dyn FnMut() -> bool,
+) -> Result<Option<Check>, Failure> {
+    let ours = profiler.body();
+    if claim.body.domains != ours.domains {
+        return Ok(Some(Check::Refuted("it has read other probes than it says".to_owned())));
+    }
+    for (number, (theirs, ours)) in claim.body.experts.iter().zip(&ours.experts).enumerate() {
+        // Lift is against all domains: what is said of the others counts as much.
+        let routing = |counts: &DomainCounts| (counts.routed, counts.gate_mass, counts.square_routed, counts.cross);
+        let differs = theirs.domains.iter().zip(&ours.domains).position(|(theirs, ours)| routing(theirs) != routing(ours));
+        if let Some(differs) = differs {
+            let (said, was, name) = (theirs.domains[differs].routed, ours.domains[differs].routed, &claim.body.domains[differs].name);
+            let why = format!("of expert number {number} it says that {said} tokens of {name} were routed to it; {was} were");
+            return Ok(Some(Check::Refuted(why)));
+        }
+    }
+    let mut relied_on: Vec<_> = ranking(&claim.body, domain).into_iter().filter(|one| one.counts.trials > 0).take(RELIED_ON).collect();
+    for _ in 0..sample.min(relied_on.len()) {
+        // Nobody can know which.
+        let one = relied_on.swap_remove(random() as usize % relied_on.len());
+        let said = Trials { expert: one.expert as u32, domain: domain as u32, trials: one.counts.trials, hits: one.counts.hits };
+        let hits = match profiler.replay(engine, said, &mut *go_on) {
+            Ok(Some(hits)) => hits,
+            Ok(None) => return Ok(None),
+            Err(ProfileError::Other) => {
+                return Ok(Some(Check::Refuted(format!("of expert number {} it says more trials than there are tokens", one.expert))));
+            }
+            // That we cannot measure is not the peer's fault.
+            Err(error) => return Err(error.into()),
+        };
+        if hits != said.hits {
+            let why = format!("of expert number {} it says {} hits in {} trials; it was {hits}", one.expert, said.hits, said.trials);
+            return Ok(Some(Check::Refuted(why)));
+        }
+    }
+    Ok(Some(Check::Holds))
+}

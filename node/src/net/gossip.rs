@@ -1,0 +1,125 @@
+//! Spreads records among hosts: what comes is checked before it is handed on, and who hands on forgeries is not listened to any more.
+//!
+//! What a record says is for `records` to judge.
+
+use std::collections::{HashMap, HashSet};
+use std::time::Duration;
+
+use libp2p::gossipsub::{
+    Behaviour, ConfigBuilder, Event, IdentTopic, MessageAcceptance, MessageAuthenticity, MessageId, PeerScoreParams, PeerScoreThresholds,
+    TopicHash, TopicScoreParams, ValidationMode,
+};
+use protocol::ContentHash;
+use tracing::{debug, warn};
+
+use super::address::node_id;
+use super::swarm::SwarmTask;
+use crate::clock::now_ms;
+use crate::records::RecordKind;
+
+/// Most bytes of a message: a head of a profile and some wrapping are a sixth of it.
+const MESSAGE_BYTES_MAX: usize = 64 << 10;
+const HEARTBEAT: Duration = Duration::from_secs(1);
+/// A forgery costs ten times its square: at the seventh, nothing more is read of its sender.
+const FORGERY_WEIGHT: f64 = -10.0;
+const GRAYLIST: f64 = -400.0;
+/// Half of a penalty is forgiven in so many heartbeats.
+const FORGERY_DECAY: f64 = 0.99;
+
+/// The topic of a kind of record.
+fn topic(kind: RecordKind) -> IdentTopic {
+    IdentTopic::new(match kind {
+        RecordKind::Profile => "/confrere/gossip/profile/1",
+        RecordKind::Attestation => "/confrere/gossip/attestation/1",
+        RecordKind::Node => "/confrere/gossip/node/1",
+    })
+}
+
+fn kind(hash: &TopicHash) -> Option<RecordKind> {
+    RecordKind::ALL.into_iter().find(|kind| topic(*kind).hash() == *hash)
+}
+
+/// A node's part in the gossip, with all topics joined.
+pub(super) fn behaviour() -> Result<Behaviour, std::io::Error> {
+    let config = ConfigBuilder::default()
+        // Records are signed by themselves, and the same record is the same message whoever hands it on.
+        .validation_mode(ValidationMode::Anonymous)
+        .message_id_fn(|message| MessageId::new(ContentHash::of(&message.data).as_bytes()))
+        .validate_messages()
+        .max_transmit_size(MESSAGE_BYTES_MAX)
+        .heartbeat_interval(HEARTBEAT)
+        .build()
+        .map_err(std::io::Error::other)?;
+    let mut behaviour = Behaviour::new(MessageAuthenticity::Anonymous, config).map_err(std::io::Error::other)?;
+    let of_topic = TopicScoreParams {
+        topic_weight: 1.0,
+        time_in_mesh_weight: 0.0,
+        // Topics are quiet: who has nothing to tell is not worse for it.
+        mesh_message_deliveries_weight: 0.0,
+        mesh_failure_penalty_weight: 0.0,
+        // Who brings news first is kept; who never hands anything on comes last.
+        first_message_deliveries_weight: 1.0,
+        first_message_deliveries_decay: 0.999,
+        first_message_deliveries_cap: 50.0,
+        invalid_message_deliveries_weight: FORGERY_WEIGHT,
+        invalid_message_deliveries_decay: FORGERY_DECAY,
+        ..TopicScoreParams::default()
+    };
+    let topics: HashMap<_, _> = RecordKind::ALL.into_iter().map(|kind| (topic(kind).hash(), of_topic.clone())).collect();
+    let score = PeerScoreParams {
+        topics,
+        // Connections by neighbourhood are limited elsewhere.
+        ip_colocation_factor_weight: 0.0,
+        ip_colocation_factor_whitelist: HashSet::new(),
+        ..PeerScoreParams::default()
+    };
+    let thresholds = PeerScoreThresholds {
+        gossip_threshold: -40.0,
+        publish_threshold: -80.0,
+        graylist_threshold: GRAYLIST,
+        accept_px_threshold: 10.0,
+        opportunistic_graft_threshold: 1.0,
+    };
+    behaviour.with_peer_score(score, thresholds).map_err(std::io::Error::other)?;
+    for kind in RecordKind::ALL {
+        behaviour.subscribe(&topic(kind)).map_err(std::io::Error::other)?;
+    }
+    Ok(behaviour)
+}
+
+impl SwarmTask {
+    pub(super) fn on_gossip(&mut self, event: Event) {
+        let Event::Message { propagation_source, message_id, message } = event else { return };
+        let (records, Some(gossip)) = (&self.records, self.swarm.behaviour_mut().gossip.as_mut()) else { return };
+        let sender = node_id(propagation_source).zip(kind(&message.topic));
+        let length = message.data.len() as u64;
+        let acceptance = match sender.map(|(sender, kind)| records.lock().take(now_ms(), sender, kind, message.data)) {
+            Some(Ok(())) => {
+                records.lock().counts.bytes_out += length * gossip.all_mesh_peers().count().saturating_sub(1) as u64;
+                MessageAcceptance::Accept
+            }
+            Some(Err(refused)) if refused.is_forgery() => {
+                debug!(peer = %propagation_source, %refused, "a forged record");
+                MessageAcceptance::Reject
+            }
+            Some(Err(refused)) => {
+                debug!(peer = %propagation_source, %refused, "a record is ignored");
+                MessageAcceptance::Ignore
+            }
+            None => MessageAcceptance::Reject,
+        };
+        gossip.report_message_validation_result(&message_id, &propagation_source, acceptance);
+    }
+
+    /// Tells a record of this node's own.
+    pub(super) fn tell_record(&mut self, of: RecordKind, bytes: Vec<u8>) {
+        let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() else { return };
+        let (length, peers) = (bytes.len() as u64, gossip.all_mesh_peers().count() as u64);
+        match gossip.publish(topic(of), bytes) {
+            Ok(_) => self.records.lock().counts.bytes_out += length * peers,
+            // Whoever comes later asks for it.
+            Err(libp2p::gossipsub::PublishError::NoPeersSubscribedToTopic | libp2p::gossipsub::PublishError::Duplicate) => {}
+            Err(error) => warn!(%error, "a record is not told"),
+        }
+    }
+}

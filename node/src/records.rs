@@ -1,0 +1,394 @@
+//! What this node holds of signed records, and what it thinks of its peers: in memory, and on the disk.
+//!
+//! ```text
+//! records  envelopes as they came, in frames: kind, length, bytes. Losing it loses time, and what is newest
+//! trust    what was seen of peers: key, facet, good, bad, of that proven wrong, times of good and bad, when. One a line
+//! rulings  what the user has decided: ban KEY or allow KEY. One a line
+//! seq      the last sequence number that this node has used
+//! ```
+
+use std::collections::BTreeSet;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use protocol::record::book::{Known, RecordBook};
+use protocol::record::rate::{Allowance, Rates};
+use protocol::record::{Attestation, Facet, NodeRecord, ProfileHead, Record, Refused, Verified};
+use protocol::trust::{Outcome, Ruling, Tally, TrustBook, Voice};
+use protocol::{ContentHash, ModelId, NodeId};
+use store::RealDisk;
+use store::disk::{read_file, replace_file};
+use tracing::warn;
+
+use crate::clock::now_ms;
+use crate::data_dir::{DataDir, io_failure};
+use crate::failure::{Failure, Kind};
+
+/// Most bytes of records that are told to one who comes.
+pub(crate) const TOLD_BYTES_MAX: u64 = 1 << 20;
+/// Most bytes of records that are kept on the disk.
+pub(crate) const RECORDS_BYTES_MAX: u64 = 8 << 20;
+const TRUST_BYTES_MAX: u64 = 4 << 20;
+/// What one peer may hand on, and what one signer may say.
+const OF_SENDER: Allowance = Allowance { burst: 200, per_second: 20 };
+const OF_SIGNER: Allowance = Allowance { burst: 64, per_second: 2 };
+
+/// The kinds of records that are gossiped.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+#[repr(u8)]
+pub(crate) enum RecordKind {
+    Profile = 1,
+    Attestation = 2,
+    Node = 3,
+}
+
+impl RecordKind {
+    pub(crate) const ALL: [Self; 3] = [Self::Profile, Self::Attestation, Self::Node];
+
+    fn of(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| *kind as u8 == number)
+    }
+}
+
+/// Records and opinions.
+#[derive(Debug)]
+pub(crate) struct Records {
+    pub(crate) book: RecordBook,
+    pub(crate) trust: TrustBook,
+    models: BTreeSet<ModelId>,
+    probes: BTreeSet<ContentHash>,
+    senders: Rates<NodeId>,
+    signers: Rates<NodeId>,
+    /// What was seen in this process, to be added to what is on the disk.
+    seen: Vec<(u64, NodeId, Facet, Outcome)>,
+    pub(crate) counts: Counts,
+}
+
+/// What has been gossiped.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+pub(crate) struct Counts {
+    pub(crate) taken: u64,
+    pub(crate) ignored: u64,
+    pub(crate) refused: u64,
+    pub(crate) over_rate: u64,
+    pub(crate) bytes_in: u64,
+    pub(crate) bytes_out: u64,
+}
+
+/// Records that several parts of a node share.
+#[derive(Clone, Debug)]
+pub(crate) struct SharedRecords(Arc<Mutex<Records>>);
+
+impl SharedRecords {
+    /// What is on the disk.
+    pub(crate) fn load(dir: &DataDir, probes: impl IntoIterator<Item = ContentHash>) -> Result<Self, Failure> {
+        let mut records = Records {
+            book: RecordBook::default(),
+            trust: dir.trust()?,
+            models: dir.model_ids(),
+            probes: probes.into_iter().chain(dir.all_profiles().into_iter().map(|(_, profile)| profile.probes)).collect(),
+            senders: Rates::new(OF_SENDER),
+            signers: Rates::new(OF_SIGNER),
+            seen: Vec::new(),
+            counts: Counts::default(),
+        };
+        let now_ms = now_ms();
+        for (kind, bytes) in dir.records()? {
+            // What has expired meanwhile is let go.
+            let _ = records.open(now_ms, kind, bytes, Checked::Before);
+        }
+        Ok(Self(Arc::new(Mutex::new(records))))
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Records> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Notes what was seen of a peer.
+    pub(crate) fn observe(&self, peer: NodeId, facet: Facet, outcome: Outcome) {
+        self.lock().observe(now_ms(), peer, facet, outcome);
+    }
+
+    /// Writes down what was seen, added to what others have written meanwhile.
+    pub(crate) fn save_trust(&self, dir: &DataDir) -> Result<(), Failure> {
+        let seen = std::mem::take(&mut self.lock().seen);
+        if seen.is_empty() {
+            return Ok(());
+        }
+        let _editing = dir.exclusive()?;
+        let mut trust = dir.trust()?;
+        seen.into_iter().for_each(|(at_ms, peer, facet, outcome)| trust.observe(at_ms, peer, facet, outcome));
+        dir.set_trust(&trust)
+    }
+
+    /// Writes the records down.
+    pub(crate) fn save_records(&self, dir: &DataDir) -> Result<(), Failure> {
+        let bytes = self.lock().to_bytes(RECORDS_BYTES_MAX as usize);
+        dir.set_records(&bytes)
+    }
+}
+
+/// Whether a record was within somebody's allowance when it came.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Checked {
+    Before,
+    Not,
+}
+
+impl Records {
+    /// Notes what was seen of a peer.
+    pub(crate) fn observe(&mut self, now_ms: u64, peer: NodeId, facet: Facet, outcome: Outcome) {
+        self.trust.observe(now_ms, peer, facet, outcome);
+        self.seen.push((now_ms, peer, facet, outcome));
+    }
+
+    /// A model, and a probe set, that heads may be about.
+    pub(crate) fn know(&mut self, model: ModelId) {
+        if self.models.insert(model) {
+            let known = Known { models: &|model| self.models.contains(model), probes: &|probes| self.probes.contains(probes) };
+            for head in self.book.unpark(&known) {
+                let _ = self.book.take_head(head, &known, &|node| self.trust.first_hand(now_ms(), node, Facet::Profile));
+            }
+        }
+    }
+
+    /// Takes in what `sender` has handed on. Its allowance comes before anything that costs.
+    pub(crate) fn take(&mut self, now_ms: u64, sender: NodeId, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
+        self.counts.bytes_in += bytes.len() as u64;
+        if !self.senders.take(now_ms, sender) {
+            self.counts.over_rate += 1;
+            return Err(Refused::Rate);
+        }
+        self.open(now_ms, kind, bytes, Checked::Not)
+    }
+
+    /// Takes in what a peer was asked for.
+    pub(crate) fn take_asked(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
+        self.open(now_ms, kind, bytes, Checked::Before)
+    }
+
+    fn open(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>, checked: Checked) -> Result<(), Refused> {
+        self.book.expire(now_ms);
+        let taken = match kind {
+            RecordKind::Profile => self.verified::<ProfileHead>(now_ms, bytes, checked).and_then(|head| {
+                let Self { book, trust, models, probes, .. } = self;
+                let known = Known { models: &|model| models.contains(model), probes: &|set| probes.contains(set) };
+                book.take_head(head, &known, &|node| trust.first_hand(now_ms, node, Facet::Profile))
+            }),
+            RecordKind::Attestation => self.verified::<Attestation>(now_ms, bytes, checked).and_then(|attestation| {
+                let trust = &self.trust;
+                self.book.take_attestation(attestation, &|node| best(trust, now_ms, node))
+            }),
+            RecordKind::Node => self.verified::<NodeRecord>(now_ms, bytes, checked).and_then(|node| {
+                let trust = &self.trust;
+                self.book.take_node(node, &|node| best(trust, now_ms, node))
+            }),
+        };
+        match &taken {
+            Ok(()) => self.counts.taken += 1,
+            Err(refused) if refused.is_forgery() => self.counts.refused += 1,
+            Err(_) => self.counts.ignored += 1,
+        }
+        taken
+    }
+
+    fn verified<R: Record>(&mut self, now_ms: u64, bytes: Vec<u8>, checked: Checked) -> Result<Verified<R>, Refused> {
+        let record = Verified::<R>::open(now_ms, bytes)?;
+        // After the signature: nobody can use up another's allowance.
+        if checked == Checked::Not && !self.signers.take(now_ms, record.node()) {
+            self.counts.over_rate += 1;
+            return Err(Refused::Rate);
+        }
+        if self.trust.rulings().get(&record.node()) == Some(&Ruling::Banned) {
+            return Err(Refused::Full);
+        }
+        Ok(record)
+    }
+
+    /// A peer's score with hearsay, which orders and does nothing else.
+    pub(crate) fn ordering(&self, now_ms: u64, peer: &NodeId, facet: Facet) -> f64 {
+        self.trust.opinion(now_ms, peer, facet, &self.voices(now_ms, peer, facet)).ordering
+    }
+
+    /// Who is not let in.
+    pub(crate) fn unwelcome(&self, now_ms: u64) -> BTreeSet<NodeId> {
+        let seen = self.trust.tallies().map(|(peer, ..)| peer);
+        seen.chain(self.trust.rulings().keys().copied()).filter(|peer| self.trust.is_unwelcome(now_ms, peer)).collect()
+    }
+
+    /// What peers say of another in a facet.
+    pub(crate) fn voices(&self, now_ms: u64, peer: &NodeId, facet: Facet) -> Vec<Voice> {
+        let about = self.book.attestations(now_ms).filter(|one| one.record().subject == *peer && one.record().facet == facet);
+        about
+            .map(|one| Voice { rater: one.node(), good: one.record().good, bad: one.record().bad, kin: self.kin(now_ms, &one.node()) })
+            .collect()
+    }
+
+    /// Raters of one /24, as far as it is known where they are, count once.
+    fn kin(&self, now_ms: u64, rater: &NodeId) -> u64 {
+        let record = self.book.nodes(now_ms).find(|node| node.node() == *rater);
+        let place = record.and_then(|node| node.record().addresses.first()).and_then(|address| {
+            let parts: Vec<_> = address.split('/').collect();
+            let ip = parts.iter().position(|part| *part == "ip4").and_then(|at| parts.get(at + 1))?;
+            ip.rsplit_once('.').map(|(network, _)| network.to_owned())
+        });
+        let hash = place.map_or_else(|| ContentHash::of(rater.as_bytes()), |place| ContentHash::of(place.as_bytes()));
+        u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight of 32 bytes"))
+    }
+
+    /// All records in frames, up to so many bytes.
+    pub(crate) fn to_bytes(&self, bytes_max: usize) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for (kind, envelope) in self.book.all_bytes().map(|envelope| (kind_of(envelope), envelope)) {
+            if bytes.len() + envelope.len() + 5 > bytes_max {
+                break;
+            }
+            bytes.push(kind as u8);
+            bytes.extend((envelope.len() as u32).to_le_bytes());
+            bytes.extend(envelope);
+        }
+        bytes
+    }
+}
+
+/// A node's best score of any kind: whom it pays to remember.
+fn best(trust: &TrustBook, now_ms: u64, node: &NodeId) -> f64 {
+    Facet::ALL.iter().map(|facet| trust.first_hand(now_ms, node, *facet)).fold(0.0, f64::max)
+}
+
+/// What kind of record a valid envelope holds: its payload type says so.
+fn kind_of(envelope: &[u8]) -> RecordKind {
+    const TYPE_AT: usize = 1 + 32 + 64 + 1;
+    match envelope.get(TYPE_AT + "/confrere/".len()) {
+        Some(b'p') => RecordKind::Profile,
+        Some(b'a') => RecordKind::Attestation,
+        _ => RecordKind::Node,
+    }
+}
+
+/// Reads frames of records; stops where they end, or where they make no sense.
+pub(crate) fn frames(mut bytes: &[u8]) -> Vec<(RecordKind, Vec<u8>)> {
+    let mut frames = Vec::new();
+    while let Some((&[kind, a, b, c, d], rest)) = bytes.split_first_chunk() {
+        let length = u32::from_le_bytes([a, b, c, d]) as usize;
+        let Some((envelope, after)) = rest.split_at_checked(length) else { break };
+        frames.extend(RecordKind::of(kind).map(|kind| (kind, envelope.to_vec())));
+        bytes = after;
+    }
+    frames
+}
+
+impl DataDir {
+    fn records(&self) -> Result<Vec<(RecordKind, Vec<u8>)>, Failure> {
+        let path = self.path().join("records");
+        let bytes = read_file(&path, RECORDS_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
+        Ok(frames(&bytes.unwrap_or_default()))
+    }
+
+    fn set_records(&self, bytes: &[u8]) -> Result<(), Failure> {
+        let path = self.path().join("records");
+        replace_file(&RealDisk, &path, bytes).map_err(|error| io_failure("write", &path, &error))
+    }
+
+    /// What was seen of peers, and what the user has decided.
+    pub(crate) fn trust(&self) -> Result<TrustBook, Failure> {
+        let read = |name: &str| {
+            let path = self.path().join(name);
+            let bytes = read_file(&path, TRUST_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?.unwrap_or_default();
+            Ok::<_, Failure>(String::from_utf8_lossy(&bytes).into_owned())
+        };
+        let mut trust = TrustBook::default();
+        // A damaged line is an observation less.
+        for (peer, facet, tally) in read("trust")?.lines().filter_map(parse_tally) {
+            trust.restore(peer, facet, tally);
+        }
+        for line in read("rulings")?.lines() {
+            let ruling = line.split_once(' ').and_then(|(word, key)| Some((ruling_of(word)?, key.trim().parse().ok()?)));
+            if let Some((ruling, peer)) = ruling {
+                trust.rule(peer, Some(ruling));
+            } else {
+                warn!(line, "a ruling cannot be read");
+            }
+        }
+        Ok(trust)
+    }
+
+    fn set_trust(&self, trust: &TrustBook) -> Result<(), Failure> {
+        self.set_lines("trust", trust.tallies().map(|(peer, facet, tally)| tally_line(peer, facet, tally)))
+    }
+
+    /// Writes down what the user has decided.
+    pub(crate) fn set_rulings(&self, trust: &TrustBook) -> Result<(), Failure> {
+        let word = |ruling: &Ruling| if *ruling == Ruling::Banned { "ban" } else { "allow" };
+        self.set_lines("rulings", trust.rulings().iter().map(|(peer, ruling)| format!("{} {peer}", word(ruling))))
+    }
+
+    /// The last sequence number that this node has used, if it knows.
+    pub(crate) fn last_seq(&self) -> Result<Option<u64>, Failure> {
+        let path = self.path().join("seq");
+        let bytes = read_file(&path, 100).map_err(|error| io_failure("read", &path, &error))?;
+        Ok(bytes.and_then(|bytes| String::from_utf8(bytes).ok()?.trim().parse().ok()))
+    }
+
+    /// Notes a sequence number, before anybody sees it.
+    pub(crate) fn set_last_seq(&self, seq: u64) -> Result<(), Failure> {
+        self.set_lines("seq", std::iter::once(seq.to_string()))
+    }
+}
+
+fn ruling_of(word: &str) -> Option<Ruling> {
+    match word {
+        "ban" => Some(Ruling::Banned),
+        "allow" => Some(Ruling::Allowed),
+        _ => None,
+    }
+}
+
+fn tally_line(peer: NodeId, facet: Facet, tally: &Tally) -> String {
+    let Tally { good, bad, wrong, seen, at_ms } = tally;
+    format!("{peer} {} {good} {bad} {wrong} {} {} {at_ms}", facet.name(), seen.0, seen.1)
+}
+
+fn parse_tally(line: &str) -> Option<(NodeId, Facet, Tally)> {
+    let fields: Vec<_> = line.split_ascii_whitespace().collect();
+    let [peer, facet, good, bad, wrong, seen_good, seen_bad, at_ms] = fields[..] else { return None };
+    let facet = Facet::ALL.into_iter().find(|known| known.name() == facet)?;
+    let weight = |text: &str| text.parse::<f64>().ok().filter(|weight| (0.0..1e9).contains(weight));
+    let seen = (seen_good.parse().ok()?, seen_bad.parse().ok()?);
+    let tally = Tally { good: weight(good)?, bad: weight(bad)?, wrong: weight(wrong)?, seen, at_ms: at_ms.parse().ok()? };
+    Some((peer.parse().ok()?, facet, tally))
+}
+
+/// The peer that a user means: a key, or a libp2p id.
+pub(crate) fn parse_peer(text: &str) -> Result<NodeId, Failure> {
+    let by_id = || text.parse().ok().and_then(crate::net::address::node_id);
+    text.parse().ok().or_else(by_id).ok_or_else(|| {
+        Failure::new(
+            Kind::Usage,
+            format!("{text:?} is no peer: write its key (ed25519:…) as its `confrere id` prints it, or its peer id (12D3Koo…)"),
+        )
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use protocol::NodeKey;
+
+    #[test]
+    fn what_was_seen_is_written_and_read() {
+        let key = NodeKey::from_secret(&[1; 32]).id();
+        let tally = Tally { good: 3.25, bad: 0.5, wrong: 0.25, seen: (7, 1), at_ms: 99 };
+        assert_eq!(parse_tally(&tally_line(key, Facet::Execution, &tally)), Some((key, Facet::Execution, tally)));
+        for bad in ["", "x", "ed25519:00 bytes 1 1 1 1 1 1", &format!("{key} bytes NaN 1 1 1 1 1"), &format!("{key} bytes 1 1 1 1 1 1 1")] {
+            assert_eq!(parse_tally(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn frames_stop_where_they_make_no_sense() {
+        let mut bytes = vec![1, 2, 0, 0, 0, 9, 9, 7, 1, 0, 0, 0, 5, 3, 0, 0, 0, 0];
+        assert_eq!(frames(&bytes), [(RecordKind::Profile, vec![9, 9]), (RecordKind::Node, vec![])]);
+        bytes.extend([1, 255, 255, 255, 255, 1]);
+        assert_eq!(frames(&bytes).len(), 2);
+    }
+}
