@@ -8,7 +8,7 @@ use protocol::message::Subject;
 use protocol::profile::ProfileBody;
 use protocol::profile::lift::ranking;
 use protocol::record::{
-    ADDRESSES_MAX, Attestation, DomainSummary, Facet, MODELS_MAX, NodeRecord, ProfileHead, Record, RecordHead, Verified,
+    ADDRESSES_MAX, Attestation, DomainSummary, Facet, MODELS_MAX, NodeRecord, ProfileHead, Record, RecordHead, Verified, attest_every_ms,
 };
 use protocol::trust::Ruling;
 use protocol::{ModelId, NodeId, NodeKey};
@@ -18,18 +18,20 @@ use crate::clock::now_ms;
 use crate::data_dir::{DataDir, LocalModel};
 use crate::failure::Failure;
 use crate::net::PeerId;
-use crate::net::address::{is_relayed, peer_id};
+use crate::net::address::{is_loopback, is_relayed, peer_id};
 use crate::net::ask::{self, Answered};
 use crate::net::swarm::Network;
 use crate::profiles::Profile;
-use crate::records::{RecordKind, TOLD_BYTES_MAX, frames};
+use crate::records::{RecordKind, TOLD_BYTES_MAX};
 
 /// How often it is looked whether there is anything to say.
 const LOOK: Duration = Duration::from_secs(2);
 /// A statement is made again when so much of its life is over.
 const RENEW_AFTER_MS: u64 = 12 * 3_600_000;
-/// What was seen of peers is told no more often than this.
-const ATTEST_EVERY_MS: u64 = 10 * 60_000;
+/// How often a peer is asked what it holds.
+const CATCH_UP_EVERY_MS: u64 = 10 * 60_000;
+/// Attestations that are told at a time: those who hear them allow a burst.
+const ATTESTATIONS_AT_ONCE: usize = 32;
 /// How often the records are written down.
 const SAVE_EVERY_MS: u64 = 60_000;
 
@@ -51,9 +53,10 @@ struct Said {
     node: Option<(u64, Vec<String>)>,
     profiles: BTreeMap<ModelId, (u64, Profile)>,
     attested_ms: Option<u64>,
-    attestations: BTreeMap<(NodeId, Facet), (u32, u32)>,
+    attestations: BTreeMap<(NodeId, Facet), ((u32, u32), u64)>,
     saved_ms: u64,
-    asked: BTreeSet<PeerId>,
+    /// Who was asked what it holds, and when.
+    asked: BTreeMap<PeerId, u64>,
 }
 
 impl Announcer {
@@ -71,13 +74,16 @@ impl Announcer {
                 }
                 changed = peers.changed() => if changed.is_err() { return },
             }
-            let connected = peers.borrow_and_update().connected.clone();
-            said.asked.retain(|peer| connected.contains(peer));
-            for peer in connected {
-                if said.asked.insert(peer) {
+            // At once when it comes, and again now and then: what was gossiped may have been lost.
+            let now_ms = now_ms();
+            for peer in peers.borrow_and_update().connected.clone() {
+                let due = said.asked.get(&peer).is_none_or(|at_ms| now_ms.abs_diff(*at_ms) >= CATCH_UP_EVERY_MS);
+                if due {
+                    said.asked.insert(peer, now_ms);
                     self.catch_up(peer);
                 }
             }
+            said.asked.retain(|_, at_ms| now_ms.abs_diff(*at_ms) < CATCH_UP_EVERY_MS);
         }
     }
 
@@ -86,56 +92,56 @@ impl Announcer {
         let network = self.network.clone();
         tokio::spawn(async move {
             let Answered::Bytes(bytes) = ask::ask(peer, network.streams.clone(), Subject::Records, TOLD_BYTES_MAX).await else { return };
-            let (now_ms, mut new) = (now_ms(), 0);
-            for (kind, envelope) in frames(&bytes) {
-                let taken = network.records.lock().take_asked(now_ms, kind, envelope.clone());
-                if taken.is_ok() {
-                    new += 1;
-                    // News to this node may be news to its neighbours.
-                    network.tell_record(kind, envelope).await;
+            let records = network.records.clone();
+            match tokio::task::spawn_blocking(move || records.catch_up(&bytes)).await {
+                Ok(Ok(new)) => debug!(%peer, new, "caught up"),
+                Ok(Err(refused)) => {
+                    warn!(%peer, %refused, "dropped: it hands on forgeries");
+                    network.drop_peer(peer).await;
                 }
+                Err(error) => warn!(%error, "cannot catch up"),
             }
-            debug!(%peer, new, "caught up");
         });
     }
 
     async fn say(&self, said: &mut Said) -> Result<(), Failure> {
         let now_ms = now_ms();
-        self.heed_rulings()?;
+        self.heed_rulings().await?;
         self.say_node(now_ms, said).await?;
         self.say_profiles(now_ms, said).await?;
         self.attest(now_ms, said).await?;
-        if now_ms.saturating_sub(said.saved_ms) >= SAVE_EVERY_MS {
+        if now_ms.abs_diff(said.saved_ms) >= SAVE_EVERY_MS {
             said.saved_ms = now_ms;
-            self.network.records.save_trust(&self.dir)?;
-            self.network.records.save_records(&self.dir)?;
+            self.network.records.save_records()?;
         }
         Ok(())
     }
 
     /// Takes over what the user has decided, and what other commands have seen, meanwhile.
-    fn heed_rulings(&self) -> Result<(), Failure> {
-        self.network.records.save_trust(&self.dir)?;
-        let trust = self.dir.trust()?;
-        let mut records = self.network.records.lock();
-        let banned = |rulings: &BTreeMap<NodeId, Ruling>| -> BTreeSet<NodeId> {
-            rulings.iter().filter(|(_, ruling)| **ruling == Ruling::Banned).map(|(peer, _)| *peer).collect()
+    async fn heed_rulings(&self) -> Result<(), Failure> {
+        self.network.records.reload_trust()?;
+        let unwelcome: BTreeSet<_> = self.network.records.lock().unwelcome(now_ms()).into_iter().filter_map(peer_id).collect();
+        let allowed: BTreeSet<_> = {
+            let records = self.network.records.lock();
+            let allowed = records.trust.rulings().iter().filter(|(_, ruling)| **ruling == Ruling::Allowed);
+            allowed.filter_map(|(node, _)| peer_id(*node)).collect()
         };
-        let new: Vec<_> = banned(trust.rulings()).difference(&banned(records.trust.rulings())).copied().collect();
-        records.trust = trust;
-        drop(records);
-        for peer in new.into_iter().filter_map(peer_id) {
-            let network = self.network.clone();
-            tokio::spawn(async move { network.drop_peer(peer).await });
+        let dropped = self.network.peers.borrow().dropped.clone();
+        for peer in unwelcome.difference(&dropped) {
+            self.network.drop_peer(*peer).await;
+        }
+        for peer in dropped.intersection(&allowed) {
+            self.network.admit(*peer).await;
         }
         Ok(())
     }
 
     async fn say_node(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
         let listening = self.network.peers.borrow().listening.clone();
-        let addresses: Vec<_> =
-            listening.iter().filter(|address| !is_relayed(address)).map(ToString::to_string).take(ADDRESSES_MAX).collect();
-        if said.node.as_ref().is_some_and(|(at_ms, last)| *last == addresses && now_ms.saturating_sub(*at_ms) < RENEW_AFTER_MS) {
+        let only_here = listening.iter().all(is_loopback);
+        let told = listening.iter().filter(|address| !is_relayed(address) && (only_here || !is_loopback(address)));
+        let addresses: Vec<_> = told.map(ToString::to_string).take(ADDRESSES_MAX).collect();
+        if said.node.as_ref().is_some_and(|(at_ms, last)| *last == addresses && now_ms.abs_diff(*at_ms) < RENEW_AFTER_MS) {
             return Ok(());
         }
         let mut models: Vec<_> = self.models.iter().map(|model| model.id).collect();
@@ -159,7 +165,7 @@ impl Announcer {
     async fn say_profiles(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
         for (model, profile) in self.dir.all_profiles().into_iter().filter(|(_, profile)| profile.published) {
             let Some(body) = self.bodies.get(&model) else { continue };
-            if said.profiles.get(&model).is_some_and(|(at_ms, last)| *last == profile && now_ms.saturating_sub(*at_ms) < RENEW_AFTER_MS) {
+            if said.profiles.get(&model).is_some_and(|(at_ms, last)| *last == profile && now_ms.abs_diff(*at_ms) < RENEW_AFTER_MS) {
                 continue;
             }
             let head = self.next_head(now_ms, ProfileHead::LIFE_MS_MAX)?;
@@ -171,7 +177,8 @@ impl Announcer {
 
     /// Says what was seen of peers, where that has changed.
     async fn attest(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
-        if said.attested_ms.is_some_and(|at_ms| now_ms.saturating_sub(at_ms) < ATTEST_EVERY_MS) {
+        let every_ms = attest_every_ms(self.network.records.lock().book.nodes(now_ms).count());
+        if said.attested_ms.is_some_and(|at_ms| now_ms.abs_diff(at_ms) < every_ms) {
             return Ok(());
         }
         said.attested_ms = Some(now_ms);
@@ -179,16 +186,24 @@ impl Announcer {
             let records = self.network.records.lock();
             records.trust.tallies().map(|(peer, facet, tally)| (peer, facet, tally.at(now_ms))).collect()
         };
-        for (subject, facet, tally) in seen.into_iter().filter(|(subject, ..)| *subject != self.key.id()) {
-            let counts = (tally.good.round() as u32, tally.bad.round() as u32);
-            if counts == (0, 0) || said.attestations.insert((subject, facet), counts) == Some(counts) {
-                continue;
-            }
+        let mut due: Vec<_> = seen
+            .into_iter()
+            .map(|(subject, facet, tally)| (subject, facet, (tally.good.round() as u32, tally.bad.round() as u32)))
+            .filter(|(subject, facet, counts)| {
+                let last = said.attestations.get(&(*subject, *facet));
+                let told = last.is_some_and(|(last, at_ms)| last == counts && now_ms.abs_diff(*at_ms) < RENEW_AFTER_MS);
+                *subject != self.key.id() && *counts != (0, 0) && !told
+            })
+            .collect();
+        // What is due first is what was told longest ago, or never.
+        due.sort_by_key(|(subject, facet, _)| said.attestations.get(&(*subject, *facet)).map_or(0, |(_, at_ms)| *at_ms));
+        due.truncate(ATTESTATIONS_AT_ONCE);
+        for (subject, facet, (good, bad)) in due {
             let head = self.next_head(now_ms, Attestation::LIFE_MS_MAX)?;
             let from_ms = now_ms.saturating_sub(Attestation::LIFE_MS_MAX);
-            let (good, bad) = counts;
             let attestation = Attestation { head, subject, facet, from_ms, until_ms: now_ms, good, bad, evidence: Vec::new() };
             self.tell(RecordKind::Attestation, Verified::seal(&self.key, attestation).as_bytes()).await;
+            said.attestations.insert((subject, facet), ((good, bad), now_ms));
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use axum::{Json, Router};
 use serde_json::json;
 use tokio::net::TcpListener;
 
+use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
 use crate::net::status::{self, Account};
 use crate::net::swarm::Network;
@@ -27,6 +28,7 @@ pub(crate) async fn serve(address: SocketAddr, network: Network) -> Result<Socke
     let router = Router::new()
         .route("/health", get(|| async { Json(json!({"status": "ok"})) }))
         .route("/api/peers", get(peers))
+        .route("/api/records", get(records))
         .layer(middleware::from_fn(only_by_address))
         .with_state(network);
     tokio::spawn(async move { axum::serve(listener, router).await });
@@ -48,6 +50,21 @@ async fn peers(State(network): State<Network>) -> impl IntoResponse {
         })
     };
     Json(accounts.iter().map(one).collect::<Vec<_>>())
+}
+
+/// Which records are held, and what came of those that were gossiped.
+async fn records(State(network): State<Network>) -> impl IntoResponse {
+    let (records, now_ms) = (network.records.lock(), now_ms());
+    let heads = records
+        .book
+        .heads(now_ms)
+        .map(|head| json!({"node": head.node().to_string(), "model": head.record().model.to_string(), "seq": head.record().head.seq}));
+    Json(json!({
+        "heads": heads.collect::<Vec<_>>(),
+        "attestations": records.book.attestations(now_ms).count(),
+        "nodes": records.book.nodes(now_ms).map(|node| node.node().to_string()).collect::<Vec<_>>(),
+        "gossip": records.counts,
+    }))
 }
 
 /// Refuses requests under a name: a web page may have had its own name resolved to this machine (DNS rebinding).

@@ -1,18 +1,19 @@
 //! What nodes say of a model's experts: their signed heads, the bodies that those name, and whether they hold when they are measured again.
 
-use std::collections::BTreeMap;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap};
+use std::time::{Duration, Instant};
 
-use inference::profiler::{ProfileError, Profiler, Trials};
+use inference::engine::Engine;
+use inference::profiler::{ProfileError, Profiler, TRIALS_MAX, Trials};
 use protocol::profile::lift::{Ranked, ranking};
-use protocol::profile::{BODY_BYTES_MAX, DomainCounts, ProfileBody};
+use protocol::profile::{BODY_BYTES_MAX, BodyError, DomainCounts, ProfileBody};
 use protocol::query::Query;
 use protocol::record::{Facet, ProfileHead, Verified};
 use protocol::trust::{Opinion, Outcome};
-use protocol::{ContentHash, NodeId};
+use protocol::{BlobRef, ContentHash, NodeId};
 use tokio::sync::mpsc;
 
-use crate::clock::now_ms;
+use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::LocalModel;
 use crate::failure::Failure;
 use crate::federation::Federation;
@@ -24,8 +25,10 @@ use crate::records::RecordKind;
 
 /// For peers to turn up, and for each to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
-/// Of the experts that a claim ranks first, replays choose among so many.
-const RELIED_ON: usize = 20;
+/// For fetching what heads point to.
+const FETCHING_MAX: Duration = Duration::from_secs(30);
+/// Claims that are looked at.
+const CLAIMS_MAX: usize = 16;
 
 /// How far a claim has been checked.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -54,8 +57,10 @@ pub(crate) struct Claim {
 #[derive(Default)]
 pub(crate) struct Claims {
     pub(crate) held: Vec<Claim>,
-    /// Claims of which nothing is left, with the reason.
-    pub(crate) void: Vec<(NodeId, String)>,
+    /// Claims that are not true, with the reason.
+    pub(crate) refuted: Vec<(NodeId, String)>,
+    /// Claims whose bodies could not be had, or not be read, with the reason.
+    pub(crate) missing: Vec<(NodeId, String)>,
     /// Domains that peers know.
     pub(crate) domains: Vec<String>,
 }
@@ -84,48 +89,64 @@ pub(crate) fn collect(
     }
     claims.domains.sort();
     claims.domains.dedup();
-    let heads: Vec<ProfileHead> = {
-        let records = network.records.lock();
-        let unwelcome = records.unwelcome(now_ms);
-        let heads = records.book.heads(now_ms).map(Verified::record);
-        heads
-            .filter(|head| head.model == found.id && of.is_none_or(|of| head.head.node == of) && !unwelcome.contains(&head.head.node))
-            .cloned()
-            .collect()
-    };
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();
-    let mut bodies: BTreeMap<ContentHash, Result<Vec<u8>, String>> = BTreeMap::new();
-    for head in heads {
+    let mut bodies: HashMap<BlobRef, Result<ProfileBody, BadBody>> = HashMap::new();
+    let began = instant();
+    for head in trusted_first(network, found, of) {
         let node = head.head.node;
         if head.body.length > BODY_BYTES_MAX as u64 {
             claims.refute(network, node, format!("names a body of {} bytes; {BODY_BYTES_MAX} is the most", head.body.length));
             continue;
         }
-        let fetched =
-            bodies.entry(head.body.hash).or_insert_with(|| fetch(federation, &head).map_err(|failure| failure.to_string())).clone();
-        let bytes = match fetched {
-            Ok(bytes) => bytes,
-            Err(why) => {
-                claims.void.push((node, why));
-                continue;
+        let about = (head.model, head.probes);
+        let read = || {
+            if instant() - began > FETCHING_MAX {
+                return Err(BadBody::Missing("there was no time for it".to_owned()));
             }
+            let bytes = fetch(federation, &head).map_err(|failure| BadBody::Missing(failure.to_string()))?;
+            ProfileBody::from_bytes(&bytes, about, &slots).map_err(|error| match error {
+                BodyError::Version(_) => BadBody::Missing(error.to_string()),
+                _ => BadBody::False(error.to_string()),
+            })
         };
-        let body = match ProfileBody::from_bytes(&bytes, (head.model, head.probes), &slots) {
-            Ok(body) => body,
-            Err(error) => {
-                claims.refute(network, node, error.to_string());
-                continue;
+        match bodies.entry(head.body).or_insert_with(read) {
+            Err(BadBody::Missing(why)) => claims.missing.push((node, why.clone())),
+            Err(BadBody::False(why)) => {
+                let why = why.clone();
+                claims.refute(network, node, why);
             }
-        };
-        if !sums_agree(&head, &body) {
-            claims.refute(network, node, "its head sums up something else than its body".to_owned());
-            continue;
+            Ok(body) if (body.model, body.probes) != about || !sums_agree(&head, body) => {
+                claims.refute(network, node, "its head says something else than its body".to_owned());
+            }
+            Ok(body) => {
+                let (body, opinion, check) = (body.clone(), opinion(network, &node), Check::Not("not asked for"));
+                claims.held.push(Claim { node, probes: head.probes, build_profile: head.build_profile, body, opinion, check });
+            }
         }
-        let opinion = opinion(network, &node);
-        let check = Check::Not("not asked for");
-        claims.held.push(Claim { node, probes: head.probes, build_profile: head.build_profile, body, opinion, check });
     }
     Ok(claims)
+}
+
+/// Why there is no body to a head.
+enum BadBody {
+    /// It could not be had, or not be read: nobody is to blame.
+    Missing(String),
+    /// It is no body of such a profile, and signed all the same.
+    False(String),
+}
+
+/// The heads of profiles of a model, of one node or of all: those first who are trusted most, and not too many.
+fn trusted_first(network: &Network, found: &LocalModel, of: Option<NodeId>) -> Vec<ProfileHead> {
+    let (records, now_ms) = (network.records.lock(), now_ms());
+    let unwelcome = records.unwelcome(now_ms);
+    let heads = records.book.heads(now_ms).map(Verified::record);
+    let asked =
+        |head: &&ProfileHead| head.model == found.id && of.is_none_or(|of| head.head.node == of) && !unwelcome.contains(&head.head.node);
+    let mut heads: Vec<_> =
+        heads.filter(asked).map(|head| (records.ordering(now_ms, &head.head.node, Facet::Profile), head.clone())).collect();
+    heads.sort_by(|a, b| b.0.total_cmp(&a.0));
+    heads.truncate(CLAIMS_MAX);
+    heads.into_iter().map(|(_, head)| head).collect()
 }
 
 fn opinion(network: &Network, node: &NodeId) -> Opinion {
@@ -135,7 +156,7 @@ fn opinion(network: &Network, node: &NodeId) -> Opinion {
 
 fn fetch(federation: &Federation<'_>, head: &ProfileHead) -> Result<Vec<u8>, Failure> {
     let name = format!("body of the profile by {}", head.head.node);
-    let want = Want { wanted: Wanted::Blob(head.body), name };
+    let want = Want { wanted: Wanted::ToldBlob(head.body), name };
     let (results, mut arrivals) = mpsc::channel::<Fetched>(1);
     federation.fetch_one(want, results, &mut arrivals)
 }
@@ -153,7 +174,7 @@ fn sums_agree(head: &ProfileHead, body: &ProfileBody) -> bool {
 impl Claims {
     fn refute(&mut self, network: &Network, node: NodeId, why: String) {
         network.records.observe(node, Facet::Profile, Outcome::WrongResult);
-        self.void.push((node, why));
+        self.refuted.push((node, why));
     }
 
     /// Adds this node's own profile.
@@ -206,17 +227,22 @@ impl Claims {
         checked + claim.opinion.ordering
     }
 
-    /// Measures claims about a domain again: all that was routed, and of `sample` experts that they rank first, the trials. What comes of it
-    /// counts for or against who said it. `go_on` ends it early.
+    /// Measures claims about a domain again, those first that would be relied on: all that was routed, and the trials of some experts. What
+    /// comes of it counts against who said it, or for him, and that once for a body. Claims share the time until `until`.
     pub(crate) fn check(
         &mut self,
         network: &Network,
-        (profiler, engine): (&Profiler, &mut inference::engine::Engine),
-        (domain, build_profile): (usize, ContentHash),
-        sample: usize,
-        mut go_on: impl FnMut() -> bool,
+        (profiler, engine): (&Profiler, &mut Engine),
+        build_profile: ContentHash,
+        sample: &Sample<'_>,
+        until: Instant,
     ) -> Result<(), Failure> {
-        for claim in self.held.iter_mut().filter(|claim| claim.check != Check::Own) {
+        let mut order: Vec<_> = (0..self.held.len()).filter(|&number| self.held[number].check != Check::Own).collect();
+        order.sort_by(|&a, &b| self.reliance(b).total_cmp(&self.reliance(a)));
+        for (done, &number) in order.iter().enumerate() {
+            let left = until.saturating_duration_since(instant()) / (order.len() - done) as u32;
+            let until = instant() + left;
+            let claim = &mut self.held[number];
             if claim.probes != profiler.body().probes {
                 claim.check = Check::Not("by other probes");
                 continue;
@@ -225,31 +251,52 @@ impl Claims {
                 claim.check = Check::Not("by another arithmetic");
                 continue;
             }
-            let Some(verdict) = replay(claim, profiler, engine, domain, sample, &mut go_on)? else {
-                claim.check = Check::Not("no time");
-                continue;
-            };
-            let outcome = if verdict == Check::Holds { Outcome::Good } else { Outcome::WrongResult };
-            network.records.observe(claim.node, Facet::Profile, outcome);
+            let Replayed { check, trials } = replay(claim, (profiler, &mut *engine), sample, || instant() < until && !interrupted())?;
+            match check {
+                Check::Refuted(_) => network.records.observe(claim.node, Facet::Profile, Outcome::WrongResult),
+                // The routing alone can be had by reading the probes, which costs little.
+                Check::Holds if trials > 0 && network.records.note_checked(claim.node, ContentHash::of(&claim.body.to_bytes()))? => {
+                    network.records.observe(claim.node, Facet::Profile, Outcome::Good);
+                }
+                Check::Holds | Check::Own | Check::Not(_) => {}
+            }
             claim.opinion = opinion(network, &claim.node);
-            claim.check = verdict;
+            claim.check = check;
         }
         Ok(())
     }
 }
 
+/// What of a claim is measured again.
+pub(crate) struct Sample<'a> {
+    /// The domain's number.
+    pub(crate) domain: usize,
+    /// How many experts, …
+    pub(crate) experts: usize,
+    /// … of so many that the claim ranks first, …
+    pub(crate) of: usize,
+    /// … of those that are looked at.
+    pub(crate) among: &'a dyn Fn(usize) -> bool,
+}
+
+/// What came of measuring again.
+struct Replayed {
+    check: Check,
+    /// Trials that were made again.
+    trials: u32,
+}
+
 /// Compares a claim with what comes of measuring again.
 fn replay(
     claim: &Claim,
-    profiler: &Profiler,
-    engine: &mut inference::engine::Engine,
-    domain: usize,
-    sample: usize,
-    go_on: &mut dyn FnMut() -> bool,
-) -> Result<Option<Check>, Failure> {
+    (profiler, engine): (&Profiler, &mut Engine),
+    sample: &Sample<'_>,
+    mut go_on: impl FnMut() -> bool,
+) -> Result<Replayed, Failure> {
     let ours = profiler.body();
+    let refuted = |why: String| Ok(Replayed { check: Check::Refuted(why), trials: 0 });
     if claim.body.domains != ours.domains {
-        return Ok(Some(Check::Refuted("it has read other probes than it says".to_owned())));
+        return refuted("it has read other probes than it says".to_owned());
     }
     for (number, (theirs, ours)) in claim.body.experts.iter().zip(&ours.experts).enumerate() {
         // Lift is against all domains: what is said of the others counts as much.
@@ -257,28 +304,32 @@ fn replay(
         let differs = theirs.domains.iter().zip(&ours.domains).position(|(theirs, ours)| routing(theirs) != routing(ours));
         if let Some(differs) = differs {
             let (said, was, name) = (theirs.domains[differs].routed, ours.domains[differs].routed, &claim.body.domains[differs].name);
-            let why = format!("of expert number {number} it says that {said} tokens of {name} were routed to it; {was} were");
-            return Ok(Some(Check::Refuted(why)));
+            return refuted(format!("of expert number {number} it says that {said} tokens of {name} were routed to it; {was} were"));
         }
     }
-    let mut relied_on: Vec<_> = ranking(&claim.body, domain).into_iter().filter(|one| one.counts.trials > 0).take(RELIED_ON).collect();
-    for _ in 0..sample.min(relied_on.len()) {
+    let ranked = ranking(&claim.body, sample.domain).into_iter().filter(|one| one.counts.trials > 0 && (sample.among)(one.expert));
+    let mut relied_on: Vec<_> = ranked.take(sample.of).collect();
+    let mut trials = 0;
+    for _ in 0..sample.experts.min(relied_on.len()) {
         // Nobody can know which.
         let one = relied_on.swap_remove(random() as usize % relied_on.len());
-        let said = Trials { expert: one.expert as u32, domain: domain as u32, trials: one.counts.trials, hits: one.counts.hits };
-        let hits = match profiler.replay(engine, said, &mut *go_on) {
+        if one.counts.trials > TRIALS_MAX {
+            return refuted(format!("of expert number {} it says more trials than anybody makes", one.expert));
+        }
+        let said = Trials { expert: one.expert as u32, domain: sample.domain as u32, trials: one.counts.trials, hits: one.counts.hits };
+        let hits = match profiler.replay(engine, said, &mut go_on) {
             Ok(Some(hits)) => hits,
-            Ok(None) => return Ok(None),
+            Ok(None) => return Ok(Replayed { check: Check::Not("no time (--check TIME)"), trials }),
             Err(ProfileError::Other) => {
-                return Ok(Some(Check::Refuted(format!("of expert number {} it says more trials than there are tokens", one.expert))));
+                return refuted(format!("of expert number {} it says more trials than there are tokens", one.expert));
             }
             // That we cannot measure is not the peer's fault.
             Err(error) => return Err(error.into()),
         };
         if hits != said.hits {
-            let why = format!("of expert number {} it says {} hits in {} trials; it was {hits}", one.expert, said.hits, said.trials);
-            return Ok(Some(Check::Refuted(why)));
+            return refuted(format!("of expert number {} it says {} hits in {} trials; it was {hits}", one.expert, said.hits, said.trials));
         }
+        trials += said.trials;
     }
-    Ok(Some(Check::Holds))
+    Ok(Replayed { check: Check::Holds, trials })
 }

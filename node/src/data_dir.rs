@@ -8,7 +8,7 @@
 //! models.json     local names of models
 //! manifests/ID    signed manifests, as received
 //! profiles/       what was measured of models' experts (see `profiles`)
-//! records, trust, rulings, seq
+//! records, trust, rulings, checked, seq
 //!                 what peers have signed, what was seen of them, what the user decided (see `records`)
 //! store/          blobs and their index
 //! lock            held by the process that uses all this
@@ -173,6 +173,11 @@ impl DataDir {
         let mut open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names, _lock: lock };
         open.adopt_unnamed()?;
         Ok(open)
+    }
+
+    /// The lines of one of the small files; none when it is not there.
+    pub(crate) fn lines(&self, name: &str) -> Result<Vec<String>, Failure> {
+        lines(&self.root.join(name))
     }
 
     pub(crate) fn set_lines(&self, name: &str, lines: impl Iterator<Item = String>) -> Result<(), Failure> {

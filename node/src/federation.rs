@@ -169,7 +169,7 @@ impl<'a> Federation<'a> {
             }
         };
         self.look_for(found.id);
-        self.check_publisher(&open.dir, found.publisher)?;
+        check_publisher(self.trusted_publishers(&open.dir)?.as_ref(), found.publisher)?;
         match name {
             Some(name) if name != found.name => {
                 let (manifest, envelope) = ModelManifest::open(found.id, open.envelope(found.id)?)?;
@@ -183,9 +183,11 @@ impl<'a> Federation<'a> {
     pub(crate) fn fetch_manifest(&self, open: &mut OpenDataDir, id: ModelId, name: Option<&str>) -> Result<LocalModel, Failure> {
         let fetcher = self.fetcher.as_ref().ok_or_else(|| no_peer(&format!("manifest of model {id}")))?;
         let what = format!("manifest of model {id}");
+        // Read before anybody is asked: what is wrong with our own files is not a peer's fault.
+        let trusted = self.trusted_publishers(&open.dir)?;
         let judge = |bytes| {
             let (manifest, envelope) = ModelManifest::open(id, bytes).map_err(|error| Failure::from(error).about("sent a bad manifest"))?;
-            self.check_publisher(&open.dir, envelope.signer())?;
+            check_publisher(trusted.as_ref(), envelope.signer())?;
             Ok((manifest, envelope))
         };
         let fetched =
@@ -363,15 +365,14 @@ impl<'a> Federation<'a> {
         Err(Failure::new(Kind::Other, format!("{} has gone from the store again", blob.hash)))
     }
 
-    fn check_publisher(&self, dir: &DataDir, publisher: NodeId) -> Result<(), Failure> {
-        if self.publishers == Publishers::Anybody || dir.publishers()?.contains(&publisher) || dir.key()?.id() == publisher {
-            return Ok(());
+    /// Whose manifests count; nothing when anybody's do.
+    fn trusted_publishers(&self, dir: &DataDir) -> Result<Option<BTreeSet<NodeId>>, Failure> {
+        if self.publishers == Publishers::Anybody {
+            return Ok(None);
         }
-        let hint = format!("confrere publishers add {publisher}");
-        Err(Failure::new(
-            Kind::Refused,
-            format!("the model is signed by {publisher}, whom you do not trust; if you do: {hint} (or --allow-unsigned, this once)"),
-        ))
+        let mut trusted = dir.publishers()?;
+        trusted.insert(dir.key()?.id());
+        Ok(Some(trusted))
     }
 
     /// Runs something on the network until it ends or the user presses Ctrl-C.
@@ -391,7 +392,7 @@ impl Acquaintance {
         let useful: BTreeSet<_> = useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
         let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let learned = Learned { useful, rates, ..Learned::default() };
-        self.network.records.save_trust(&self.dir)?;
+        self.network.records.save_trust()?;
         remember(&self.dir, self.group.as_deref(), &self.network.peers.borrow(), &learned)
     }
 }
@@ -402,6 +403,17 @@ impl Drop for Acquaintance {
             warn!(%failure, "peers are not remembered");
         }
     }
+}
+
+fn check_publisher(trusted: Option<&BTreeSet<NodeId>>, publisher: NodeId) -> Result<(), Failure> {
+    if trusted.is_none_or(|trusted| trusted.contains(&publisher)) {
+        return Ok(());
+    }
+    let hint = format!("confrere publishers add {publisher}");
+    Err(Failure::new(
+        Kind::Refused,
+        format!("the model is signed by {publisher}, whom you do not trust; if you do: {hint} (or --allow-unsigned, this once)"),
+    ))
 }
 
 /// Writes into an address book what was seen of peers.

@@ -4,16 +4,18 @@
 //! records  envelopes as they came, in frames: kind, length, bytes. Losing it loses time, and what is newest
 //! trust    what was seen of peers: key, facet, good, bad, of that proven wrong, times of good and bad, when. One a line
 //! rulings  what the user has decided: ban KEY or allow KEY. One a line
+//! checked  bodies of profiles that were found to be true: key and hash. One a line
 //! seq      the last sequence number that this node has used
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::Ipv4Addr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use protocol::record::book::{Known, RecordBook};
 use protocol::record::rate::{Allowance, Rates};
 use protocol::record::{Attestation, Facet, NodeRecord, ProfileHead, Record, Refused, Verified};
-use protocol::trust::{Outcome, Ruling, Tally, TrustBook, Voice};
+use protocol::trust::{Outcome, Ruling, Tally, TrustBook, Voice, score};
 use protocol::{ContentHash, ModelId, NodeId};
 use store::RealDisk;
 use store::disk::{read_file, replace_file};
@@ -26,11 +28,21 @@ use crate::failure::{Failure, Kind};
 /// Most bytes of records that are told to one who comes.
 pub(crate) const TOLD_BYTES_MAX: u64 = 1 << 20;
 /// Most bytes of records that are kept on the disk.
-pub(crate) const RECORDS_BYTES_MAX: u64 = 8 << 20;
+pub(crate) const RECORDS_BYTES_MAX: u64 = 32 << 20;
 const TRUST_BYTES_MAX: u64 = 4 << 20;
 /// What one peer may hand on, and what one signer may say.
 const OF_SENDER: Allowance = Allowance { burst: 200, per_second: 20 };
 const OF_SIGNER: Allowance = Allowance { burst: 64, per_second: 2 };
+/// What all signers together may say of whom nothing was known: crowds of new keys must not take what everybody hands on.
+const OF_STRANGERS: Allowance = Allowance { burst: 100, per_second: 5 };
+/// Records that one peer may tell when it is asked what it holds.
+const CAUGHT_UP_MAX: usize = 2000;
+/// How often what has expired is looked for.
+const EXPIRE_EVERY_MS: u64 = 60_000;
+/// Bodies that are remembered as true.
+const CHECKED_MAX: usize = 4096;
+/// Kinds of observations that wait to be written down; what was proven wrong does not wait.
+const UNSAVED_MAX: usize = 256;
 
 /// The kinds of records that are gossiped.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -58,8 +70,12 @@ pub(crate) struct Records {
     probes: BTreeSet<ContentHash>,
     senders: Rates<NodeId>,
     signers: Rates<NodeId>,
-    /// What was seen in this process, to be added to what is on the disk.
-    seen: Vec<(u64, NodeId, Facet, Outcome)>,
+    strangers: Rates<()>,
+    /// What was seen in this process, to be added to what is on the disk: when last, and how often.
+    seen: BTreeMap<(NodeId, Facet, Outcome), (u64, u32)>,
+    /// This node.
+    own: NodeId,
+    expired_ms: u64,
     pub(crate) counts: Counts,
 }
 
@@ -76,7 +92,10 @@ pub(crate) struct Counts {
 
 /// Records that several parts of a node share.
 #[derive(Clone, Debug)]
-pub(crate) struct SharedRecords(Arc<Mutex<Records>>);
+pub(crate) struct SharedRecords {
+    records: Arc<Mutex<Records>>,
+    dir: DataDir,
+}
 
 impl SharedRecords {
     /// What is on the disk.
@@ -88,7 +107,10 @@ impl SharedRecords {
             probes: probes.into_iter().chain(dir.all_profiles().into_iter().map(|(_, profile)| profile.probes)).collect(),
             senders: Rates::new(OF_SENDER),
             signers: Rates::new(OF_SIGNER),
-            seen: Vec::new(),
+            strangers: Rates::new(OF_STRANGERS),
+            seen: BTreeMap::new(),
+            own: dir.key()?.id(),
+            expired_ms: 0,
             counts: Counts::default(),
         };
         let now_ms = now_ms();
@@ -96,34 +118,86 @@ impl SharedRecords {
             // What has expired meanwhile is let go.
             let _ = records.open(now_ms, kind, bytes, Checked::Before);
         }
-        Ok(Self(Arc::new(Mutex::new(records))))
+        Ok(Self { records: Arc::new(Mutex::new(records)), dir: dir.clone() })
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, Records> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Notes what was seen of a peer.
+    /// Notes what was seen of a peer. What was proven wrong is on the disk before anything else happens.
     pub(crate) fn observe(&self, peer: NodeId, facet: Facet, outcome: Outcome) {
-        self.lock().observe(now_ms(), peer, facet, outcome);
+        let waiting = self.lock().observe(now_ms(), peer, facet, outcome);
+        if (outcome.is_proof() || waiting > UNSAVED_MAX)
+            && let Err(failure) = self.save_trust()
+        {
+            warn!(%failure, "what was seen of peers is not written down yet");
+        }
     }
 
     /// Writes down what was seen, added to what others have written meanwhile.
-    pub(crate) fn save_trust(&self, dir: &DataDir) -> Result<(), Failure> {
-        let seen = std::mem::take(&mut self.lock().seen);
-        if seen.is_empty() {
+    pub(crate) fn save_trust(&self) -> Result<(), Failure> {
+        if self.lock().seen.is_empty() {
             return Ok(());
         }
-        let _editing = dir.exclusive()?;
-        let mut trust = dir.trust()?;
-        seen.into_iter().for_each(|(at_ms, peer, facet, outcome)| trust.observe(at_ms, peer, facet, outcome));
-        dir.set_trust(&trust)
+        let _editing = self.dir.exclusive()?;
+        let mut trust = self.dir.trust()?;
+        let seen = std::mem::take(&mut self.lock().seen);
+        for (&(peer, facet, outcome), &(at_ms, times)) in &seen {
+            trust.observe_often(at_ms, peer, facet, outcome, times);
+        }
+        let saved = self.dir.set_trust(&trust);
+        if saved.is_err() {
+            self.lock().put_back(seen);
+        }
+        saved
+    }
+
+    /// Notes that what a node says in a body was found to be true; says whether that is new. To say a thing twice proves it once.
+    pub(crate) fn note_checked(&self, node: NodeId, body: ContentHash) -> Result<bool, Failure> {
+        let _editing = self.dir.exclusive()?;
+        let mut checked = self.dir.lines("checked")?;
+        let line = format!("{node} {body}");
+        if checked.contains(&line) {
+            return Ok(false);
+        }
+        checked.push(line);
+        let from = checked.len().saturating_sub(CHECKED_MAX);
+        self.dir.set_lines("checked", checked.into_iter().skip(from))?;
+        Ok(true)
+    }
+
+    /// Takes over what is on the disk: other commands have seen more, and the user may have decided something.
+    pub(crate) fn reload_trust(&self) -> Result<(), Failure> {
+        self.save_trust()?;
+        let trust = self.dir.trust()?;
+        let mut records = self.lock();
+        records.trust = trust;
+        let unsaved: Vec<_> = records.seen.iter().map(|(about, seen)| (*about, *seen)).collect();
+        for ((peer, facet, outcome), (at_ms, times)) in unsaved {
+            records.trust.observe_often(at_ms, peer, facet, outcome, times);
+        }
+        Ok(())
     }
 
     /// Writes the records down.
-    pub(crate) fn save_records(&self, dir: &DataDir) -> Result<(), Failure> {
+    pub(crate) fn save_records(&self) -> Result<(), Failure> {
         let bytes = self.lock().to_bytes(RECORDS_BYTES_MAX as usize);
-        dir.set_records(&bytes)
+        self.dir.set_records(&bytes)
+    }
+
+    /// Takes in what a peer holds, as it was asked. Says how many were new, or that the peer hands on forgeries.
+    pub(crate) fn catch_up(&self, bytes: &[u8]) -> Result<usize, Refused> {
+        let mut new = 0;
+        for (kind, envelope) in frames(bytes).into_iter().take(CAUGHT_UP_MAX) {
+            // One by one: others want the records, too.
+            match self.lock().open(now_ms(), kind, envelope, Checked::Before) {
+                Ok(()) => new += 1,
+                Err(refused) if refused.is_forgery() => return Err(refused),
+                Err(_) => {}
+            }
+        }
+        Ok(new)
     }
 }
 
@@ -135,10 +209,26 @@ enum Checked {
 }
 
 impl Records {
-    /// Notes what was seen of a peer.
-    pub(crate) fn observe(&mut self, now_ms: u64, peer: NodeId, facet: Facet, outcome: Outcome) {
-        self.trust.observe(now_ms, peer, facet, outcome);
-        self.seen.push((now_ms, peer, facet, outcome));
+    /// Notes what was seen of a peer; says how many kinds of observations wait to be written down.
+    fn observe(&mut self, now_ms: u64, peer: NodeId, facet: Facet, outcome: Outcome) -> usize {
+        self.trust.observe_often(now_ms, peer, facet, outcome, 1);
+        let (at_ms, times) = self.seen.entry((peer, facet, outcome)).or_default();
+        (*at_ms, *times) = (now_ms, times.saturating_add(1));
+        self.seen.len()
+    }
+
+    fn put_back(&mut self, seen: BTreeMap<(NodeId, Facet, Outcome), (u64, u32)>) {
+        for (about, (at_ms, times)) in seen {
+            let entry = self.seen.entry(about).or_default();
+            *entry = (entry.0.max(at_ms), entry.1.saturating_add(times));
+        }
+    }
+
+    /// Whether a peer may hand on one more record now.
+    pub(crate) fn is_within_allowance(&mut self, now_ms: u64, sender: NodeId) -> bool {
+        let within = self.senders.take(now_ms, sender);
+        self.counts.over_rate += u64::from(!within);
+        within
     }
 
     /// A model, and a probe set, that heads may be about.
@@ -146,43 +236,46 @@ impl Records {
         if self.models.insert(model) {
             let known = Known { models: &|model| self.models.contains(model), probes: &|probes| self.probes.contains(probes) };
             for head in self.book.unpark(&known) {
-                let _ = self.book.take_head(head, &known, &|node| self.trust.first_hand(now_ms(), node, Facet::Profile));
+                let _ = self.book.take_head(head, &known, &|node| best(&self.trust, now_ms(), self.own, node));
             }
         }
     }
 
-    /// Takes in what `sender` has handed on. Its allowance comes before anything that costs.
-    pub(crate) fn take(&mut self, now_ms: u64, sender: NodeId, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
+    /// Takes in what was handed on.
+    pub(crate) fn take(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
         self.counts.bytes_in += bytes.len() as u64;
-        if !self.senders.take(now_ms, sender) {
-            self.counts.over_rate += 1;
-            return Err(Refused::Rate);
-        }
         self.open(now_ms, kind, bytes, Checked::Not)
     }
 
-    /// Takes in what a peer was asked for.
+    /// Takes in what a peer was asked for, or what this node says itself.
     pub(crate) fn take_asked(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
         self.open(now_ms, kind, bytes, Checked::Before)
     }
 
     fn open(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>, checked: Checked) -> Result<(), Refused> {
-        self.book.expire(now_ms);
+        if now_ms.abs_diff(self.expired_ms) >= EXPIRE_EVERY_MS {
+            self.book.expire(now_ms);
+            self.expired_ms = now_ms;
+        }
+        let own = self.own;
         let taken = match kind {
             RecordKind::Profile => self.verified::<ProfileHead>(now_ms, bytes, checked).and_then(|head| {
                 let Self { book, trust, models, probes, .. } = self;
                 let known = Known { models: &|model| models.contains(model), probes: &|set| probes.contains(set) };
-                book.take_head(head, &known, &|node| trust.first_hand(now_ms, node, Facet::Profile))
+                book.take_head(head, &known, &|node| best(trust, now_ms, own, node))
             }),
             RecordKind::Attestation => self.verified::<Attestation>(now_ms, bytes, checked).and_then(|attestation| {
                 let trust = &self.trust;
-                self.book.take_attestation(attestation, &|node| best(trust, now_ms, node))
+                self.book.take_attestation(attestation, &|node| best(trust, now_ms, own, node))
             }),
             RecordKind::Node => self.verified::<NodeRecord>(now_ms, bytes, checked).and_then(|node| {
                 let trust = &self.trust;
-                self.book.take_node(node, &|node| best(trust, now_ms, node))
+                self.book.take_node(node, &|node| best(trust, now_ms, own, node))
             }),
         };
+        if let Err(Refused::Equivocation(node)) = taken {
+            self.observe(now_ms, node, Facet::Profile, Outcome::WrongResult);
+        }
         match &taken {
             Ok(()) => self.counts.taken += 1,
             Err(refused) if refused.is_forgery() => self.counts.refused += 1,
@@ -193,10 +286,14 @@ impl Records {
 
     fn verified<R: Record>(&mut self, now_ms: u64, bytes: Vec<u8>, checked: Checked) -> Result<Verified<R>, Refused> {
         let record = Verified::<R>::open(now_ms, bytes)?;
+        let node = record.node();
         // After the signature: nobody can use up another's allowance.
-        if checked == Checked::Not && !self.signers.take(now_ms, record.node()) {
-            self.counts.over_rate += 1;
-            return Err(Refused::Rate);
+        if checked == Checked::Not {
+            let stranger = !self.book.knows(&node) && best(&self.trust, now_ms, self.own, &node) <= score(0.0, 0.0);
+            if !self.signers.take(now_ms, node) || stranger && !self.strangers.take(now_ms, ()) {
+                self.counts.over_rate += 1;
+                return Err(Refused::Rate);
+            }
         }
         if self.trust.rulings().get(&record.node()) == Some(&Ruling::Banned) {
             return Err(Refused::Full);
@@ -209,6 +306,11 @@ impl Records {
         self.trust.opinion(now_ms, peer, facet, &self.voices(now_ms, peer, facet)).ordering
     }
 
+    /// The same, and this node before all others.
+    pub(crate) fn standing(&self, now_ms: u64, node: &NodeId, facet: Facet) -> f64 {
+        if *node == self.own { f64::INFINITY } else { self.ordering(now_ms, node, facet) }
+    }
+
     /// Who is not let in.
     pub(crate) fn unwelcome(&self, now_ms: u64) -> BTreeSet<NodeId> {
         let seen = self.trust.tallies().map(|(peer, ..)| peer);
@@ -217,41 +319,53 @@ impl Records {
 
     /// What peers say of another in a facet.
     pub(crate) fn voices(&self, now_ms: u64, peer: &NodeId, facet: Facet) -> Vec<Voice> {
-        let about = self.book.attestations(now_ms).filter(|one| one.record().subject == *peer && one.record().facet == facet);
-        about
-            .map(|one| Voice { rater: one.node(), good: one.record().good, bad: one.record().bad, kin: self.kin(now_ms, &one.node()) })
+        let voices = self.book.attestations_about(now_ms, peer, facet);
+        voices
+            .map(|(one, subjects)| Voice {
+                rater: one.node(),
+                good: one.record().good,
+                bad: one.record().bad,
+                subjects,
+                kin: self.kin(&one.node()),
+            })
             .collect()
     }
 
-    /// Raters of one /24, as far as it is known where they are, count once.
-    fn kin(&self, now_ms: u64, rater: &NodeId) -> u64 {
-        let record = self.book.nodes(now_ms).find(|node| node.node() == *rater);
-        let place = record.and_then(|node| node.record().addresses.first()).and_then(|address| {
-            let parts: Vec<_> = address.split('/').collect();
-            let ip = parts.iter().position(|part| *part == "ip4").and_then(|at| parts.get(at + 1))?;
-            ip.rsplit_once('.').map(|(network, _)| network.to_owned())
+    /// Raters of one /24, as they say themselves where they are, count once. On private networks everybody may be in the same.
+    fn kin(&self, rater: &NodeId) -> u64 {
+        let place = self.book.node(rater).and_then(|node| {
+            let mut ips = node
+                .record()
+                .addresses
+                .iter()
+                .filter_map(|address| address.strip_prefix("/ip4/")?.split('/').next()?.parse::<Ipv4Addr>().ok());
+            ips.find(|ip| !ip.is_loopback() && !ip.is_private() && !ip.is_link_local())
         });
-        let hash = place.map_or_else(|| ContentHash::of(rater.as_bytes()), |place| ContentHash::of(place.as_bytes()));
+        let hash = place.map_or_else(|| ContentHash::of(rater.as_bytes()), |ip| ContentHash::of(&ip.octets()[..3]));
         u64::from_le_bytes(hash.as_bytes()[..8].try_into().expect("eight of 32 bytes"))
     }
 
-    /// All records in frames, up to so many bytes.
+    /// All records in frames, up to so many bytes: this node's own first, then those of the nodes that it pays most to remember.
     pub(crate) fn to_bytes(&self, bytes_max: usize) -> Vec<u8> {
+        let mut nodes: Vec<_> = self.book.signers().into_iter().map(|node| (best(&self.trust, now_ms(), self.own, &node), node)).collect();
+        nodes.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
         let mut bytes = Vec::new();
-        for (kind, envelope) in self.book.all_bytes().map(|envelope| (kind_of(envelope), envelope)) {
-            if bytes.len() + envelope.len() + 5 > bytes_max {
-                break;
+        for envelope in nodes.iter().flat_map(|(_, node)| self.book.bytes_of(node)) {
+            if bytes.len() + envelope.len() + 5 <= bytes_max {
+                bytes.push(kind_of(envelope) as u8);
+                bytes.extend((envelope.len() as u32).to_le_bytes());
+                bytes.extend(envelope);
             }
-            bytes.push(kind as u8);
-            bytes.extend((envelope.len() as u32).to_le_bytes());
-            bytes.extend(envelope);
         }
         bytes
     }
 }
 
-/// A node's best score of any kind: whom it pays to remember.
-fn best(trust: &TrustBook, now_ms: u64, node: &NodeId) -> f64 {
+/// A node's best score of any kind: whom it pays to remember, and this node first.
+fn best(trust: &TrustBook, now_ms: u64, own: NodeId, node: &NodeId) -> f64 {
+    if *node == own {
+        return f64::INFINITY;
+    }
     Facet::ALL.iter().map(|facet| trust.first_hand(now_ms, node, *facet)).fold(0.0, f64::max)
 }
 

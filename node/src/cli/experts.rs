@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 use super::map::{Cell, Map};
 use super::profile::{Measuring, SETTLE, check_text, parse_time};
 use super::{Context, EngineArgs, PeerArgs};
-use crate::claims::{self, Check, Claim, Claims};
+use crate::claims::{self, Check, Claim, Claims, Sample};
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
@@ -213,7 +213,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         return print_json(&json!({
             "model": found.id.to_string(), "domain": domain, "precision": found.manifest.expert_precision.to_string(),
             "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows, "claims": claims.held.iter().map(claim_json).collect::<Vec<_>>(),
-            "void": claims.void.iter().map(|(node, why)| json!({"node": node.to_string(), "why": why})).collect::<Vec<_>>(),
+            "refuted": by_node(&claims.refuted), "missing": by_node(&claims.missing),
         }));
     }
     print_line(&format!("{HEADING}  says  providers (trust)"))?;
@@ -235,7 +235,8 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         };
         note(&format!("[{number}] {}: {trust}{}", claim.node, check_text(&claim.check)));
     }
-    claims.void.iter().for_each(|(node, why)| note(&format!("[–] {node}: counts for nothing: {why}")));
+    claims.refuted.iter().for_each(|(node, why)| note(&format!("[–] {node}: counts for nothing: {why}")));
+    claims.missing.iter().for_each(|(node, why)| note(&format!("[–] {node}: what it says could not be had: {why}")));
     note(&format!("{} at {}", found.name, found.manifest.expert_precision));
     Ok(())
 }
@@ -271,7 +272,10 @@ fn check_claims(
         return Ok(());
     }
     let tools = (&measuring.profiler, &mut measuring.loaded.engine);
-    claims.check(network, tools, (number, measuring.build_profile), SAMPLE, in_time)
+    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let among = |expert: usize| args.layer.is_none_or(|layer| slots[expert].layer == layer);
+    let sample = Sample { domain: number, experts: SAMPLE, of: args.top, among: &among };
+    claims.check(network, tools, measuring.build_profile, &sample, began + args.check)
 }
 
 fn claim_json(claim: &Claim) -> Value {
@@ -287,9 +291,13 @@ fn claim_json(claim: &Claim) -> Value {
     })
 }
 
+fn by_node(whys: &[(protocol::NodeId, String)]) -> Vec<Value> {
+    whys.iter().map(|(node, why)| json!({"node": node.to_string(), "why": why})).collect()
+}
+
 fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
     if known.is_empty() {
-        let void: Vec<_> = claims.void.iter().map(|(node, why)| format!("; {node}: {why}")).collect();
+        let void: Vec<_> = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| format!("; {node}: {why}")).collect();
         return Failure::new(Kind::NotFound, format!("no peer has a profile of this model{}", void.concat()));
     }
     let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();

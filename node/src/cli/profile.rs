@@ -6,14 +6,14 @@ use std::time::Duration;
 use clap::{Args, Subcommand};
 use inference::engine::EngineOptions;
 use inference::profiler::{PROBE_TOKENS_MAX, ProfileError, Profiler};
-use protocol::profile::ProbeSet;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, ranking};
+use protocol::profile::{BODY_BYTES_MAX, ProbeSet};
 use protocol::record::Facet;
 use protocol::{ContentHash, ModelId};
 use serde_json::{Value, json};
 
 use super::{Context, EngineArgs, PeerArgs, experts};
-use crate::claims::{self, Check};
+use crate::claims::{self, Check, Sample};
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
@@ -25,6 +25,8 @@ use crate::records::parse_peer;
 
 /// For peers to turn up.
 pub(super) const SETTLE: Duration = Duration::from_secs(3);
+/// For measuring a domain again.
+const PER_DOMAIN: Duration = Duration::from_secs(600);
 
 #[derive(Subcommand)]
 pub(super) enum ProfileCommand {
@@ -102,7 +104,8 @@ impl Measuring {
         set: &ProbeSet,
     ) -> Result<Self, Failure> {
         let window = found.manifest.config.max_position_embeddings.min(PROBE_TOKENS_MAX as u32) as usize;
-        let options = engine.options(&found.manifest, Some(window));
+        // Whoever reads less of a probe counts otherwise.
+        let options = EngineOptions { context: window, ..engine.options(&found.manifest, Some(window)) };
         let loaded = federation.load(open, found, context.memory_max, options)?;
         let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read probes");
         let tokenizer = loaded.tokenizer.as_ref().ok_or_else(missing)?;
@@ -164,7 +167,12 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     }
     try_experts(&mut measuring, &mut journal, args.budget)?;
     journal.sync()?;
-    let (body, _) = open.store.put(&measuring.profiler.body().to_bytes(), now_ms())?;
+    let bytes = measuring.profiler.body().to_bytes();
+    if bytes.len() > BODY_BYTES_MAX {
+        let why = format!("the profile has {} bytes, {BODY_BYTES_MAX} is the most; fewer domains make it smaller", bytes.len());
+        return Err(Failure::new(Kind::Usage, why));
+    }
+    let (body, _) = open.store.put(&bytes, now_ms())?;
     open.store.flush();
     let published = open.dir.profile(found.id)?.is_some_and(|profile| profile.published);
     let profile = Profile { probes: set.hash(), arithmetic: measuring.build_profile, body, published };
@@ -255,8 +263,10 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let network = federation.settle(SETTLE)?.ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR)"))?;
     let mut claims = claims::collect(&federation, &network, &found, &any, Some(peer))?;
     let mut results = Vec::new();
-    let silent = claims.held.is_empty() && claims.void.is_empty();
-    if silent {
+    if let Some((_, why)) = claims.missing.first() {
+        return Err(Failure::new(Kind::NoPeers, format!("what {peer} says could not be had: {why}")));
+    }
+    if claims.held.is_empty() && claims.refuted.is_empty() {
         return Err(Failure::new(Kind::NotFound, format!("{peer} says nothing of {} that has come here", found.name)));
     }
     if !claims.held.is_empty() {
@@ -265,19 +275,22 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
         if !measuring.read_all(None, |_| Ok(()))? {
             return Err(Failure::interrupted());
         }
-        for (number, name) in set.domains().keys().enumerate() {
-            let build_profile = measuring.build_profile;
+        for (domain, name) in set.domains().keys().enumerate() {
+            let sample = Sample { domain, experts: args.sample, of: usize::MAX, among: &|_| true };
             let tools = (&measuring.profiler, &mut measuring.loaded.engine);
-            claims.check(&network, tools, (number, build_profile), args.sample, || !interrupted())?;
+            claims.check(&network, tools, measuring.build_profile, &sample, instant() + PER_DOMAIN)?;
             let check = claims.held.first().map(|claim| claim.check.clone()).expect("there is one");
             results.push((name.clone(), check.clone()));
+            if interrupted() {
+                return Err(Failure::interrupted());
+            }
             if matches!(check, Check::Refuted(_)) {
                 break;
             }
         }
     }
     let refuted = claims
-        .void
+        .refuted
         .first()
         .map(|(_, why)| why.clone())
         .or_else(|| results.iter().find_map(|(_, check)| if let Check::Refuted(why) = check { Some(why.clone()) } else { None }));

@@ -169,8 +169,8 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             never = keep_notes(&network, &open.dir, fingerprint.as_deref()) => match never {},
         };
         take_note(&network.peers.borrow(), &open.dir, fingerprint.as_deref());
-        records.save_trust(&open.dir)?;
-        records.save_records(&open.dir)?;
+        records.save_trust()?;
+        records.save_records()?;
         ended
     })?;
     open.store.flush();
@@ -191,25 +191,27 @@ fn own_bodies(open: &OpenDataDir, models: &[LocalModel]) -> BTreeMap<ModelId, Pr
 
 /// What this node knows of a question: its own ranking, and what it holds signed.
 fn answer(query: &Query, bodies: &BTreeMap<ModelId, ProfileBody>, records: &SharedRecords) -> QueryAnswer {
-    let (records, now_ms) = (records.lock(), now_ms());
     let own = bodies.get(&query.model);
-    let ranked = own.and_then(|body| Some((body, body.domain(&query.domain)?)));
+    let ranked = own.and_then(|body| Some((body, body.domain(&query.domain)?))).filter(|_| query.top > 0);
     let experts = ranked.map_or_else(Vec::new, |(body, domain)| {
         ranking(body, domain).iter().take(query.top as usize).map(|one| one.expert as u32).collect()
     });
-    let mut heads: Vec<_> = records.book.heads(now_ms).filter(|head| head.record().model == query.model).collect();
-    heads.sort_by(|a, b| {
-        let trust = |node| records.ordering(now_ms, &node, Facet::Profile);
-        trust(b.node()).total_cmp(&trust(a.node()))
-    });
+    let (records, now_ms) = (records.lock(), now_ms());
+    let of_model = records.book.heads(now_ms).filter(|head| head.record().model == query.model);
+    let mut heads: Vec<_> = of_model.map(|head| (records.standing(now_ms, &head.node(), Facet::Profile), head)).collect();
+    heads.sort_by(|a, b| b.0.total_cmp(&a.0));
     heads.truncate(HEADS_MAX);
-    let about: BTreeSet<_> = heads.iter().map(|head| head.node()).collect();
-    let attestations = records.book.attestations(now_ms).filter(|one| about.contains(&one.record().subject)).take(ATTESTATIONS_MAX);
+    let mut attestations = Vec::new();
+    for (_, head) in &heads {
+        let node = head.node();
+        let about = records.book.attestations_about(now_ms, &node, Facet::Profile);
+        attestations.extend(about.map(|(one, _)| ByteBuf::from(one.as_bytes())).take(ATTESTATIONS_MAX));
+    }
     QueryAnswer {
         domains: own.map_or_else(Vec::new, |body| body.domains.iter().map(|domain| domain.name.clone()).collect()),
         experts,
-        heads: heads.iter().map(|head| ByteBuf::from(head.as_bytes())).collect(),
-        attestations: attestations.map(|one| ByteBuf::from(one.as_bytes())).collect(),
+        heads: heads.iter().map(|(_, head)| ByteBuf::from(head.as_bytes())).collect(),
+        attestations,
     }
 }
 

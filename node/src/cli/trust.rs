@@ -85,16 +85,14 @@ fn peer_json(peer: &NodeId, ruling: Option<Ruling>, opinions: &[(Facet, Opinion)
 
 fn explain(context: &Context, records: &SharedRecords, peer: NodeId) -> Result<(), Failure> {
     let now_ms = now_ms();
-    let (ruling, unwelcome, two_faced) = {
+    let (ruling, unwelcome) = {
         let records = records.lock();
-        let two_faced = records.book.equivocators().contains(&peer);
-        (records.trust.rulings().get(&peer).copied(), records.trust.is_unwelcome(now_ms, &peer), two_faced)
+        (records.trust.rulings().get(&peer).copied(), records.trust.is_unwelcome(now_ms, &peer))
     };
     let opinions = opinions(records, &peer, now_ms);
     if context.json {
         let mut json = peer_json(&peer, ruling, &opinions);
         json["unwelcome"] = json!(unwelcome);
-        json["equivocates"] = json!(two_faced);
         return print_json(&json);
     }
     print_line(&peer.to_string())?;
@@ -108,8 +106,7 @@ fn explain(context: &Context, records: &SharedRecords, peer: NodeId) -> Result<(
             "More of its work was proven wrong than right: it is not talked to until that has faded (confrere peers allow PEER).",
         ),
         (None, false) => Ok(()),
-    }?;
-    if two_faced { print_line("It has signed two different things under one sequence number.") } else { Ok(()) }
+    }
 }
 
 /// A score, and every term that made it.

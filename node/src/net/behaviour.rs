@@ -4,10 +4,11 @@ use libp2p::connection_limits::{self, ConnectionLimits};
 use libp2p::identity::Keypair;
 use libp2p::swarm::NetworkBehaviour;
 use libp2p::swarm::behaviour::toggle::Toggle;
-use libp2p::{allow_block_list, autonat, dcutr, gossipsub, identify, mdns, memory_connection_limits, ping, relay};
+use libp2p::{allow_block_list, autonat, dcutr, identify, mdns, memory_connection_limits, ping, relay};
 
 use super::crowding;
 use super::finder::{Table, table};
+use super::gossip;
 use super::relaying::relay_limits;
 use super::swarm::{Relay, Role};
 
@@ -29,7 +30,7 @@ pub(super) struct Behaviour {
     pub(super) stream: libp2p_stream::Behaviour,
     pub(super) kad: Table,
     /// Records, among hosts.
-    pub(super) gossip: Toggle<gossipsub::Behaviour>,
+    pub(super) gossip: Toggle<gossip::Behaviour>,
     /// Asks others whether this node can be reached.
     pub(super) autonat: Toggle<autonat::v2::client::Behaviour>,
     /// Answers others that question.
@@ -73,7 +74,7 @@ impl Behaviour {
             mdns: mdns.into(),
             stream: libp2p_stream::Behaviour::new(),
             kad: table(local, choices.role),
-            gossip: if hosts { Some(super::gossip::behaviour()?) } else { None }.into(),
+            gossip: if hosts { Some(gossip::behaviour()?) } else { None }.into(),
             autonat: hosts.then(autonat::v2::client::Behaviour::default).into(),
             autonat_server: relays.then(autonat::v2::server::Behaviour::default).into(),
             relay_client,

@@ -55,7 +55,9 @@ const NAMES_SHOWN_MAX: usize = 8;
 pub(crate) enum Wanted {
     /// A blob that fits into memory, and for which somebody waits.
     Blob(BlobRef),
-    /// The same, but nobody waits.
+    /// The same, but its length is what somebody said.
+    ToldBlob(BlobRef),
+    /// The same as the first, but nobody waits.
     SpareBlob(BlobRef),
     /// A blob that goes straight to the store.
     StoredBlob(BlobRef, Arc<Sink>),
@@ -168,13 +170,13 @@ enum Next {
 impl Wanted {
     fn blob(&self) -> BlobRef {
         match self {
-            Self::Blob(blob) | Self::SpareBlob(blob) | Self::StoredBlob(blob, _) => *blob,
+            Self::Blob(blob) | Self::ToldBlob(blob) | Self::SpareBlob(blob) | Self::StoredBlob(blob, _) => *blob,
         }
     }
 
     fn urgency(&self) -> Urgency {
         match self {
-            Self::Blob(_) => Urgency::Now,
+            Self::Blob(_) | Self::ToldBlob(_) => Urgency::Now,
             Self::SpareBlob(_) => Urgency::Soon,
             Self::StoredBlob(..) => Urgency::Rest,
         }
@@ -288,9 +290,13 @@ impl Fetcher {
     async fn run(&mut self, round: &mut Round, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
         self.mind_links(round)?;
         let blobs: HashMap<_, _> = round.wants.iter().map(|want| (want.wanted.blob().hash, &want.wanted)).collect();
-        let blobs: Vec<_> = blobs.into_values().map(|wanted| (wanted.blob(), wanted.urgency())).collect();
-        for (blob, urgency) in blobs {
+        let blobs: Vec<_> =
+            blobs.into_values().map(|wanted| (wanted.blob(), wanted.urgency(), matches!(wanted, Wanted::ToldBlob(_)))).collect();
+        for (blob, urgency, unsure) in blobs {
             self.tell(round, Event::Want { blob, urgency })?;
+            if unsure {
+                self.tell(round, Event::Unsure { hash: blob.hash })?;
+            }
         }
         let mut peers = self.network.peers.clone();
         let mut next_tick = Instant::now();
@@ -460,7 +466,7 @@ impl Fetcher {
         let index = *round.by_hash.get(&hash)?.first()?;
         let sink = match &round.wants.get(index)?.wanted {
             Wanted::StoredBlob(_, sink) => Arc::clone(&sink.0),
-            Wanted::Blob(_) | Wanted::SpareBlob(_) => {
+            Wanted::Blob(_) | Wanted::ToldBlob(_) | Wanted::SpareBlob(_) => {
                 let kept = self.kept.iter().position(|(kept, _)| *kept == hash).and_then(|at| self.kept.remove(at));
                 let assembly = kept.map_or_else(|| Arc::new(Assembly::in_memory(blob)), |(_, assembly)| assembly);
                 let (hashes, here) = assembly.here();

@@ -6,10 +6,11 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use libp2p::gossipsub::{
-    Behaviour, ConfigBuilder, Event, IdentTopic, MessageAcceptance, MessageAuthenticity, MessageId, PeerScoreParams, PeerScoreThresholds,
-    TopicHash, TopicScoreParams, ValidationMode,
+    ConfigBuilder, Event, IdentTopic, IdentityTransform, MessageAcceptance, MessageAuthenticity, MessageId, PeerScoreParams,
+    PeerScoreThresholds, TopicHash, TopicScoreParams, ValidationMode, WhitelistSubscriptionFilter,
 };
 use protocol::ContentHash;
+use tokio::time::Instant;
 use tracing::{debug, warn};
 
 use super::address::node_id;
@@ -19,12 +20,17 @@ use crate::records::RecordKind;
 
 /// Most bytes of a message: a head of a profile and some wrapping are a sixth of it.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
+/// Who sends more than his allowance is not listened to for this long.
+const NOISY_FOR: Duration = Duration::from_secs(60);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A forgery costs ten times its square: at the seventh, nothing more is read of its sender.
 const FORGERY_WEIGHT: f64 = -10.0;
 const GRAYLIST: f64 = -400.0;
 /// Half of a penalty is forgiven in so many heartbeats.
 const FORGERY_DECAY: f64 = 0.99;
+
+/// Gossip about records, and about nothing else: peers' other topics are not even remembered.
+pub(super) type Behaviour = libp2p::gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>;
 
 /// The topic of a kind of record.
 fn topic(kind: RecordKind) -> IdentTopic {
@@ -44,13 +50,18 @@ pub(super) fn behaviour() -> Result<Behaviour, std::io::Error> {
     let config = ConfigBuilder::default()
         // Records are signed by themselves, and the same record is the same message whoever hands it on.
         .validation_mode(ValidationMode::Anonymous)
-        .message_id_fn(|message| MessageId::new(ContentHash::of(&message.data).as_bytes()))
+        // With the topic, lest the same bytes on a wrong one stand in the way of the right.
+        .message_id_fn(|message| {
+            MessageId::new(ContentHash::of(&[message.topic.as_str().as_bytes(), &[0], &message.data].concat()).as_bytes())
+        })
         .validate_messages()
         .max_transmit_size(MESSAGE_BYTES_MAX)
         .heartbeat_interval(HEARTBEAT)
         .build()
         .map_err(std::io::Error::other)?;
-    let mut behaviour = Behaviour::new(MessageAuthenticity::Anonymous, config).map_err(std::io::Error::other)?;
+    let ours = WhitelistSubscriptionFilter(RecordKind::ALL.into_iter().map(|kind| topic(kind).hash()).collect());
+    let created = Behaviour::new_with_subscription_filter(MessageAuthenticity::Anonymous, config, ours);
+    let mut behaviour = created.map_err(std::io::Error::other)?;
     let of_topic = TopicScoreParams {
         topic_weight: 1.0,
         time_in_mesh_weight: 0.0,
@@ -69,6 +80,7 @@ pub(super) fn behaviour() -> Result<Behaviour, std::io::Error> {
     let score = PeerScoreParams {
         topics,
         // Connections by neighbourhood are limited elsewhere.
+        app_specific_weight: 1.0,
         ip_colocation_factor_weight: 0.0,
         ip_colocation_factor_whitelist: HashSet::new(),
         ..PeerScoreParams::default()
@@ -93,7 +105,13 @@ impl SwarmTask {
         let (records, Some(gossip)) = (&self.records, self.swarm.behaviour_mut().gossip.as_mut()) else { return };
         let sender = node_id(propagation_source).zip(kind(&message.topic));
         let length = message.data.len() as u64;
-        let acceptance = match sender.map(|(sender, kind)| records.lock().take(now_ms(), sender, kind, message.data)) {
+        if sender.is_some_and(|(sender, _)| !records.lock().is_within_allowance(now_ms(), sender)) {
+            // This one is judged all the same: it may be an honest record, of which no other copy is looked at.
+            debug!(peer = %propagation_source, "sends too much");
+            gossip.set_application_score(&propagation_source, 2.0 * GRAYLIST);
+            self.noisy.insert(propagation_source, Instant::now() + NOISY_FOR);
+        }
+        let acceptance = match sender.map(|(_, kind)| records.lock().take(now_ms(), kind, message.data)) {
             Some(Ok(())) => {
                 records.lock().counts.bytes_out += length * gossip.all_mesh_peers().count().saturating_sub(1) as u64;
                 MessageAcceptance::Accept
@@ -109,6 +127,17 @@ impl SwarmTask {
             None => MessageAcceptance::Reject,
         };
         gossip.report_message_validation_result(&message_id, &propagation_source, acceptance);
+    }
+
+    /// Listens again to those who had sent too much.
+    pub(super) fn forgive_noisy(&mut self, now: Instant) {
+        let over: Vec<_> = self.noisy.iter().filter(|(_, until)| **until <= now).map(|(peer, _)| *peer).collect();
+        for peer in over {
+            self.noisy.remove(&peer);
+            if let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() {
+                gossip.set_application_score(&peer, 0.0);
+            }
+        }
     }
 
     /// Tells a record of this node's own.

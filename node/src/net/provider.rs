@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream};
@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use crate::clock::instant;
 use crate::failure::{Failure, Kind};
 use crate::net::status::OwnStatus;
 use crate::net::swarm::Network;
@@ -20,8 +21,10 @@ use crate::net::upload;
 use crate::records::TOLD_BYTES_MAX;
 
 const STREAMS_MAX: usize = 256;
-const STREAMS_PER_PEER_MAX: usize = 8;
+pub(super) const STREAMS_PER_PEER_MAX: usize = 8;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
+/// How old the records may be that are told.
+const TOLD_FOR: Duration = Duration::from_secs(1);
 /// For one answer of at most [`RANGE_BYTES_MAX`]: a peer that reads more slowly than this is let go.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -31,6 +34,8 @@ pub(crate) struct Provider {
     manifests: HashMap<ModelId, Arc<Vec<u8>>>,
     listing: Arc<Vec<u8>>,
     own_status: OwnStatus,
+    /// The records, and when they were put together.
+    told: Mutex<Option<(Instant, Arc<Vec<u8>>)>>,
     /// The blobs of each model that somebody has asked about.
     blobs: Mutex<HashMap<ModelId, Arc<Vec<ContentHash>>>>,
     pub(super) streams_of: Arc<Mutex<HashMap<PeerId, usize>>>,
@@ -44,8 +49,22 @@ impl Provider {
             manifests,
             listing: Arc::new(listing),
             own_status,
+            told: Mutex::default(),
             blobs: Mutex::default(),
             streams_of: Arc::default(),
+        }
+    }
+
+    /// The records that are held, as they were a moment ago: putting them together takes time that others wait for.
+    fn records(&self) -> Arc<Vec<u8>> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        match &*told {
+            Some((at, bytes)) if at.elapsed() < TOLD_FOR => Arc::clone(bytes),
+            _ => {
+                let bytes = Arc::new(self.own_status.records.lock().to_bytes(TOLD_BYTES_MAX as usize));
+                *told = Some((instant(), Arc::clone(&bytes)));
+                bytes
+            }
         }
     }
 
@@ -79,7 +98,7 @@ pub(crate) fn start(provider: Provider, network: &Network, bytes_per_second_max:
                 warn!(%peer, "refused a stream: {STREAMS_MAX} are open");
                 continue;
             };
-            let Some(place) = Place::take(&provider.streams_of, peer) else {
+            let Some(place) = Place::take(&provider.streams_of, peer, STREAMS_PER_PEER_MAX) else {
                 warn!(%peer, "refused a stream: the peer has {STREAMS_PER_PEER_MAX}");
                 continue;
             };
@@ -101,10 +120,10 @@ pub(super) struct Place {
 }
 
 impl Place {
-    pub(super) fn take(streams_of: &Arc<Mutex<HashMap<PeerId, usize>>>, peer: PeerId) -> Option<Self> {
+    pub(super) fn take(streams_of: &Arc<Mutex<HashMap<PeerId, usize>>>, peer: PeerId, most: usize) -> Option<Self> {
         let mut counts = streams_of.lock().unwrap_or_else(PoisonError::into_inner);
         let count = counts.entry(peer).or_default();
-        if *count >= STREAMS_PER_PEER_MAX {
+        if *count >= most {
             return None;
         }
         *count += 1;
@@ -152,7 +171,7 @@ fn answer(provider: &Provider, peer: &PeerId, request: Request) -> (Answer, Vec<
         Subject::Manifest(id) => provider.manifests.get(&id).cloned(),
         Subject::Listing => Some(Arc::clone(&provider.listing)),
         Subject::Status => Some(Arc::new(provider.own_status.for_peer(peer).to_bytes())),
-        Subject::Records => Some(Arc::new(provider.own_status.records.lock().to_bytes(TOLD_BYTES_MAX as usize))),
+        Subject::Records => Some(provider.records()),
     };
     let Some(whole) = whole else { return (Answer::NotHave, Vec::new()) };
     match range(request, whole.len() as u64) {

@@ -1,7 +1,7 @@
 //! Questions about experts, asked of peers and answered for them.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use futures::future::join_all;
@@ -9,16 +9,22 @@ use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream, StreamProtocol};
 use protocol::message::STREAM_ACK;
 use protocol::query::{ANSWER_BYTES_MAX, QUERY_BYTES_MAX, QUERY_PROTOCOL, Query, QueryAnswer};
+use protocol::record::rate::{Allowance, Rates};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
+use super::provider::Place;
 use super::stream;
+use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
 use crate::net::swarm::Network;
 
-/// Questions that are answered at a time: one takes a ranking.
-const STREAMS_MAX: usize = 16;
+/// Questions that are answered at a time, of all peers and of one.
+const STREAMS_MAX: usize = 32;
+const STREAMS_PER_PEER_MAX: usize = 2;
+/// Questions that one peer may ask: each takes a ranking.
+const OF_PEER: Allowance = Allowance { burst: 20, per_second: 1 };
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Answers what peers ask, until the network ends.
@@ -26,28 +32,40 @@ pub(crate) fn start(network: &Network, answer: impl Fn(&Query) -> QueryAnswer + 
     let accepted = network.streams.clone().accept(StreamProtocol::new(QUERY_PROTOCOL));
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
     let (answer, room) = (Arc::new(answer), Arc::new(Semaphore::new(STREAMS_MAX)));
+    let (streams_of, rates) = (Arc::default(), Arc::new(Mutex::new(Rates::new(OF_PEER))));
     tokio::spawn(async move {
         while let Some((peer, stream)) = incoming.next().await {
             let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
                 warn!(%peer, "refused a question: {STREAMS_MAX} are being answered");
                 continue;
             };
-            let answer = Arc::clone(&answer);
+            let Some(place) = Place::take(&streams_of, peer, STREAMS_PER_PEER_MAX) else {
+                warn!(%peer, "refused a question: the peer asks {STREAMS_PER_PEER_MAX} already");
+                continue;
+            };
+            let (answer, rates) = (Arc::clone(&answer), Arc::clone(&rates));
             tokio::spawn(async move {
-                let end = serve(stream, &answer).await;
+                let end = serve(stream, &answer, || rates.lock().unwrap_or_else(PoisonError::into_inner).take(now_ms(), peer)).await;
                 debug!(%peer, reason = ?end.err(), "query stream ended");
-                drop(permit);
+                drop((permit, place));
             });
         }
     });
     Ok(())
 }
 
-async fn serve<F: Fn(&Query) -> QueryAnswer + Send + Sync + 'static>(mut stream: Stream, answer: &Arc<F>) -> io::Result<()> {
+async fn serve<F: Fn(&Query) -> QueryAnswer + Send + Sync + 'static>(
+    mut stream: Stream,
+    answer: &Arc<F>,
+    may_ask: impl Fn() -> bool,
+) -> io::Result<()> {
     timeout(IDLE_TIMEOUT, write(&mut stream, &[STREAM_ACK])).await??;
     loop {
         let body = timeout(IDLE_TIMEOUT, read(&mut stream, QUERY_BYTES_MAX)).await??;
         let query = Query::from_body(&body).map_err(io::Error::other)?;
+        if !may_ask() {
+            return Err(io::Error::other("it asks too much"));
+        }
         let answer = Arc::clone(answer);
         let answered = tokio::task::spawn_blocking(move || answer(&query)).await.map_err(io::Error::other)?;
         timeout(IDLE_TIMEOUT, write(&mut stream, &answered.to_frame())).await??;

@@ -154,6 +154,7 @@ pub(crate) struct Network {
 
 enum Command {
     Drop(PeerId),
+    Admit(PeerId),
     LookFor(ModelId, oneshot::Sender<()>),
     Tell(RecordKind, Vec<u8>),
 }
@@ -198,6 +199,7 @@ impl Network {
             relaying,
             mdns,
             records: records.clone(),
+            noisy: HashMap::new(),
         };
         task.shut_out_unwelcome();
         peers.iter().for_each(|address| task.want(address));
@@ -228,6 +230,11 @@ impl Network {
         let _ = self.commands.send(Command::Drop(peer)).await;
     }
 
+    /// Lets a peer in again that was kept away.
+    pub(crate) async fn admit(&self, peer: PeerId) {
+        let _ = self.commands.send(Command::Admit(peer)).await;
+    }
+
     /// Tells hosts a record of this node's own.
     pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) {
         let _ = self.commands.send(Command::Tell(kind, bytes)).await;
@@ -256,6 +263,8 @@ pub(super) struct SwarmTask {
     pub(super) relaying: Relaying,
     mdns: bool,
     pub(super) records: SharedRecords,
+    /// Peers whose gossip is not heard until then.
+    pub(super) noisy: HashMap<PeerId, Instant>,
 }
 
 /// A peer that the user named: dialled until it answers, and again when it is lost.
@@ -319,6 +328,7 @@ impl SwarmTask {
                 event = self.swarm.select_next_some() => self.on_event(event),
                 command = commands.recv() => match command {
                     Some(Command::Drop(peer)) => self.drop_peer(peer),
+                    Some(Command::Admit(peer)) => self.admit(peer),
                     Some(Command::Tell(kind, bytes)) => self.tell_record(kind, bytes),
                     Some(Command::LookFor(model, begun)) => {
                         self.look_for(model);
@@ -341,6 +351,7 @@ impl SwarmTask {
         self.find(now);
         self.relay(now);
         self.give_up_punching(now);
+        self.forgive_noisy(now);
         self.known.may_discover = self.mdns || self.is_dialling_book() || self.is_finding(now);
         self.publish.send_if_modified(|published| {
             let changed = *published != self.known;
@@ -352,7 +363,7 @@ impl SwarmTask {
     }
 
     fn is_busy(&self) -> bool {
-        self.is_dialling_book() || self.finder.is_busy() || self.relaying.is_busy()
+        self.is_dialling_book() || self.finder.is_busy() || self.relaying.is_busy() || !self.noisy.is_empty()
     }
 
     fn is_dialling_book(&self) -> bool {
@@ -361,6 +372,9 @@ impl SwarmTask {
 
     fn want(&mut self, address: &Multiaddr) {
         let peer = peer_of(address);
+        if peer.is_some_and(|peer| self.known.dropped.contains(&peer)) {
+            return; // it was shown the door
+        }
         self.known.awaited.insert(address.clone(), None);
         self.wanted.insert(address.clone(), Wanted { peer, redial_at: None, pause: REDIAL_FIRST });
         self.dial(DialOpts::unknown_peer_id().address(address.clone()).build(), Dial::Wanted(address.clone()));
@@ -570,6 +584,11 @@ impl SwarmTask {
     fn shut_out_unwelcome(&mut self) {
         let unwelcome: Vec<_> = self.records.lock().unwelcome(now_ms()).into_iter().filter_map(peer_id).collect();
         unwelcome.into_iter().for_each(|peer| self.drop_peer(peer));
+    }
+
+    fn admit(&mut self, peer: PeerId) {
+        self.swarm.behaviour_mut().blocked.unblock_peer(peer);
+        self.known.dropped.remove(&peer);
     }
 
     fn drop_peer(&mut self, peer: PeerId) {

@@ -20,7 +20,7 @@ use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tracing::{debug, warn};
 
 use crate::clock::now_ms;
-use crate::net::provider::{Place, Provider};
+use crate::net::provider::{Place, Provider, STREAMS_PER_PEER_MAX};
 use crate::net::swarm::Peers;
 
 const STREAMS_MAX: usize = 256;
@@ -124,7 +124,7 @@ impl Serving {
         if self.streams.len() >= STREAMS_MAX {
             return warn!(%peer, "refused a stream: {STREAMS_MAX} are open");
         }
-        let Some(place) = Place::take(&self.provider.streams_of, peer) else {
+        let Some(place) = Place::take(&self.provider.streams_of, peer, STREAMS_PER_PEER_MAX) else {
             return warn!(%peer, "refused a stream: the peer has too many");
         };
         self.next_stream += 1;

@@ -86,6 +86,10 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                     self.actions.push(Action::Listed { hashes });
                 }
             }
+            Err(_) if wanted.unsure => {
+                wanted.refused.insert(peer);
+                self.order_one(hash);
+            }
             Err(_) => self.blame(peer, Fault::WrongHashes { hash }),
         }
     }
@@ -104,6 +108,10 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let Asked { hash, group, length, .. } = asked;
         if bytes.length() != length {
             self.release(peer, asked);
+            if let Some(wanted) = self.wanted.get_mut(&hash).filter(|wanted| wanted.unsure) {
+                wanted.refused.insert(peer);
+                return self.order_one(hash);
+            }
             return self.blame(peer, Fault::WrongLength { hash, group, length: bytes.length(), expected: length });
         }
         let Some(wanted) = self.wanted.get_mut(&hash) else { return };

@@ -86,6 +86,11 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             Event::Follow { model, blobs } => self.follow(model, blobs),
             Event::Want { blob, urgency } => self.want(blob, urgency),
             Event::Prepared { hash, hashes, here } => self.prepared(hash, hashes, &here),
+            Event::Unsure { hash } => {
+                if let Some(wanted) = self.wanted.get_mut(&hash) {
+                    wanted.unsure = true;
+                }
+            }
             Event::Unwant { hash } => self.unwant(hash),
             Event::UnwantAll => self.unwant_all(),
             Event::Received { peer, message } => self.received(now_ms, peer, message),

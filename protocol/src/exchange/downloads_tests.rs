@@ -40,6 +40,39 @@ fn send(machine: &mut Machine, now_ms: u64, peer: u8, id: u32) -> Actions {
     machine.handle(now_ms, Event::Received { peer, message: FromProvider::Group { id, bytes: vec![7; GROUP_BYTES as usize] } })
 }
 
+/// Somebody says that an honest peer's blob has another length: nobody is blamed, and the peer is not asked again.
+#[test]
+fn a_length_that_is_hearsay_names_no_liar() {
+    for length in [10, GROUP_BYTES + 1, 3 * GROUP_BYTES] {
+        let mut machine = Downloads::<u8, Vec<u8>>::new(1);
+        let bytes: Vec<u8> = (0..2 * GROUP_BYTES).map(|i| i as u8).collect();
+        let truth = GroupHashes::of(&bytes);
+        let told = crate::hash::BlobRef { hash: truth.blob().hash, length };
+        machine.handle(0, Event::PeerUp { peer: 1, requests_max: 100 });
+        let mut actions = machine.handle(0, Event::Want { blob: told, urgency: Urgency::Now });
+        actions.extend(machine.handle(0, Event::Unsure { hash: told.hash }));
+        actions.extend(machine.handle(0, Event::Prepared { hash: told.hash, hashes: None, here: Vec::new() }));
+        let mut asked = 0;
+        while let Some(action) = actions.pop() {
+            let Action::Send { message, .. } = action else {
+                assert!(!matches!(action, Action::Blame { .. } | Action::Complete { .. }), "{action:?}");
+                continue;
+            };
+            asked += 1;
+            let message = match message {
+                ToProvider::Hashes { id, .. } => FromProvider::Hashes { id, hashes: truth.hashes().to_vec() },
+                ToProvider::Group { id, group, .. } if u64::from(group) * GROUP_BYTES < bytes.len() as u64 => {
+                    FromProvider::Group { id, bytes: bytes[(u64::from(group) * GROUP_BYTES) as usize..][..GROUP_BYTES as usize].to_vec() }
+                }
+                ToProvider::Group { id, .. } => FromProvider::NotHave { id },
+                _ => continue,
+            };
+            actions.extend(machine.handle(1, Event::Received { peer: 1, message }));
+        }
+        assert!((1..10).contains(&asked) && machine.lacks(&1, &told.hash), "{length}: {asked}");
+    }
+}
+
 #[test]
 fn a_resumed_blob_asks_only_for_what_is_missing() {
     let blob = groups(6);

@@ -48,6 +48,11 @@ pub enum Event<P, B> {
         /// Groups that are here already, verified.
         here: Vec<u32>,
     },
+    /// The length of a blob that is wanted is hearsay: who sends another length does not have it, and has done nothing wrong.
+    Unsure {
+        /// Which.
+        hash: ContentHash,
+    },
     /// A blob is wanted no more.
     Unwant {
         /// Which.

@@ -81,4 +81,4 @@ impl Draws {
 #[cfg(test)]
 mod downloads_tests;
 #[cfg(test)]
-mod sim;
+pub(crate) mod sim;

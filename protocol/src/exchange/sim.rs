@@ -17,6 +17,8 @@ use super::wire::{FromProvider, ToProvider};
 use super::{Draws, Payload, Urgency};
 use crate::group_hashes::{GROUP_BYTES, GroupHashes, group_length};
 use crate::hash::{ContentHash, ModelId};
+use crate::identity::NodeId;
+use crate::trust::{Facet, Outcome, TrustBook};
 
 type Node = u32;
 
@@ -145,6 +147,8 @@ struct State {
     listed: BTreeSet<ContentHash>,
     complete: BTreeSet<ContentHash>,
     done_ms: Option<u64>,
+    /// What it has seen of the others.
+    trust: TrustBook,
 }
 
 /// What a network is like.
@@ -205,6 +209,7 @@ impl Sim {
                 listed: BTreeSet::new(),
                 complete: if all { model().blobs.iter().map(|groups| groups.blob().hash).collect() } else { BTreeSet::new() },
                 done_ms: None,
+                trust: TrustBook::default(),
             }
         });
         let nodes = nodes.collect();
@@ -473,6 +478,7 @@ impl Sim {
                         let times = self.rights.entry((node, hash, check.group)).or_default();
                         *times += 1;
                         assert_eq!(*times, 1, "seed {}: node {node} fetched a verified group again", self.seed);
+                        self.observe(node, peer, Outcome::Good);
                         events::Event::Verified { peer, hash, serial, check }
                     } else {
                         events::Event::Wrong { peer, hash, serial, check }
@@ -491,10 +497,12 @@ impl Sim {
                             | (Lie::Unsolicited, Fault::Unsolicited)
                     );
                     assert!(matching, "seed {}: {lie:?} was found to be {fault}", self.seed);
+                    self.observe(node, peer, Outcome::WrongBytes);
                     self.links.remove(&(node, peer));
                     self.ask(peer, upload_events::Event::PeerDown { peer: node });
                 }
                 Action::HangUp { peer } => {
+                    self.observe(node, peer, Outcome::TimedOut);
                     if self.links.remove(&(node, peer)).is_some() {
                         self.ask(peer, upload_events::Event::PeerDown { peer: node });
                         let again_ms = self.now_ms + 1000;
@@ -503,6 +511,10 @@ impl Sim {
                 }
             }
         }
+    }
+
+    fn observe(&mut self, node: Node, peer: Node, outcome: Outcome) {
+        self.nodes[node as usize].trust.observe(self.now_ms, key(peer), Facet::Bytes, outcome);
     }
 
     fn complete(&mut self, node: Node, hash: ContentHash) {
@@ -596,6 +608,17 @@ impl Sim {
             self.at(out_ms, Happening::Out { node, to: peer, link, bytes });
         }
     }
+}
+
+/// A node's key.
+pub(crate) fn key(node: Node) -> NodeId {
+    NodeId::from_bytes(*ContentHash::of(&node.to_le_bytes()).as_bytes())
+}
+
+/// What everybody has seen of the others, after a network of many has shared a model; and which of them are honest.
+pub(crate) fn seen(seed: u64, nodes: u32, liars_percent: u64) -> Vec<(TrustBook, bool)> {
+    let plan = Plan { nodes, neighbours: 16, liars_percent, churn_percent: 20, loss_ppm: 100, latency_ms_max: 60 };
+    run(seed, plan).nodes.into_iter().map(|state| (state.trust, state.lie == Lie::None)).collect()
 }
 
 /// A network for a seed: small or middling, calm or rough.

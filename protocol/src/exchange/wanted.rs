@@ -43,6 +43,8 @@ pub(super) struct Wanted<P> {
     pub(super) left: u32, // groups that are not here
     /// Peers that do not have it, whatever they said before.
     pub(super) refused: BTreeSet<P>,
+    /// Its length is what somebody said who does not have to know.
+    pub(super) unsure: bool,
     pub(super) draw: u64, // between blobs that are equally rare
     /// Where it stands in the order of what to ask for.
     pub(super) placed: Option<Place>,
@@ -63,6 +65,7 @@ impl<P: Copy + Ord> Wanted<P> {
             groups: vec![Group::Missing; count as usize],
             left: count,
             refused: BTreeSet::new(),
+            unsure: false,
             draw,
             placed: None,
         })

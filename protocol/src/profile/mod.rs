@@ -13,7 +13,7 @@ use crate::manifest::ExpertSlot;
 use crate::record::is_domain_name;
 
 /// Most bytes of an encoded body.
-pub const BODY_BYTES_MAX: usize = 4 << 20;
+pub const BODY_BYTES_MAX: usize = 8 << 20;
 /// Most domains of a body.
 pub const DOMAINS_MAX: usize = 16;
 /// Most experts that are named as used together with one.

@@ -11,6 +11,13 @@ use crate::identity::NodeId;
 pub const EVIDENCE_MAX: usize = 16;
 const DAY_MS: u64 = 86_400_000;
 
+/// How often a node tells what it has seen of others, in a network of so many nodes: seldom where many do.
+pub fn attest_every_ms(nodes: usize) -> u64 {
+    const MIN_MS: u64 = 10 * 60_000;
+    const NODES_AT_MIN: u64 = 10;
+    (MIN_MS * nodes as u64 / NODES_AT_MIN).clamp(MIN_MS, DAY_MS / 2)
+}
+
 /// In what a peer is trusted: good work in one says nothing of another.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]

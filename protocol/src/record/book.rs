@@ -25,8 +25,8 @@ pub struct RecordBook {
     attestations: Shelf<(NodeId, Facet), Attestation>,
     nodes: Shelf<(), NodeRecord>,
     parked: BTreeMap<(NodeId, ModelId), Verified<ProfileHead>>,
-    /// Nodes that have said two things under one sequence number.
-    equivocators: BTreeSet<NodeId>,
+    /// Who has attested what of whom: raters by subject and facet.
+    raters: BTreeMap<(NodeId, Facet), BTreeSet<NodeId>>,
 }
 
 /// What is known here, for heads: others wait.
@@ -48,21 +48,25 @@ impl RecordBook {
             self.park(head);
             return Err(Refused::Unknown);
         }
-        let taken = self.heads.take(about, head, HEADS_MAX, standing);
-        self.note(taken)
+        self.heads.take(about, head, HEADS_MAX, standing)
     }
 
     /// Takes in an attestation: check 10.
     pub fn take_attestation(&mut self, attestation: Verified<Attestation>, standing: Standing<'_>) -> Result<(), Refused> {
-        let about = (attestation.record().subject, attestation.record().facet);
-        let taken = self.attestations.take(about, attestation, ATTESTATIONS_MAX, standing);
-        self.note(taken)
+        let (about, rater) = ((attestation.record().subject, attestation.record().facet), attestation.node());
+        let crowded = self.attestations.count >= ATTESTATIONS_MAX;
+        self.attestations.take(about, attestation, ATTESTATIONS_MAX, standing)?;
+        if crowded {
+            self.index(); // somebody had to go
+        } else {
+            self.raters.entry(about).or_default().insert(rater);
+        }
+        Ok(())
     }
 
     /// Takes in a node record: check 10.
     pub fn take_node(&mut self, node: Verified<NodeRecord>, standing: Standing<'_>) -> Result<(), Refused> {
-        let taken = self.nodes.take((), node, NODES_MAX, standing);
-        self.note(taken)
+        self.nodes.take((), node, NODES_MAX, standing)
     }
 
     /// Forgets what no longer holds, once nothing older by the same node can hold either.
@@ -71,6 +75,16 @@ impl RecordBook {
         self.attestations.expire(now_ms);
         self.nodes.expire(now_ms);
         self.parked.retain(|_, head| is_current(head, now_ms));
+        self.index();
+    }
+
+    fn index(&mut self) {
+        self.raters.clear();
+        for (rater, theirs) in &self.attestations.by_node {
+            for about in theirs.keys() {
+                self.raters.entry(*about).or_default().insert(*rater);
+            }
+        }
     }
 
     /// Heads that waited and whose model and probe set are known now.
@@ -95,15 +109,35 @@ impl RecordBook {
         self.nodes.records().filter(move |node| is_current(node, now_ms))
     }
 
-    /// Nodes that have said two things under one sequence number.
-    pub fn equivocators(&self) -> &BTreeSet<NodeId> {
-        &self.equivocators
+    /// What is attested of a node in a facet, each with how many nodes its issuer calls good in it.
+    pub fn attestations_about(&self, now_ms: u64, subject: &NodeId, facet: Facet) -> impl Iterator<Item = (&Verified<Attestation>, u32)> {
+        let raters = self.raters.get(&(*subject, facet)).into_iter().flatten();
+        let theirs = raters.filter_map(|rater| self.attestations.by_node.get(rater));
+        let about = (*subject, facet);
+        theirs.filter_map(move |theirs| Some((theirs.get(&about).filter(|one| is_current(one, now_ms))?, vouched_for(theirs, facet))))
     }
 
-    /// Everything that is kept, as it came: with those that were taken back, whose older forms must not return.
-    pub fn all_bytes(&self) -> impl Iterator<Item = &[u8]> {
-        let (heads, nodes) = (self.heads.records().map(Verified::as_bytes), self.nodes.records().map(Verified::as_bytes));
-        heads.chain(self.attestations.records().map(Verified::as_bytes)).chain(nodes)
+    /// A node's record of itself, whether it holds now or not.
+    pub fn node(&self, node: &NodeId) -> Option<&Verified<NodeRecord>> {
+        self.nodes.by_node.get(node)?.get(&())
+    }
+
+    /// Whether anything that a node has signed is kept.
+    pub fn knows(&self, node: &NodeId) -> bool {
+        self.nodes.by_node.contains_key(node) || self.heads.by_node.contains_key(node) || self.attestations.by_node.contains_key(node)
+    }
+
+    /// All whose records are kept.
+    pub fn signers(&self) -> BTreeSet<NodeId> {
+        self.nodes.by_node.keys().chain(self.heads.by_node.keys()).chain(self.attestations.by_node.keys()).copied().collect()
+    }
+
+    /// Everything that is kept of a node, as it came: with what was taken back, whose older forms must not return.
+    pub fn bytes_of(&self, node: &NodeId) -> impl Iterator<Item = &[u8]> {
+        let nodes = self.nodes.by_node.get(node).into_iter().flat_map(BTreeMap::values).map(Verified::as_bytes);
+        let heads = self.heads.by_node.get(node).into_iter().flat_map(BTreeMap::values).map(Verified::as_bytes);
+        let attestations = self.attestations.by_node.get(node).into_iter().flat_map(BTreeMap::values).map(Verified::as_bytes);
+        nodes.chain(heads).chain(attestations)
     }
 
     fn park(&mut self, head: Verified<ProfileHead>) {
@@ -113,22 +147,17 @@ impl RecordBook {
             self.parked.insert(about, head);
         }
     }
+}
 
-    fn note(&mut self, taken: Result<(), (Refused, NodeId)>) -> Result<(), Refused> {
-        taken.map_err(|(refused, node)| {
-            if refused == Refused::Equivocation {
-                self.equivocators.insert(node);
-            }
-            refused
-        })
-    }
+fn vouched_for(attestations: &BTreeMap<(NodeId, Facet), Verified<Attestation>>, facet: Facet) -> u32 {
+    attestations.iter().filter(|((_, of), one)| *of == facet && one.record().good > 0).count() as u32
 }
 
 /// Check 10: whether a sequence number is above the one that is known.
-pub(super) fn is_newer(known: u64, new: u64, same_bytes: bool) -> Result<(), Refused> {
+pub(super) fn is_newer(node: NodeId, known: u64, new: u64, same_bytes: bool) -> Result<(), Refused> {
     match new.cmp(&known) {
         Ordering::Greater => Ok(()),
-        Ordering::Equal if !same_bytes => Err(Refused::Equivocation),
+        Ordering::Equal if !same_bytes => Err(Refused::Equivocation(node)),
         Ordering::Equal | Ordering::Less => Err(Refused::Seq),
     }
 }
@@ -151,18 +180,18 @@ impl<A, R> Default for Shelf<A, R> {
 }
 
 impl<A: Ord + Copy, R: Record> Shelf<A, R> {
-    fn take(&mut self, about: A, record: Verified<R>, most: usize, standing: Standing<'_>) -> Result<(), (Refused, NodeId)> {
+    fn take(&mut self, about: A, record: Verified<R>, most: usize, standing: Standing<'_>) -> Result<(), Refused> {
         let node = record.node();
         let theirs = self.by_node.get(&node);
         if let Some(known) = theirs.and_then(|theirs| theirs.get(&about)) {
             let (old, new) = (known.record().head().seq, record.record().head().seq);
-            is_newer(old, new, known.as_bytes() == record.as_bytes()).map_err(|refused| (refused, node))?;
+            is_newer(node, old, new, known.as_bytes() == record.as_bytes())?;
         } else {
             if theirs.is_some_and(|theirs| theirs.len() >= PER_NODE_MAX) {
-                return Err((Refused::Full, node));
+                return Err(Refused::Full);
             }
             if self.count >= most {
-                self.make_room(&node, standing).map_err(|refused| (refused, node))?;
+                self.make_room(&node, standing)?;
             }
             self.count += 1;
         }

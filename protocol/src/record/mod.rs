@@ -12,7 +12,7 @@ pub mod rate;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-pub use self::attestation::{Attestation, EVIDENCE_MAX, Facet};
+pub use self::attestation::{Attestation, EVIDENCE_MAX, Facet, attest_every_ms};
 pub use self::node_record::{ADDRESSES_MAX, MODELS_MAX, NodeRecord};
 pub use self::profile_head::{DomainSummary, ProfileHead, SUMMARY_DOMAINS_MAX, is_domain_name};
 use crate::envelope::{Domain, EnvelopeError, SignedEnvelope};
@@ -96,8 +96,8 @@ pub enum Refused {
     #[error("record is not newer than what is known")]
     Seq,
     /// The same sequence number as what is known, and other bytes: the signer says two things.
-    #[error("signer has said something else under the same sequence number")]
-    Equivocation,
+    #[error("{0} has said something else under the same sequence number")]
+    Equivocation(NodeId),
     /// About a model or by probes that are not known here.
     #[error("record is about a model or by probes that are not known here")]
     Unknown,
@@ -111,7 +111,7 @@ impl Refused {
     pub fn is_forgery(self) -> bool {
         match self {
             Self::Length | Self::Envelope(_) | Self::Decode | Self::NotCanonical | Self::Signer => true,
-            Self::Rate | Self::Version(_) | Self::Times | Self::Seq | Self::Equivocation | Self::Unknown | Self::Full => false,
+            Self::Rate | Self::Version(_) | Self::Times | Self::Seq | Self::Equivocation(_) | Self::Unknown | Self::Full => false,
         }
     }
 }

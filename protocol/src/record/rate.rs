@@ -75,7 +75,7 @@ mod tests {
         assert!(rates.take(1000, 'b'), "each has its own");
         assert!(!rates.take(1499, 'a') && rates.take(1500, 'a'));
         assert_eq!((0..100).filter(|i| rates.take(2000 + i * 100, 'a')).count(), 20);
-        assert!(!rates.take(0, 'a') && !rates.take(u64::MAX - 1, 'c').then_some(()).is_none(), "clocks may jump");
+        assert!(!rates.take(0, 'a') && rates.take(u64::MAX - 1, 'c'), "clocks may jump");
     }
 
     #[test]

@@ -12,6 +12,8 @@ pub const PEERS_MAX: usize = 4096;
 pub const RATER_GOOD_MAX: f64 = 2.0;
 /// … and what all raters together do.
 pub const HEARSAY_MAX: f64 = 5.0;
+/// Who vouches for more than so many is believed the less of each: fronts vouch for crowds.
+pub const SUBJECTS_FULL: u32 = 16;
 
 /// What the user has decided about a peer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -38,6 +40,8 @@ pub struct Voice {
     pub good: u32,
     /// … and times that it was not.
     pub bad: u32,
+    /// Peers of whom the rater says that they were good at it.
+    pub subjects: u32,
     /// Raters of the same operator or neighbourhood count once.
     pub kin: u64,
 }
@@ -65,6 +69,17 @@ impl TrustBook {
             let weight = |tally: &Tally| tally.at(now_ms).good + tally.at(now_ms).bad;
             let least = self.tallies.iter().min_by(|a, b| weight(a.1).total_cmp(&weight(b.1))).map(|(about, _)| *about);
             least.and_then(|about| self.tallies.remove(&about));
+        }
+    }
+
+    /// Notes the same several times.
+    pub fn observe_often(&mut self, now_ms: u64, peer: NodeId, facet: Facet, outcome: Outcome, times: u32) {
+        // More than the cap of good work adds nothing but to the count of what was seen.
+        let each = times.min(super::tally::GOOD_MAX as u32 + 1);
+        (0..each).for_each(|_| self.observe(now_ms, peer, facet, outcome));
+        if let Some(tally) = self.tallies.get_mut(&(peer, facet)) {
+            let seen = if outcome == Outcome::Good { &mut tally.seen.0 } else { &mut tally.seen.1 };
+            *seen = seen.saturating_add(times - each);
         }
     }
 
@@ -114,7 +129,8 @@ impl TrustBook {
                 continue;
             }
             let (good, bad) = (f64::from(voice.good), f64::from(voice.bad));
-            let adds = rater * rater * good * (RATER_GOOD_MAX / (good + bad).max(1.0)).min(1.0);
+            let diluted = f64::from(SUBJECTS_FULL) / f64::from(voice.subjects.max(SUBJECTS_FULL));
+            let adds = rater * rater * good * (RATER_GOOD_MAX / (good + bad).max(1.0)).min(1.0) * diluted;
             let heard = by_kin.entry(voice.kin).or_insert((*voice, adds));
             if adds > heard.1 {
                 *heard = (*voice, adds);

@@ -4,7 +4,7 @@
 //! use to who has spoilt his old one. Good work is forgotten faster than bad, and is capped, so that nobody can save up for a lie.
 
 /// What was seen of a piece of work. Only what was verified is any of these.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub enum Outcome {
     /// It was right.
     Good,
@@ -25,6 +25,11 @@ impl Outcome {
             Self::WrongBytes => 2.0,
             Self::WrongResult => 10.0,
         }
+    }
+
+    /// Whether it proves that something was wrong, and not just late.
+    pub const fn is_proof(self) -> bool {
+        matches!(self, Self::WrongBytes | Self::WrongResult)
     }
 }
 
@@ -72,7 +77,7 @@ impl Tally {
             self.seen.0 = self.seen.0.saturating_add(1);
         } else {
             self.bad += outcome.penalty();
-            if outcome != Outcome::TimedOut {
+            if outcome.is_proof() {
                 self.wrong += outcome.penalty();
             }
             self.seen.1 = self.seen.1.saturating_add(1);
