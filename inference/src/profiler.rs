@@ -20,7 +20,7 @@ pub const PROBE_TOKENS_MAX: usize = 512;
 /// Trials that an expert has in a domain at a time.
 const TRIALS_AT_ONCE: u32 = 8;
 /// Pairs of expert and domain that are tried at a time.
-const PAIRS_AT_ONCE: usize = 256;
+const PAIRS_AT_ONCE: usize = 128;
 /// After so many trials in a domain an expert has had enough.
 pub const TRIALS_MAX: u32 = 256;
 
@@ -214,11 +214,7 @@ impl Profiler {
                 }
             }
         }
-        for tokens in &mut tokens_of {
-            // Tokens of one probe are alike: each next one is from anywhere.
-            tokens.sort_unstable_by_key(|&(probe, token)| (scatter(u64::from(probe) << 32 | u64::from(token)), probe, token));
-        }
-        self.tokens_of[domain] = tokens_of;
+        self.tokens_of[domain] = tokens_of.into_iter().map(spread).collect();
     }
 
     /// Counts which experts are used together.
@@ -346,10 +342,39 @@ impl Profiler {
     }
 }
 
+/// Puts tokens, which come probe by probe, in the order in which an expert is tried on them: one of each probe, then another of each, since tokens of
+/// one probe are alike. All experts of a domain meet the same probes first, so that a probe is read for many trials.
+fn spread(mut tokens: Vec<(u32, u32)>) -> Vec<(u32, u32)> {
+    tokens.sort_unstable_by_key(|&(probe, token)| (probe, scatter(u64::from(probe) << 32 | u64::from(token)), token));
+    let of_probes = tokens.chunk_by(|a, b| a.0 == b.0).flat_map(|of_probe| of_probe.iter().enumerate());
+    let mut order: Vec<_> = of_probes.map(|(turn, &(probe, token))| (turn, scatter(u64::from(probe)), probe, token)).collect();
+    order.sort_unstable();
+    order.into_iter().map(|(.., probe, token)| (probe, token)).collect()
+}
+
 /// Sebastiano Vigna's splitmix64, one step: an order that has nothing to do with the numbers.
 fn scatter(number: u64) -> u64 {
     let z = number.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn trials_go_from_probe_to_probe() {
+        let tokens: Vec<_> = (0..5).flat_map(|probe| (0..3 + probe).map(move |token| (probe, token))).collect();
+        let order = spread(tokens.clone());
+        for turn in 0..3 {
+            let probes: std::collections::BTreeSet<_> = order[5 * turn..5 * turn + 5].iter().map(|(probe, _)| *probe).collect();
+            assert_eq!(probes.len(), 5, "turn {turn}");
+        }
+        let mut sorted = order.clone();
+        sorted.sort_unstable();
+        assert_eq!(sorted, tokens);
+        assert_ne!(order[0].0, 0, "an order that has nothing to do with the numbers");
+    }
 }

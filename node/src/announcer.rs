@@ -32,6 +32,8 @@ const RENEW_AFTER_MS: u64 = 12 * 3_600_000;
 const CATCH_UP_EVERY_MS: u64 = 10 * 60_000;
 /// Attestations that are told at a time: those who hear them allow a burst.
 const ATTESTATIONS_AT_ONCE: usize = 32;
+/// Records that wait for somebody to hear them.
+const UNTOLD_MAX: usize = 64;
 /// How often the records are written down.
 const SAVE_EVERY_MS: u64 = 60_000;
 
@@ -55,6 +57,8 @@ struct Said {
     attested_ms: Option<u64>,
     attestations: BTreeMap<(NodeId, Facet), ((u32, u32), u64)>,
     saved_ms: u64,
+    /// What nobody was there to hear yet.
+    untold: Vec<(RecordKind, Vec<u8>)>,
     /// Who was asked what it holds, and when.
     asked: BTreeMap<PeerId, u64>,
 }
@@ -107,6 +111,9 @@ impl Announcer {
     async fn say(&self, said: &mut Said) -> Result<(), Failure> {
         let now_ms = now_ms();
         self.heed_rulings().await?;
+        for (kind, bytes) in std::mem::take(&mut said.untold) {
+            self.tell(kind, bytes, said).await;
+        }
         self.say_node(now_ms, said).await?;
         self.say_profiles(now_ms, said).await?;
         self.attest(now_ms, said).await?;
@@ -158,7 +165,7 @@ impl Announcer {
             models,
         };
         said.node = Some((now_ms, addresses));
-        self.tell(RecordKind::Node, Verified::seal(&self.key, record).as_bytes()).await;
+        self.say_one(RecordKind::Node, &Verified::seal(&self.key, record), said).await;
         Ok(())
     }
 
@@ -170,7 +177,7 @@ impl Announcer {
             }
             let head = self.next_head(now_ms, ProfileHead::LIFE_MS_MAX)?;
             said.profiles.insert(model, (now_ms, profile));
-            self.tell(RecordKind::Profile, Verified::seal(&self.key, profile_head(head, &profile, body)).as_bytes()).await;
+            self.say_one(RecordKind::Profile, &Verified::seal(&self.key, profile_head(head, &profile, body)), said).await;
         }
         Ok(())
     }
@@ -202,7 +209,7 @@ impl Announcer {
             let head = self.next_head(now_ms, Attestation::LIFE_MS_MAX)?;
             let from_ms = now_ms.saturating_sub(Attestation::LIFE_MS_MAX);
             let attestation = Attestation { head, subject, facet, from_ms, until_ms: now_ms, good, bad, evidence: Vec::new() };
-            self.tell(RecordKind::Attestation, Verified::seal(&self.key, attestation).as_bytes()).await;
+            self.say_one(RecordKind::Attestation, &Verified::seal(&self.key, attestation), said).await;
             said.attestations.insert((subject, facet), ((good, bad), now_ms));
         }
         Ok(())
@@ -215,12 +222,20 @@ impl Announcer {
         Ok(head)
     }
 
-    async fn tell(&self, kind: RecordKind, bytes: &[u8]) {
+    /// Says something new.
+    async fn say_one<R: Record>(&self, kind: RecordKind, record: &Verified<R>, said: &mut Said) {
+        let bytes = record.as_bytes().to_vec();
         // Held like anybody's, so that whoever asks is told.
-        if let Err(refused) = self.network.records.lock().take_asked(now_ms(), kind, bytes.to_vec()) {
+        if let Err(refused) = self.network.records.lock().take_asked(now_ms(), kind, bytes.clone()) {
             warn!(?kind, %refused, "this node's own record is not held");
         }
-        self.network.tell_record(kind, bytes.to_vec()).await;
+        self.tell(kind, bytes, said).await;
+    }
+
+    async fn tell(&self, kind: RecordKind, bytes: Vec<u8>, said: &mut Said) {
+        if !self.network.tell_record(kind, bytes.clone()).await && said.untold.len() < UNTOLD_MAX {
+            said.untold.push((kind, bytes));
+        }
     }
 }
 

@@ -10,6 +10,7 @@
 //! profiles/       what was measured of models' experts (see `profiles`)
 //! records, trust, rulings, checked, seq
 //!                 what peers have signed, what was seen of them, what the user decided (see `records`)
+//! usage/          how often experts were used
 //! store/          blobs and their index
 //! lock            held by the process that uses all this
 //! ```

@@ -15,6 +15,7 @@ mod peer_book;
 mod probes;
 mod profiles;
 mod records;
+mod usage;
 
 use std::process::ExitCode;
 

@@ -472,7 +472,7 @@ fn parse_tally(line: &str) -> Option<(NodeId, Facet, Tally)> {
     Some((peer.parse().ok()?, facet, tally))
 }
 
-/// The peer that a user means: a key, or a libp2p id.
+/// The peer that a user means: a key, or a peer id.
 pub(crate) fn parse_peer(text: &str) -> Result<NodeId, Failure> {
     let by_id = || text.parse().ok().and_then(crate::net::address::node_id);
     text.parse().ok().or_else(by_id).ok_or_else(|| {

@@ -201,14 +201,15 @@ fn peers_that_die_stall_lie_and_come_back_change_no_token_and_hold_none_up_for_t
             &["--json", "run", &id],
             &prompt[..],
             &["--peer", &first.address, "--peer", &second.address, "--peer", &liar.address, "--peer", &silent.address],
-            &["--execute-at", "any", "--audit", "0.5", "--ram", "64MB", "--kernels", "scalar", "--threads", "1"],
+            &["--execute-at", "any", "--audit", "0.5", "--ram", "72MB", "--kernels", "scalar", "--threads", "1"],
         ]
         .concat(),
     );
     let child = std::thread::spawn(move || ended(command.stdin(Stdio::null())));
     let pause = |ms| std::thread::sleep(Duration::from_millis(ms));
     // Once the text is on its way.
-    (0..1000).find(|_| liar.asked.load(Ordering::Relaxed) > 0 || (pause(10), false).1).expect("the liar is asked");
+    let begun = (0..6000).any(|_| liar.asked.load(Ordering::Relaxed) > 0 || child.is_finished() || (pause(10), false).1);
+    assert!(begun && !child.is_finished(), "the liar is asked before the end: {}", child.join().expect("it ends").err);
     first.kill();
     pause(100);
     signal_process(second.pid(), "STOP");

@@ -144,8 +144,14 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
         ranking(&body, number).into_iter().filter(|one| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
     let shown = &rows[..rows.len().min(args.top)];
     let here = |one: &Ranked| open.store.contains(&found.manifest.experts[one.expert].hash);
+    let usage = open.dir.usage(found.id)?;
     if context.json {
-        let rows: Vec<_> = shown.iter().map(|one| row_json(slots[one.expert], one, here(one))).collect();
+        let row = |one: &Ranked| {
+            let mut row = row_json(slots[one.expert], one, here(one));
+            row["used_here"] = json!(usage.get(one.expert).copied().unwrap_or(0));
+            row
+        };
+        let rows: Vec<_> = shown.iter().map(row).collect();
         return print_json(&json!({
             "model": found.id.to_string(), "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.expert_precision.to_string(),
             "tested": rows.len(), "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,

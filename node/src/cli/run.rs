@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use clap::Args;
-use inference::activation_log::ActivationLog;
+use inference::activation_log::{ActivationLog, ENTRIES_DEFAULT};
 use inference::chat::Message;
 use inference::experts::ExpertUse;
 use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
@@ -57,8 +57,11 @@ pub(super) struct RunArgs {
     #[arg(long)]
     raw: bool,
     /// Write which experts are used to FILE, for `bench trace` and `plan`. It reveals much of the text: keep it to yourself
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "no_log")]
     trace: Option<PathBuf>,
+    /// Do not count which experts are used. The counts stay on this node
+    #[arg(long)]
+    no_log: bool,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -95,12 +98,16 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
     let request = request(&loaded, &prompt, args.max_tokens, sampling, defaults)?;
     let mut session = loaded.engine.session();
-    loaded.engine.log = args.trace.as_ref().map(|_| ActivationLog::default());
+    let entries =
+        args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.config.num_hidden_layers as usize);
+    loaded.engine.log = (!args.no_log).then(|| ActivationLog::new(entries));
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
-    if let (Some(path), Some(log)) = (&args.trace, loaded.engine.log.take()) {
-        let config = &found.manifest.config;
-        let trace = log.trace(config.num_hidden_layers, config.num_experts);
-        std::fs::write(path, trace.to_string()).map_err(|error| io_failure("write", path, &error))?;
+    if let Some(log) = loaded.engine.log.take() {
+        open.dir.add_usage(&found, &log)?;
+        if let Some(path) = &args.trace {
+            let trace = log.trace(found.manifest.config.num_hidden_layers, found.manifest.config.num_experts);
+            std::fs::write(path, trace.to_string()).map_err(|error| io_failure("write", path, &error))?;
+        }
     }
     if context.json {
         let mut json = answer.json(&loaded);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use libp2p::gossipsub::{
     ConfigBuilder, Event, IdentTopic, IdentityTransform, MessageAcceptance, MessageAuthenticity, MessageId, PeerScoreParams,
-    PeerScoreThresholds, TopicHash, TopicScoreParams, ValidationMode, WhitelistSubscriptionFilter,
+    PeerScoreThresholds, PublishError, TopicHash, TopicScoreParams, ValidationMode, WhitelistSubscriptionFilter,
 };
 use protocol::ContentHash;
 use tokio::time::Instant;
@@ -140,15 +140,21 @@ impl SwarmTask {
         }
     }
 
-    /// Tells a record of this node's own.
-    pub(super) fn tell_record(&mut self, of: RecordKind, bytes: Vec<u8>) {
-        let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() else { return };
+    /// Tells a record of this node's own; says whether anybody was there to hear it.
+    pub(super) fn tell_record(&mut self, of: RecordKind, bytes: Vec<u8>) -> bool {
+        let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() else { return true };
         let (length, peers) = (bytes.len() as u64, gossip.all_mesh_peers().count() as u64);
         match gossip.publish(topic(of), bytes) {
-            Ok(_) => self.records.lock().counts.bytes_out += length * peers,
-            // Whoever comes later asks for it.
-            Err(libp2p::gossipsub::PublishError::NoPeersSubscribedToTopic | libp2p::gossipsub::PublishError::Duplicate) => {}
-            Err(error) => warn!(%error, "a record is not told"),
+            Ok(_) => {
+                self.records.lock().counts.bytes_out += length * peers;
+                true
+            }
+            Err(PublishError::NoPeersSubscribedToTopic | PublishError::AllQueuesFull(_)) => false,
+            Err(PublishError::Duplicate) => true,
+            Err(error) => {
+                warn!(%error, "a record is not told");
+                true
+            }
         }
     }
 }

@@ -156,7 +156,7 @@ enum Command {
     Drop(PeerId),
     Admit(PeerId),
     LookFor(ModelId, oneshot::Sender<()>),
-    Tell(RecordKind, Vec<u8>),
+    Tell(RecordKind, Vec<u8>, oneshot::Sender<bool>),
 }
 
 impl Network {
@@ -235,9 +235,10 @@ impl Network {
         let _ = self.commands.send(Command::Admit(peer)).await;
     }
 
-    /// Tells hosts a record of this node's own.
-    pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) {
-        let _ = self.commands.send(Command::Tell(kind, bytes)).await;
+    /// Tells hosts a record of this node's own; says whether anybody was there to hear it.
+    pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) -> bool {
+        let (told, wait) = oneshot::channel();
+        self.commands.send(Command::Tell(kind, bytes, told)).await.is_ok() && wait.await.unwrap_or(false)
     }
 
     /// Begins to look for peers who have a model, by asking those who are connected. Once this returns, it has begun.
@@ -329,7 +330,7 @@ impl SwarmTask {
                 command = commands.recv() => match command {
                     Some(Command::Drop(peer)) => self.drop_peer(peer),
                     Some(Command::Admit(peer)) => self.admit(peer),
-                    Some(Command::Tell(kind, bytes)) => self.tell_record(kind, bytes),
+                    Some(Command::Tell(kind, bytes, told)) => drop(told.send(self.tell_record(kind, bytes))),
                     Some(Command::LookFor(model, begun)) => {
                         self.look_for(model);
                         self.look_around();

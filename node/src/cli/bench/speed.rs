@@ -1,6 +1,7 @@
 //! Prefill and decode against their limits: a token's bytes over the memory's speed, and its multiplications over the kernel's.
 
 use clap::Args;
+use inference::activation_log::ActivationLog;
 use inference::engine::{Engine, EngineOptions, Sequence};
 use inference::experts::ExpertUse;
 use inference::kernels::Kernels;
@@ -51,6 +52,9 @@ pub(in crate::cli) struct SpeedArgs {
     /// Let experts come from the disk as they are needed, instead of having them in memory first
     #[arg(long)]
     cold: bool,
+    /// Decode the same tokens with the activation log, too, in turns, and say what it costs
+    #[arg(long, conflicts_with = "cold")]
+    log: bool,
     #[command(flatten)]
     peers: PeerArgs,
     #[command(flatten)]
@@ -94,6 +98,12 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
             if args.decode > 0 {
                 for &batch in &args.batch {
                     let measured = decode(&mut engine, args, batch.into())?;
+                    let costs: Vec<_> = measured.iter().filter_map(DecodeRun::log_cost).collect();
+                    if !costs.is_empty() {
+                        let Median { median, min, max } = Median::of(costs);
+                        let [median, min, max] = [median, min, max].map(|cost| cost * 100.0);
+                        note(&format!("{}: the activation log costs {median:.2}% of the time ({min:.2} to {max:.2})", found.name));
+                    }
                     if let Some(last) = measured.last()
                         && last.hits() < 1.0
                     {
@@ -209,6 +219,8 @@ fn warm(engine: &mut Engine, args: &SpeedArgs) -> Result<(), Failure> {
 /// A decode: tokens a second, and what its experts cost.
 struct DecodeRun {
     speed: f64,
+    /// The same with the activation log, if that was asked for.
+    logged: Option<f64>,
     experts: ExpertUse,
 }
 
@@ -217,40 +229,65 @@ impl DecodeRun {
         self.experts.hits as f64 / self.experts.uses.max(1) as f64
     }
 
+    /// The share of the time that the activation log takes.
+    fn log_cost(&self) -> Option<f64> {
+        self.logged.map(|logged| 1.0 - logged / self.speed)
+    }
+
     fn json(&self) -> Value {
         let ExpertUse { bytes_read, foreseen, foreseen_used, .. } = self.experts;
-        json!({"tokens_per_second": self.speed, "hits": self.hits(), "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used})
+        json!({"tokens_per_second": self.speed, "logged": self.logged, "hits": self.hits(), "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used})
     }
 }
 
 fn decode(engine: &mut Engine, args: &SpeedArgs, batch: usize) -> Result<Vec<DecodeRun>, Failure> {
     let mut runs = Vec::new();
-    // What a run needs is in memory when it is measured: the same tokens have been decoded before.
-    let passes = if args.cold { 1 } else { 2 };
-    for (run, pass) in (0..args.runs as usize).flat_map(|run| (1..=passes).map(move |pass| (run, pass))) {
-        if pass == passes {
-            engine.experts().start_counting();
+    for run in 0..args.runs as usize {
+        // What a run needs is in memory when it is measured: the same tokens have been decoded before.
+        if !args.cold {
+            decode_once(engine, args, batch, run)?;
         }
-        let mut sessions: Vec<_> = (0..batch).map(|_| engine.session()).collect();
-        for (i, session) in sessions.iter_mut().enumerate() {
-            let before: Vec<_> = (0..args.depth.max(1)).map(|n| token(engine, n + 31 * i + 977 * run)).collect();
-            session.reserve(args.depth + args.decode);
-            engine.forward(session, &before)?;
+        // In turns, first the one and then the other.
+        let mut logged = None;
+        let log_first = args.log && run % 2 == 1;
+        if log_first {
+            logged = Some(decode_logged(engine, args, batch, run)?);
         }
-        let start = instant();
-        for step in 0..args.decode {
-            check_interrupted()?;
-            let next: Vec<_> = (0..batch).map(|i| token(engine, step + 77 * i + 977 * run)).collect();
-            let mut sequences: Vec<_> =
-                sessions.iter_mut().zip(&next).map(|(session, token)| Sequence { session, tokens: std::slice::from_ref(token) }).collect();
-            engine.decode(&mut sequences)?;
+        engine.experts().start_counting();
+        let speed = decode_once(engine, args, batch, run)?;
+        let experts = engine.experts().usage();
+        if args.log && !log_first {
+            logged = Some(decode_logged(engine, args, batch, run)?);
         }
-        if pass == passes {
-            let speed = (batch * args.decode) as f64 / (instant() - start).as_secs_f64();
-            runs.push(DecodeRun { speed, experts: engine.experts().usage() });
-        }
+        runs.push(DecodeRun { speed, logged, experts });
     }
     Ok(runs)
+}
+
+fn decode_logged(engine: &mut Engine, args: &SpeedArgs, batch: usize, run: usize) -> Result<f64, Failure> {
+    engine.log = Some(ActivationLog::default());
+    let speed = decode_once(engine, args, batch, run);
+    engine.log = None;
+    speed
+}
+
+/// Tokens a second.
+fn decode_once(engine: &mut Engine, args: &SpeedArgs, batch: usize, run: usize) -> Result<f64, Failure> {
+    let mut sessions: Vec<_> = (0..batch).map(|_| engine.session()).collect();
+    for (i, session) in sessions.iter_mut().enumerate() {
+        let before: Vec<_> = (0..args.depth.max(1)).map(|n| token(engine, n + 31 * i + 977 * run)).collect();
+        session.reserve(args.depth + args.decode);
+        engine.forward(session, &before)?;
+    }
+    let start = instant();
+    for step in 0..args.decode {
+        check_interrupted()?;
+        let next: Vec<_> = (0..batch).map(|i| token(engine, step + 77 * i + 977 * run)).collect();
+        let mut sequences: Vec<_> =
+            sessions.iter_mut().zip(&next).map(|(session, token)| Sequence { session, tokens: std::slice::from_ref(token) }).collect();
+        engine.decode(&mut sequences)?;
+    }
+    Ok((batch * args.decode) as f64 / (instant() - start).as_secs_f64())
 }
 
 fn prefill(engine: &mut Engine, args: &SpeedArgs) -> Result<Median, Failure> {
