@@ -1,5 +1,7 @@
 //! Which experts each token used, of the newest forward passes. Stays on this node: routing traces reveal text.
 
+use protocol::profile::Modality;
+
 use crate::cache_policy::Trace;
 use crate::router::Choice;
 
@@ -16,6 +18,17 @@ pub struct ActivationLog {
     /// Where the oldest entry is, once the log is full.
     oldest: usize,
     forgotten: u64,
+    /// What the tokens that come are of.
+    pub label: Label,
+}
+
+/// What tokens are of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Label {
+    /// The number of their domain in a probe set, where that is known.
+    pub domain: Option<u16>,
+    /// What they stand for.
+    pub modality: Modality,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +36,7 @@ struct Head {
     position: u32,
     token: u32,
     layer: u32,
+    label: Label,
 }
 
 /// One token's routing in one layer.
@@ -34,6 +48,8 @@ pub struct Activation<'a> {
     pub token: u32,
     /// The transformer layer.
     pub layer: u32,
+    /// What the token is of.
+    pub label: Label,
     /// Its experts, likeliest first.
     pub choices: &'a [Choice],
 }
@@ -47,7 +63,14 @@ impl Default for ActivationLog {
 impl ActivationLog {
     /// An empty log that keeps the newest `entries_max` entries.
     pub fn new(entries_max: usize) -> Self {
-        Self { entries_max: entries_max.max(1), heads: Vec::new(), choices: Vec::new(), oldest: 0, forgotten: 0 }
+        Self {
+            entries_max: entries_max.max(1),
+            heads: Vec::new(),
+            choices: Vec::new(),
+            oldest: 0,
+            forgotten: 0,
+            label: Label { domain: None, modality: Modality::Text },
+        }
     }
 
     /// Everything that is kept, the oldest first.
@@ -55,8 +78,8 @@ impl ActivationLog {
         let k = self.choices.len() / self.heads.len().max(1);
         (0..self.heads.len()).map(move |number| {
             let at = (self.oldest + number) % self.heads.len();
-            let Head { position, token, layer } = self.heads[at];
-            Activation { position: position as usize, token, layer, choices: &self.choices[at * k..][..k] }
+            let Head { position, token, layer, label } = self.heads[at];
+            Activation { position: position as usize, token, layer, label, choices: &self.choices[at * k..][..k] }
         })
     }
 
@@ -87,7 +110,7 @@ impl ActivationLog {
     }
 
     pub(crate) fn record(&mut self, (position, token): (usize, u32), layer: u32, choices: &[Choice]) {
-        let head = Head { position: position as u32, token, layer };
+        let head = Head { position: position as u32, token, layer, label: self.label };
         if self.heads.len() < self.entries_max {
             self.heads.push(head);
             self.choices.extend_from_slice(choices);

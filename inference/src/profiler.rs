@@ -141,7 +141,9 @@ impl Profiler {
         let tokens = &self.probes[domain][probe];
         let mut losses = Vec::with_capacity(tokens.len());
         let mut session = engine.session();
-        let log = engine.log.replace(ActivationLog::new(tokens.len().max(1) * self.layers.len().max(1)));
+        let mut log = ActivationLog::new(tokens.len().max(1) * self.layers.len().max(1));
+        log.label.domain = Some(domain as u16);
+        let log = engine.log.replace(log);
         let read = if tokens.is_empty() {
             Ok(())
         } else {

@@ -18,9 +18,9 @@ use crate::clock::now_ms;
 use crate::data_dir::{DataDir, LocalModel};
 use crate::failure::Failure;
 use crate::net::PeerId;
-use crate::net::address::{is_loopback, is_relayed, peer_id};
+use crate::net::address::{is_loopback, is_relayed, node_id, peer_id};
 use crate::net::ask::{self, Answered};
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 use crate::profiles::Profile;
 use crate::records::{RecordKind, TOLD_BYTES_MAX};
 
@@ -57,8 +57,10 @@ struct Said {
     attested_ms: Option<u64>,
     attestations: BTreeMap<(NodeId, Facet), ((u32, u32), u64)>,
     saved_ms: u64,
-    /// What nobody was there to hear yet.
-    untold: Vec<(RecordKind, Vec<u8>)>,
+    /// What nobody was there to hear yet, by what it is about: what is newer takes its place.
+    untold: BTreeMap<String, (RecordKind, Vec<u8>)>,
+    /// Who was unwelcome at the last look.
+    unwelcome: BTreeSet<PeerId>,
     /// Who was asked what it holds, and when.
     asked: BTreeMap<PeerId, u64>,
 }
@@ -96,8 +98,8 @@ impl Announcer {
         let network = self.network.clone();
         tokio::spawn(async move {
             let Answered::Bytes(bytes) = ask::ask(peer, network.streams.clone(), Subject::Records, TOLD_BYTES_MAX).await else { return };
-            let records = network.records.clone();
-            match tokio::task::spawn_blocking(move || records.catch_up(&bytes)).await {
+            let (records, Some(teller)) = (network.records.clone(), node_id(peer)) else { return };
+            match tokio::task::spawn_blocking(move || records.catch_up(teller, &bytes)).await {
                 Ok(Ok(new)) => debug!(%peer, new, "caught up"),
                 Ok(Err(refused)) => {
                     warn!(%peer, %refused, "dropped: it hands on forgeries");
@@ -110,9 +112,9 @@ impl Announcer {
 
     async fn say(&self, said: &mut Said) -> Result<(), Failure> {
         let now_ms = now_ms();
-        self.heed_rulings().await?;
-        for (kind, bytes) in std::mem::take(&mut said.untold) {
-            self.tell(kind, bytes, said).await;
+        self.heed_rulings(said).await?;
+        for (about, (kind, bytes)) in std::mem::take(&mut said.untold) {
+            self.tell(about, kind, bytes, said).await;
         }
         self.say_node(now_ms, said).await?;
         self.say_profiles(now_ms, said).await?;
@@ -125,7 +127,7 @@ impl Announcer {
     }
 
     /// Takes over what the user has decided, and what other commands have seen, meanwhile.
-    async fn heed_rulings(&self) -> Result<(), Failure> {
+    async fn heed_rulings(&self, said: &mut Said) -> Result<(), Failure> {
         self.network.records.reload_trust()?;
         let unwelcome: BTreeSet<_> = self.network.records.lock().unwelcome(now_ms()).into_iter().filter_map(peer_id).collect();
         let allowed: BTreeSet<_> = {
@@ -137,9 +139,12 @@ impl Announcer {
         for peer in unwelcome.difference(&dropped) {
             self.network.drop_peer(*peer).await;
         }
-        for peer in dropped.intersection(&allowed) {
-            self.network.admit(*peer).await;
+        // Those who were, and whose guilt has faded; and those of whom the user has said so.
+        let forgiven = said.unwelcome.difference(&unwelcome).chain(dropped.intersection(&allowed));
+        for peer in forgiven.copied().collect::<BTreeSet<_>>() {
+            self.network.admit(peer).await;
         }
+        said.unwelcome = unwelcome;
         Ok(())
     }
 
@@ -165,20 +170,39 @@ impl Announcer {
             models,
         };
         said.node = Some((now_ms, addresses));
-        self.say_one(RecordKind::Node, &Verified::seal(&self.key, record), said).await;
+        self.say_one("node".to_owned(), RecordKind::Node, &Verified::seal(&self.key, record), said).await;
         Ok(())
     }
 
     async fn say_profiles(&self, now_ms: u64, said: &mut Said) -> Result<(), Failure> {
-        for (model, profile) in self.dir.all_profiles().into_iter().filter(|(_, profile)| profile.published) {
+        for (model, profile) in self.dir.all_profiles() {
+            if !profile.published {
+                self.withdraw(now_ms, model, said).await?;
+                continue;
+            }
             let Some(body) = self.bodies.get(&model) else { continue };
             if said.profiles.get(&model).is_some_and(|(at_ms, last)| *last == profile && now_ms.abs_diff(*at_ms) < RENEW_AFTER_MS) {
                 continue;
             }
             let head = self.next_head(now_ms, ProfileHead::LIFE_MS_MAX)?;
             said.profiles.insert(model, (now_ms, profile));
-            self.say_one(RecordKind::Profile, &Verified::seal(&self.key, profile_head(head, &profile, body)), said).await;
+            let record = Verified::seal(&self.key, profile_head(head, &profile, body));
+            self.say_one(model.to_string(), RecordKind::Profile, &record, said).await;
         }
+        Ok(())
+    }
+
+    /// Takes back what was said of a model, if it was: the newest says the same and expires at once.
+    async fn withdraw(&self, now_ms: u64, model: ModelId, said: &mut Said) -> Result<(), Failure> {
+        let last = {
+            let records = self.network.records.lock();
+            let own = records.book.heads(now_ms).find(|head| head.node() == self.key.id() && head.record().model == model);
+            own.map(|head| head.record().clone())
+        };
+        let Some(last) = last else { return Ok(()) };
+        let head = self.next_head(now_ms, 0)?;
+        said.profiles.remove(&model);
+        self.say_one(model.to_string(), RecordKind::Profile, &Verified::seal(&self.key, ProfileHead { head, ..last }), said).await;
         Ok(())
     }
 
@@ -209,7 +233,7 @@ impl Announcer {
             let head = self.next_head(now_ms, Attestation::LIFE_MS_MAX)?;
             let from_ms = now_ms.saturating_sub(Attestation::LIFE_MS_MAX);
             let attestation = Attestation { head, subject, facet, from_ms, until_ms: now_ms, good, bad, evidence: Vec::new() };
-            self.say_one(RecordKind::Attestation, &Verified::seal(&self.key, attestation), said).await;
+            self.say_one(format!("{facet:?} {subject}"), RecordKind::Attestation, &Verified::seal(&self.key, attestation), said).await;
             said.attestations.insert((subject, facet), ((good, bad), now_ms));
         }
         Ok(())
@@ -223,18 +247,19 @@ impl Announcer {
     }
 
     /// Says something new.
-    async fn say_one<R: Record>(&self, kind: RecordKind, record: &Verified<R>, said: &mut Said) {
+    async fn say_one<R: Record>(&self, about: String, kind: RecordKind, record: &Verified<R>, said: &mut Said) {
         let bytes = record.as_bytes().to_vec();
         // Held like anybody's, so that whoever asks is told.
         if let Err(refused) = self.network.records.lock().take_asked(now_ms(), kind, bytes.clone()) {
             warn!(?kind, %refused, "this node's own record is not held");
         }
-        self.tell(kind, bytes, said).await;
+        self.tell(about, kind, bytes, said).await;
     }
 
-    async fn tell(&self, kind: RecordKind, bytes: Vec<u8>, said: &mut Said) {
-        if !self.network.tell_record(kind, bytes.clone()).await && said.untold.len() < UNTOLD_MAX {
-            said.untold.push((kind, bytes));
+    async fn tell(&self, about: String, kind: RecordKind, bytes: Vec<u8>, said: &mut Said) {
+        let told = self.network.tell_record(kind, bytes.clone()).await;
+        if !told && (said.untold.len() < UNTOLD_MAX || said.untold.contains_key(&about)) {
+            said.untold.insert(about, (kind, bytes));
         }
     }
 }

@@ -14,8 +14,8 @@ use tokio::net::TcpListener;
 
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
+use crate::net::network::Network;
 use crate::net::status::{self, Account};
-use crate::net::swarm::Network;
 
 /// For what peers say of themselves.
 const PATIENCE: Duration = Duration::from_secs(2);

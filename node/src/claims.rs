@@ -14,13 +14,13 @@ use protocol::{BlobRef, ContentHash, NodeId};
 use tokio::sync::mpsc;
 
 use crate::clock::{instant, interrupted, now_ms};
-use crate::data_dir::LocalModel;
+use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::Failure;
 use crate::federation::Federation;
 use crate::net::fetcher::{Fetched, Want, Wanted};
+use crate::net::network::Network;
 use crate::net::query;
 use crate::net::random;
-use crate::net::swarm::Network;
 use crate::records::RecordKind;
 
 /// For peers to turn up, and for each to answer.
@@ -53,6 +53,18 @@ pub(crate) struct Claim {
     pub(crate) check: Check,
 }
 
+impl Claim {
+    /// Whether it is taken into account: what was refuted is not, nor is anything by a node that has been proven wrong more often than right, unless it
+    /// was measured again now.
+    fn counts(&self) -> bool {
+        match self.check {
+            Check::Own | Check::Holds => true,
+            Check::Refuted(_) => false,
+            Check::Not(_) => self.opinion.tally.wrong <= self.opinion.tally.good,
+        }
+    }
+}
+
 /// What could be found out.
 #[derive(Default)]
 pub(crate) struct Claims {
@@ -68,7 +80,7 @@ pub(crate) struct Claims {
 /// Asks the peers who says what of a model's experts in a domain; fetches what they point to.
 pub(crate) fn collect(
     federation: &Federation<'_>,
-    network: &Network,
+    (open, network): (&OpenDataDir, &Network),
     found: &LocalModel,
     domain: &str,
     of: Option<NodeId>,
@@ -90,12 +102,13 @@ pub(crate) fn collect(
     claims.domains.sort();
     claims.domains.dedup();
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();
-    let mut bodies: HashMap<BlobRef, Result<ProfileBody, BadBody>> = HashMap::new();
+    let mut bodies: HashMap<(BlobRef, ContentHash), Result<ProfileBody, BadBody>> = HashMap::new();
     let began = instant();
     for head in trusted_first(network, found, of) {
         let node = head.head.node;
+        let said = (node, head.body.hash);
         if head.body.length > BODY_BYTES_MAX as u64 {
-            claims.refute(network, node, format!("names a body of {} bytes; {BODY_BYTES_MAX} is the most", head.body.length));
+            claims.refute(network, said, format!("names a body of {} bytes; {BODY_BYTES_MAX} is the most", head.body.length))?;
             continue;
         }
         let about = (head.model, head.probes);
@@ -103,20 +116,22 @@ pub(crate) fn collect(
             if instant() - began > FETCHING_MAX {
                 return Err(BadBody::Missing("there was no time for it".to_owned()));
             }
-            let bytes = fetch(federation, &head).map_err(|failure| BadBody::Missing(failure.to_string()))?;
+            let here = open.store.read(&head.body.hash, now_ms).ok().flatten().filter(|bytes| bytes.len() as u64 == head.body.length);
+            let fetched = here.map_or_else(|| fetch(federation, &head), Ok);
+            let bytes = fetched.map_err(|failure| BadBody::Missing(failure.to_string()))?;
             ProfileBody::from_bytes(&bytes, about, &slots).map_err(|error| match error {
                 BodyError::Version(_) => BadBody::Missing(error.to_string()),
                 _ => BadBody::False(error.to_string()),
             })
         };
-        match bodies.entry(head.body).or_insert_with(read) {
+        match bodies.entry((head.body, head.probes)).or_insert_with(read) {
             Err(BadBody::Missing(why)) => claims.missing.push((node, why.clone())),
             Err(BadBody::False(why)) => {
                 let why = why.clone();
-                claims.refute(network, node, why);
+                claims.refute(network, said, why)?;
             }
             Ok(body) if (body.model, body.probes) != about || !sums_agree(&head, body) => {
-                claims.refute(network, node, "its head says something else than its body".to_owned());
+                claims.refute(network, said, "its head says something else than its body".to_owned())?;
             }
             Ok(body) => {
                 let (body, opinion, check) = (body.clone(), opinion(network, &node), Check::Not("not asked for"));
@@ -138,10 +153,11 @@ enum BadBody {
 /// The heads of profiles of a model, of one node or of all: those first who are trusted most, and not too many.
 fn trusted_first(network: &Network, found: &LocalModel, of: Option<NodeId>) -> Vec<ProfileHead> {
     let (records, now_ms) = (network.records.lock(), now_ms());
-    let unwelcome = records.unwelcome(now_ms);
+    let (unwelcome, own) = (records.unwelcome(now_ms), records.own());
     let heads = records.book.heads(now_ms).map(Verified::record);
-    let asked =
-        |head: &&ProfileHead| head.model == found.id && of.is_none_or(|of| head.head.node == of) && !unwelcome.contains(&head.head.node);
+    let asked = |head: &&ProfileHead| {
+        head.model == found.id && of.is_none_or(|of| head.head.node == of) && head.head.node != own && !unwelcome.contains(&head.head.node)
+    };
     let mut heads: Vec<_> =
         heads.filter(asked).map(|head| (records.ordering(now_ms, &head.head.node, Facet::Profile), head.clone())).collect();
     heads.sort_by(|a, b| b.0.total_cmp(&a.0));
@@ -172,9 +188,13 @@ fn sums_agree(head: &ProfileHead, body: &ProfileBody) -> bool {
 }
 
 impl Claims {
-    fn refute(&mut self, network: &Network, node: NodeId, why: String) {
-        network.records.observe(node, Facet::Profile, Outcome::WrongResult);
+    fn refute(&mut self, network: &Network, (node, body): (NodeId, ContentHash), why: String) -> Result<(), Failure> {
+        // To say a false thing twice is to say it once.
+        if network.records.note_checked(node, body)? {
+            network.records.observe(node, Facet::Profile, Outcome::WrongResult);
+        }
         self.refuted.push((node, why));
+        Ok(())
     }
 
     /// Adds this node's own profile.
@@ -188,7 +208,7 @@ impl Claims {
     /// Experts by what is most to be relied on: of each, what the node says that is trusted most, and by the number of that claim. Best first.
     pub(crate) fn ranking(&self, domain: &str) -> Vec<(Ranked, usize)> {
         let mut rows: BTreeMap<usize, (Ranked, usize)> = BTreeMap::new();
-        let mut order: Vec<_> = (0..self.held.len()).filter(|&number| !matches!(self.held[number].check, Check::Refuted(_))).collect();
+        let mut order: Vec<_> = (0..self.held.len()).filter(|&number| self.held[number].counts()).collect();
         order.sort_by(|&a, &b| self.reliance(b).total_cmp(&self.reliance(a)));
         for number in order {
             let body = &self.held[number].body;
@@ -204,8 +224,7 @@ impl Claims {
 
     /// Experts by how much a domain uses them, by the claim that is most to be relied on; what it never used is left out.
     pub(crate) fn by_use(&self, domain: &str) -> Vec<usize> {
-        let known =
-            |number: &usize| self.held[*number].body.domain(domain).is_some() && !matches!(self.held[*number].check, Check::Refuted(_));
+        let known = |number: &usize| self.held[*number].body.domain(domain).is_some() && self.held[*number].counts();
         let best = (0..self.held.len()).filter(known).max_by(|&a, &b| self.reliance(a).total_cmp(&self.reliance(b)));
         let Some((body, domain)) = best.and_then(|number| Some((&self.held[number].body, self.held[number].body.domain(domain)?))) else {
             return Vec::new();
@@ -253,7 +272,11 @@ impl Claims {
             }
             let Replayed { check, trials } = replay(claim, (profiler, &mut *engine), sample, || instant() < until && !interrupted())?;
             match check {
-                Check::Refuted(_) => network.records.observe(claim.node, Facet::Profile, Outcome::WrongResult),
+                Check::Refuted(_) => {
+                    if network.records.note_checked(claim.node, ContentHash::of(&claim.body.to_bytes()))? {
+                        network.records.observe(claim.node, Facet::Profile, Outcome::WrongResult);
+                    }
+                }
                 // The routing alone can be had by reading the probes, which costs little.
                 Check::Holds if trials > 0 && network.records.note_checked(claim.node, ContentHash::of(&claim.body.to_bytes()))? => {
                     network.records.observe(claim.node, Facet::Profile, Outcome::Good);

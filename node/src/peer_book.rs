@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::net::address::{Neighbourhood, ip_of, neighbourhood, peer_of};
-use crate::net::swarm::{Peers, Source};
+use crate::net::network::{Peers, Source};
 use crate::net::{Multiaddr, PeerId};
 
 /// Peers in a book.
@@ -172,7 +172,7 @@ fn rank(entry: &Entry) -> (bool, u32) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::swarm::Met;
+    use crate::net::network::Met;
 
     fn entry(ip: &str, served: u32) -> Entry {
         let peer = PeerId::random();

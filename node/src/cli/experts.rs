@@ -20,7 +20,7 @@ use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
 use crate::net::PeerId;
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 use crate::output::{note, print_json, print_line};
 use crate::probes;
 
@@ -187,7 +187,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
             format!("{domain:?} cannot name a domain: it takes 1 to 32 lower-case letters, digits and _"),
         ));
     }
-    let mut claims = claims::collect(&federation, &network, &found, domain, None)?;
+    let mut claims = claims::collect(&federation, (&open, &network), &found, domain, None)?;
     if let (Some(body), Some(profile)) = (own_body(&open, &found)?, open.dir.profile(found.id)?) {
         claims.domains.extend(body.domains.iter().map(|domain| domain.name.clone()));
         claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);

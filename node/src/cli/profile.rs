@@ -143,7 +143,7 @@ impl Measuring {
 
 /// The arithmetic that counts depend on: who uses another may count otherwise.
 pub(super) fn build_profile(options: &EngineOptions) -> ContentHash {
-    ContentHash::of(format!("confrere-forward/1 kv={}", options.kv).as_bytes())
+    ContentHash::of(format!("confrere-forward/1 trials=2 kv={}", options.kv).as_bytes())
 }
 
 fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
@@ -243,10 +243,15 @@ fn model_without_lock(context: &Context, model: &str) -> Result<(ModelId, String
         Ok(open) => open.local(model).map(|found| (found.id, found.name)),
         Err(failure) if failure.kind == Kind::Busy => {
             let names = context.dir.model_names()?;
-            let begins = |id: &ModelId| model.len() >= 4 && id.to_string().starts_with(model);
-            let mut fitting = names.into_iter().filter(|(name, id)| name == model || begins(id));
-            let found = fitting.next().map(|(name, id)| (id, name));
-            found.ok_or_else(|| Failure::new(Kind::NotFound, format!("no model is called {model}")))
+            if let Some(id) = names.get(model) {
+                return Ok((*id, model.to_owned()));
+            }
+            let mut fitting = names.into_iter().filter(|(_, id)| model.len() >= 4 && id.to_string().starts_with(model));
+            match (fitting.next(), fitting.next()) {
+                (Some((name, id)), None) => Ok((id, name)),
+                (None, _) => Err(Failure::new(Kind::NotFound, format!("no model is called {model}"))),
+                (Some(_), Some(_)) => Err(Failure::new(Kind::NotFound, format!("{model} is the beginning of several models' ids"))),
+            }
         }
         Err(failure) => Err(failure),
     }
@@ -261,7 +266,7 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let set = probes::shipped();
     let any = set.domains().keys().next().expect("a probe set has domains").clone();
     let network = federation.settle(SETTLE)?.ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR)"))?;
-    let mut claims = claims::collect(&federation, &network, &found, &any, Some(peer))?;
+    let mut claims = claims::collect(&federation, (&open, &network), &found, &any, Some(peer))?;
     let mut results = Vec::new();
     if let Some((_, why)) = claims.missing.first() {
         return Err(Failure::new(Kind::NoPeers, format!("what {peer} says could not be had: {why}")));

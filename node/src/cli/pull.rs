@@ -66,7 +66,7 @@ fn of_domain(
     if let (Some(body), Some(profile)) = (experts::own_body(open, model)?, open.dir.profile(model.id)?) {
         claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
     } else if let Some(network) = federation.settle(SETTLE)? {
-        claims = claims::collect(federation, &network, model, domain, None)?;
+        claims = claims::collect(federation, (open, &network), model, domain, None)?;
     }
     let order = claims.by_use(domain);
     if order.is_empty() {
@@ -81,8 +81,10 @@ fn of_domain(
         return Err(Failure::new(Kind::NotFound, format!("which experts of {} serve {domain} is not known ({why})", model.name)));
     }
     let stat = open.store.stat()?;
-    let mut left = args.experts.unwrap_or(u64::MAX).min(context.disk_max.saturating_sub(stat.bytes));
     let parts = expert_parts(&model.manifest);
+    let here = parts.iter().filter(|(blob, _)| open.store.contains(&blob.hash)).map(|(blob, _)| blob.length).sum();
+    let of_experts = args.experts.map_or(u64::MAX, |most| most.saturating_sub(here));
+    let mut left = of_experts.min(context.disk_max.saturating_sub(stat.bytes));
     let mut fits = |blob: &BlobRef| open.store.contains(&blob.hash) || left.checked_sub(blob.length).inspect(|now| left = *now).is_some();
     Ok(order.into_iter().map(|number| parts[number].clone()).filter(|(blob, _)| fits(blob)).collect())
 }

@@ -103,7 +103,9 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     loaded.engine.log = (!args.no_log).then(|| ActivationLog::new(entries));
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
     if let Some(log) = loaded.engine.log.take() {
-        open.dir.add_usage(&found, &log)?;
+        if let Err(failure) = open.dir.add_usage(&found, &log) {
+            note(&format!("warning: {failure}: the uses of experts are not counted")); // the answer is what was asked for
+        }
         if let Some(path) = &args.trace {
             let trace = log.trace(found.manifest.config.num_hidden_layers, found.manifest.config.num_experts);
             std::fs::write(path, trace.to_string()).map_err(|error| io_failure("write", path, &error))?;
@@ -175,6 +177,7 @@ pub(super) fn answer(
         }
         note("note: a peer's result was wrong: the answer is made again without that peer");
         again += 1;
+        loaded.engine.log.iter_mut().for_each(ActivationLog::clear);
         session.rewind(start);
         shown.begin_again();
     }

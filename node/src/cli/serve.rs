@@ -31,10 +31,10 @@ use crate::net::address::{is_loopback, is_relayed, is_tcp, parse_address, parse_
 use crate::net::allowed::{Allowed, AllowedPeers};
 use crate::net::executor::{self, ExecutorOptions};
 use crate::net::group::GroupKey;
+use crate::net::network::{Network, NetworkOptions, Peers, Relay, Role};
 use crate::net::provider::{self, Provider};
 use crate::net::query;
 use crate::net::status::OwnStatus;
-use crate::net::swarm::{Network, NetworkOptions, Peers, Relay, Role};
 use crate::net::{Multiaddr, random};
 use crate::output::{announce, note};
 use crate::peer_book::Learned;
@@ -198,14 +198,18 @@ fn answer(query: &Query, bodies: &BTreeMap<ModelId, ProfileBody>, records: &Shar
     });
     let (records, now_ms) = (records.lock(), now_ms());
     let of_model = records.book.heads(now_ms).filter(|head| head.record().model == query.model);
-    let mut heads: Vec<_> = of_model.map(|head| (records.standing(now_ms, &head.node(), Facet::Profile), head)).collect();
+    // By what was seen here alone first: what others say takes longer to look up.
+    let mut heads: Vec<_> = of_model.map(|head| (records.first_hand(now_ms, &head.node(), Facet::Profile), head)).collect();
+    heads.sort_by(|a, b| b.0.total_cmp(&a.0));
+    heads.truncate(4 * HEADS_MAX);
+    heads.iter_mut().for_each(|(standing, head)| *standing = records.standing(now_ms, &head.node(), Facet::Profile));
     heads.sort_by(|a, b| b.0.total_cmp(&a.0));
     heads.truncate(HEADS_MAX);
     let mut attestations = Vec::new();
     for (_, head) in &heads {
         let node = head.node();
         let about = records.book.attestations_about(now_ms, &node, Facet::Profile);
-        attestations.extend(about.map(|(one, _)| ByteBuf::from(one.as_bytes())).take(ATTESTATIONS_MAX));
+        attestations.extend(about.map(|one| ByteBuf::from(one.as_bytes())).take(ATTESTATIONS_MAX));
     }
     QueryAnswer {
         domains: own.map_or_else(Vec::new, |body| body.domains.iter().map(|domain| domain.name.clone()).collect()),

@@ -46,8 +46,7 @@ fn ls(context: &Context, records: &SharedRecords) -> Result<(), Failure> {
     let now_ms = now_ms();
     let peers: BTreeMap<NodeId, Option<Ruling>> = {
         let records = records.lock();
-        let subjects = records.book.attestations(now_ms).map(|one| one.record().subject);
-        let seen = records.trust.tallies().map(|(peer, ..)| peer).chain(subjects).chain(records.trust.rulings().keys().copied());
+        let seen = records.trust.tallies().map(|(peer, ..)| peer).chain(records.trust.rulings().keys().copied());
         seen.map(|peer| (peer, records.trust.rulings().get(&peer).copied())).collect()
     };
     if context.json {

@@ -28,7 +28,7 @@ use crate::clock::{instant, interrupted, now_ms, stand_back};
 use crate::net::PeerId;
 use crate::net::address::node_id;
 use crate::net::executor;
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 use crate::output::note;
 
 /// Results that wait to be audited; while so many do, more are passed over and counted.

@@ -40,7 +40,7 @@ use crate::net::allowed::AllowedPeers;
 use crate::net::execute_link::Told;
 use crate::net::fetcher::{Fetched, Fetcher, Want};
 use crate::net::link::Wanted;
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 
 const RESULTS_MAX: usize = 8;
 /// Each read makes an event, and the end of a fetch another.

@@ -23,7 +23,7 @@ use crate::clock::instant;
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
 use crate::net::execute_link::{self, ORDERS_MAX, Order, Told};
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 use crate::output::note;
 
 /// What a peer is thought to cost before it has been measured, in milliseconds.

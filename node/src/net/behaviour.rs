@@ -9,8 +9,8 @@ use libp2p::{allow_block_list, autonat, dcutr, identify, mdns, memory_connection
 use super::crowding;
 use super::finder::{Table, table};
 use super::gossip;
+use super::network::{Relay, Role};
 use super::relaying::relay_limits;
-use super::swarm::{Relay, Role};
 
 const PENDING_MAX: u32 = 32;
 const ESTABLISHED_IN_MAX: u32 = 128;

@@ -27,7 +27,7 @@ use tracing::{debug, warn};
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
 use crate::net::allowed::AllowedPeers;
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 
 /// Streams of all peers together.
 const STREAMS_MAX: usize = 32;

@@ -2,7 +2,7 @@
 //!
 //! What is asked of whom is decided there. Here is what is wanted, where it goes, when to give up, and who was dropped.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
@@ -22,7 +22,7 @@ use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
 use crate::net::assembly::{Assembly, Done, Sink, WORK_MAX, Work, start_verifiers};
 use crate::net::link::{Heard, Link, What};
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 
 const HEARD_MAX: usize = 16;
 const PREPARED_MAX: usize = 64;
@@ -43,12 +43,8 @@ const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// After so many broken streams in a row, a peer is not counted on any more.
 pub(super) const BREAKS_MAX: u32 = 8;
-/// A provider verifies a large blob at this speed or faster before it sends the first byte.
-const VERIFY_BYTES_PER_SECOND_MIN: u64 = 50_000_000;
 /// Of no blob that is wanted.
 const NO_SERIAL: u64 = 0;
-/// Names listed in an error; the others are counted.
-const NAMES_SHOWN_MAX: usize = 8;
 
 /// What to fetch.
 #[derive(Clone, Debug)]
@@ -88,7 +84,7 @@ pub(crate) type Rates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
 pub(crate) struct Fetcher {
     pub(super) network: Network,
     pub(super) timeout: Duration,
-    machine: Downloads<PeerId, Vec<u8>>,
+    pub(super) machine: Downloads<PeerId, Vec<u8>>,
     began: Instant,
     links: BTreeMap<PeerId, Link>,
     next_link: u64,
@@ -99,6 +95,8 @@ pub(crate) struct Fetcher {
     finished: (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
     finishing: Arc<Semaphore>,
     assemblies: HashMap<ContentHash, Arc<Assembly>>,
+    /// Blobs whose length is what somebody said.
+    told: HashSet<ContentHash>,
     /// What had come when a fetch was broken off; the oldest goes first.
     kept: VecDeque<(ContentHash, Arc<Assembly>)>,
     arrived: Arc<AtomicU64>, // bytes of blobs from all peers, as they come
@@ -130,15 +128,15 @@ struct Finished {
 }
 
 /// The state of one call.
-struct Round {
-    wants: Vec<Want>,
-    by_hash: HashMap<ContentHash, Vec<usize>>,
+pub(super) struct Round {
+    pub(super) wants: Vec<Want>,
+    pub(super) by_hash: HashMap<ContentHash, Vec<usize>>,
     senders: HashMap<ContentHash, PeerId>,
     ready: VecDeque<Fetched>,
     left: usize, // blobs
-    last_progress: Instant,
+    pub(super) last_progress: Instant,
     arrived: u64,
-    last_break: Option<String>,
+    pub(super) last_break: Option<String>,
 }
 
 impl Round {
@@ -168,7 +166,7 @@ enum Next {
 }
 
 impl Wanted {
-    fn blob(&self) -> BlobRef {
+    pub(super) fn blob(&self) -> BlobRef {
         match self {
             Self::Blob(blob) | Self::ToldBlob(blob) | Self::SpareBlob(blob) | Self::StoredBlob(blob, _) => *blob,
         }
@@ -201,6 +199,7 @@ impl Fetcher {
             finished: mpsc::channel(FINISHED_MAX),
             finishing: Arc::new(Semaphore::new(FINISHING_MAX)),
             assemblies: HashMap::new(),
+            told: HashSet::new(),
             kept: VecDeque::new(),
             arrived: Arc::default(),
             rates,
@@ -279,7 +278,9 @@ impl Fetcher {
                 let _ = link.say(message); // what comes all the same is surplus
             }
         }
-        self.kept.extend(self.assemblies.drain().filter(|(_, assembly)| assembly.kept_bytes() > 0));
+        // What is put together by a length that is hearsay is of no use to anybody else.
+        let told = std::mem::take(&mut self.told);
+        self.kept.extend(self.assemblies.drain().filter(|(hash, assembly)| assembly.kept_bytes() > 0 && !told.contains(hash)));
         let mut bytes: usize = self.kept.iter().map(|(_, assembly)| assembly.kept_bytes()).sum();
         while bytes > KEPT_BYTES_MAX {
             let Some((_, oldest)) = self.kept.pop_front() else { break };
@@ -295,6 +296,7 @@ impl Fetcher {
         for (blob, urgency, unsure) in blobs {
             self.tell(round, Event::Want { blob, urgency })?;
             if unsure {
+                self.told.insert(blob.hash);
                 self.tell(round, Event::Unsure { hash: blob.hash })?;
             }
         }
@@ -389,8 +391,10 @@ impl Fetcher {
         let Some(link) = self.links.get(&peer).filter(|link| link.number == number) else { return Ok(()) };
         match what {
             What::Up(requests_max) => {
-                self.tell(round, Event::PeerUp { peer, requests_max })?;
-                if self.network.is_doubted(peer) { self.tell(round, Event::Doubted { peer }) } else { Ok(()) }
+                if self.network.is_doubted(peer) {
+                    self.tell(round, Event::Doubted { peer })?;
+                }
+                self.tell(round, Event::PeerUp { peer, requests_max })
             }
             What::Said(message) => {
                 let bytes = link.received();
@@ -467,7 +471,8 @@ impl Fetcher {
         let sink = match &round.wants.get(index)?.wanted {
             Wanted::StoredBlob(_, sink) => Arc::clone(&sink.0),
             Wanted::Blob(_) | Wanted::ToldBlob(_) | Wanted::SpareBlob(_) => {
-                let kept = self.kept.iter().position(|(kept, _)| *kept == hash).and_then(|at| self.kept.remove(at));
+                let told = self.told.contains(&hash);
+                let kept = self.kept.iter().position(|(kept, _)| *kept == hash && !told).and_then(|at| self.kept.remove(at));
                 let assembly = kept.map_or_else(|| Arc::new(Assembly::in_memory(blob)), |(_, assembly)| assembly);
                 let (hashes, here) = assembly.here();
                 self.assemblies.insert(hash, assembly);
@@ -531,62 +536,6 @@ impl Fetcher {
             self.links.insert(peer, Link::start(peer, self.next_link, streams, heard, Arc::clone(&self.arrived)));
         }
         Ok(())
-    }
-
-    /// Fails at once when nobody can have what is missing, and after the deadline when somebody might.
-    fn check_hope(&self, round: &Round) -> Result<(), Failure> {
-        let peers = self.network.peers.borrow();
-        let name = |hash: &ContentHash| round.by_hash.get(hash).and_then(|indices| Some(round.wants.get(*indices.first()?)?.name.as_str()));
-        let is_no_help = |peer: &PeerId, hash: &ContentHash| {
-            let broken = self.unsteady.get(peer).is_some_and(|unsteady| unsteady.breaks > BREAKS_MAX);
-            self.liars.contains_key(peer) || broken || self.machine.lacks(peer, hash)
-        };
-        let more_may_come = peers.may_discover || !peers.awaited.is_empty();
-        if !more_may_come {
-            let hopeless = self.machine.wanted().filter(|hash| peers.connected.iter().all(|peer| is_no_help(peer, hash)));
-            let names: BTreeSet<_> = hopeless.filter_map(name).collect();
-            if !names.is_empty() {
-                return Err(self.missing(&names, &self.who_lacks_it(&peers.connected)));
-            }
-        }
-        // A provider verifies a large blob before its first byte, and we make it durable after its last.
-        let largest = round.by_hash.values().filter_map(|indices| round.wants.get(*indices.first()?)).map(|want| want.wanted.blob().length);
-        let largest = Duration::from_secs(largest.max().unwrap_or(0) / VERIFY_BYTES_PER_SECOND_MIN);
-        if round.last_progress.elapsed() >= self.timeout + largest {
-            let names = round.by_hash.keys().filter_map(name).collect();
-            return Err(self.missing(&names, &self.why_no_progress(self.timeout, round.last_break.as_deref())));
-        }
-        Ok(())
-    }
-
-    pub(super) fn who_lacks_it(&self, connected: &BTreeSet<PeerId>) -> String {
-        match (connected.is_empty(), self.liars.is_empty()) {
-            (true, true) => "no peer is known".to_owned(),
-            _ => format!("none of {} connected peers has it", connected.len()),
-        }
-    }
-
-    pub(super) fn why_no_progress(&self, patience: Duration, last_break: Option<&str>) -> String {
-        let mut why = format!("no progress for {} s", patience.as_secs_f32());
-        for (address, reason) in &self.network.peers.borrow().awaited {
-            let reason = reason.as_ref().map_or_else(String::new, |reason| format!(" ({reason})"));
-            why = format!("{why}; {address} does not answer{reason}");
-        }
-        if let Some(reason) = last_break {
-            why = format!("{why}; a stream broke: {reason}");
-        }
-        why
-    }
-
-    pub(super) fn missing(&self, names: &BTreeSet<&str>, why: &str) -> Failure {
-        let shown: Vec<_> = names.iter().take(NAMES_SHOWN_MAX).copied().collect();
-        let more = names.len().saturating_sub(NAMES_SHOWN_MAX);
-        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-        let mut message = format!("missing {}{more}: {why}", shown.join(", "));
-        for (peer, what) in &self.liars {
-            message = format!("{message}; {peer} was dropped: it {what}");
-        }
-        Failure::new(if self.liars.is_empty() { Kind::NoPeers } else { Kind::Integrity }, message)
     }
 
     /// Leaves a peer alone for a while, longer each time.

@@ -18,7 +18,8 @@ use tokio::time::Instant;
 use tracing::{debug, info};
 
 use super::address::{is_relayed, is_sane};
-use super::swarm::{Contact, Dial, IDENTIFY_WAIT, Role, SwarmTask};
+use super::network::Role;
+use super::swarm::{Contact, Dial, IDENTIFY_WAIT, SwarmTask};
 
 const KAD_PROTOCOL: StreamProtocol = StreamProtocol::new("/confrere/kad/1");
 /// Models that a host tells others of, and that it lets one peer tell it of.
@@ -337,7 +338,7 @@ mod tests {
     #[test]
     fn a_host_tells_of_so_many_models_and_no_more() {
         let model = |i: u32| ModelId(protocol::ContentHash::of(&i.to_le_bytes()));
-        let role = Role::Host { models: (0..100).map(model).collect(), relay: super::super::swarm::Relay::No };
+        let role = Role::Host { models: (0..100).map(model).collect(), relay: super::super::network::Relay::No };
         assert_eq!(Finder::new(&role).telling.len(), MODELS_PER_PEER_MAX);
     }
 }

@@ -12,14 +12,16 @@ pub(crate) mod fetcher;
 mod finder;
 mod gossip;
 pub(crate) mod group;
+mod hope;
 mod judged;
 pub(crate) mod link;
+pub(crate) mod network;
 pub(crate) mod provider;
 pub(crate) mod query;
 mod relaying;
 pub(crate) mod status;
 mod stream;
-pub(crate) mod swarm;
+mod swarm;
 mod transport;
 mod upload;
 

@@ -15,8 +15,8 @@ use tracing::{debug, warn};
 
 use crate::clock::instant;
 use crate::failure::{Failure, Kind};
+use crate::net::network::Network;
 use crate::net::status::OwnStatus;
-use crate::net::swarm::Network;
 use crate::net::upload;
 use crate::records::TOLD_BYTES_MAX;
 

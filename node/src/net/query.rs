@@ -18,7 +18,7 @@ use super::provider::Place;
 use super::stream;
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 
 /// Questions that are answered at a time, of all peers and of one.
 const STREAMS_MAX: usize = 32;

@@ -13,7 +13,8 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::address::{is_relayed, peer_of};
-use super::swarm::{Dial, Relay, Role, SwarmTask};
+use super::network::{Relay, Role};
+use super::swarm::{Dial, SwarmTask};
 
 /// Relays at which a node keeps a place.
 const PLACES_MAX: usize = 2;

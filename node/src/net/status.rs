@@ -13,7 +13,7 @@ use crate::data_dir::LocalModel;
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
 use crate::net::ask::{Answered, Asking};
-use crate::net::swarm::Network;
+use crate::net::network::Network;
 use crate::records::SharedRecords;
 
 /// Answers of which the quickest counts: the others had other things on their way.

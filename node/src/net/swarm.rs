@@ -1,9 +1,9 @@
 //! The swarm: connections to peers. Who is connected, who is being dialled, who was shown the door.
 //!
-//! Streams are opened and accepted elsewhere, through the control that this hands out. Finding a model's peers is in `finder`,
+//! Streams are opened and accepted elsewhere, through the control that `network` hands out. Finding a model's peers is in `finder`,
 //! getting through NATs in `relaying`: both are parts of the one task that drives the swarm.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::fmt;
 use std::net::IpAddr;
 use std::time::Duration;
@@ -14,21 +14,19 @@ use libp2p::swarm::dial_opts::DialOpts;
 use libp2p::swarm::{ConnectionId, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns};
 use protocol::message::FETCH_PROTOCOL;
-use protocol::trust::{Facet, Outcome, score};
-use protocol::{ModelId, NodeKey};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
-use super::address::{ip_of, is_relayed, is_tcp, node_id, peer_id, peer_of, with_peer};
+use super::address::{ip_of, is_relayed, is_tcp, peer_id, peer_of, with_peer};
 use super::behaviour::{Behaviour, BehaviourEvent, Choices};
 use super::finder::Finder;
-use super::group::GroupKey;
+use super::network::{Command, Met, Network, NetworkOptions, Peers, Source};
 use super::relaying::Relaying;
 use super::transport::transport;
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
-use crate::records::{RecordKind, SharedRecords};
+use crate::records::SharedRecords;
 
 const COMMANDS_MAX: usize = 64;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
@@ -45,119 +43,6 @@ const BOOK_DIALS_MAX: usize = 24;
 const MET_MAX: usize = 256;
 /// How long a peer may take to say what it speaks.
 pub(super) const IDENTIFY_WAIT: Duration = Duration::from_secs(2);
-
-/// What a node's network is made of.
-pub(crate) struct NetworkOptions<'a> {
-    pub(crate) key: &'a NodeKey,
-    /// Where to listen; nothing for a one-shot command.
-    pub(crate) listen: Vec<Multiaddr>,
-    /// Peers to stay connected to.
-    pub(crate) peers: Vec<Multiaddr>,
-    /// Peers to try once, in this order.
-    pub(crate) book: Vec<Multiaddr>,
-    /// Whether to look for peers by multicast.
-    pub(crate) mdns: bool,
-    /// The closed group to be in; none is everybody's.
-    pub(crate) group: Option<GroupKey>,
-    /// Bytes of memory beyond which the process makes no more connections.
-    pub(crate) memory_max: u64,
-    pub(crate) role: Role,
-    /// What peers have signed and what is thought of them.
-    pub(crate) records: SharedRecords,
-}
-
-/// What a node is to others.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Role {
-    /// Asks, and goes again.
-    Guest,
-    /// Serves these models, and tells where others are.
-    Host { models: Vec<ModelId>, relay: Relay },
-}
-
-/// Whether a host lends its address to nodes that have none.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Relay {
-    Yes,
-    No,
-}
-
-/// What is known of peers at a moment.
-#[derive(Clone, Default, PartialEq, Eq, Debug)]
-pub(crate) struct Peers {
-    /// Peers to whom there is a direct connection: these alone are asked for bulk.
-    pub(crate) connected: BTreeSet<PeerId>,
-    /// Peers who are reached through a relay only, which carries no bulk.
-    pub(crate) relayed: BTreeSet<PeerId>,
-    /// Addresses that are being dialled or will be again, with the last reason why that failed.
-    pub(crate) awaited: BTreeMap<Multiaddr, Option<String>>,
-    /// Whether others may turn up by themselves.
-    pub(crate) may_discover: bool,
-    pub(crate) listening: Vec<Multiaddr>,
-    /// Peers that were dialled with success.
-    pub(crate) met: BTreeMap<PeerId, Met>,
-    /// Addresses of the book at which nobody answered.
-    pub(crate) silent: BTreeSet<Multiaddr>,
-    /// Peers that were shown the door.
-    pub(crate) dropped: BTreeSet<PeerId>,
-}
-
-/// Where a peer was reached, and how we came by that.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Met {
-    /// With the peer's id.
-    pub(crate) address: Multiaddr,
-    pub(crate) source: Source,
-    /// Whether it says that it serves.
-    pub(crate) serves: bool,
-}
-
-/// How an address came to us.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Source {
-    /// The user named it.
-    Named,
-    /// It was in the address book.
-    Book,
-    /// Another peer told of it.
-    Found,
-    /// It was heard on the local network.
-    Local,
-}
-
-impl Source {
-    pub(crate) fn parse(text: &str) -> Option<Self> {
-        [Self::Named, Self::Book, Self::Found, Self::Local].into_iter().find(|source| source.to_string() == text)
-    }
-}
-
-impl fmt::Display for Source {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Named => "named",
-            Self::Book => "book",
-            Self::Found => "found",
-            Self::Local => "local",
-        })
-    }
-}
-
-/// A handle on the running network. When the last one is dropped, the network ends.
-#[derive(Clone)]
-pub(crate) struct Network {
-    pub(crate) local: PeerId,
-    pub(crate) streams: libp2p_stream::Control,
-    pub(crate) peers: watch::Receiver<Peers>,
-    pub(crate) records: SharedRecords,
-    commands: mpsc::Sender<Command>,
-}
-
-enum Command {
-    Drop(PeerId),
-    Admit(PeerId),
-    LookFor(ModelId, oneshot::Sender<()>),
-    Tell(RecordKind, Vec<u8>, oneshot::Sender<bool>),
-}
 
 impl Network {
     /// Starts the network on the current runtime.
@@ -192,6 +77,7 @@ impl Network {
             publish,
             known,
             wanted: HashMap::new(),
+            named: peers.clone(),
             dials: HashMap::new(),
             contacts: HashMap::new(),
             book,
@@ -207,47 +93,6 @@ impl Network {
         tokio::spawn(task.run(command_queue));
         Ok(Self { local, streams, peers: seen, records, commands })
     }
-
-    /// Notes what was seen of a peer.
-    pub(crate) fn observe(&self, peer: PeerId, facet: Facet, outcome: Outcome) {
-        if let Some(node) = node_id(peer).filter(|_| peer != self.local) {
-            self.records.observe(node, facet, outcome);
-        }
-    }
-
-    /// How far a peer is trusted with bytes, from what was seen and what others say: for the order in which peers are asked.
-    pub(crate) fn trust_in_bytes(&self, peer: PeerId) -> f64 {
-        node_id(peer).map_or(0.0, |node| self.records.lock().ordering(now_ms(), &node, Facet::Bytes))
-    }
-
-    /// Whether more speaks against a peer's bytes than for them: it is asked last.
-    pub(crate) fn is_doubted(&self, peer: PeerId) -> bool {
-        self.trust_in_bytes(peer) < score(0.0, 0.0)
-    }
-
-    /// Disconnects a peer that cannot be trusted with bytes, and keeps it away.
-    pub(crate) async fn drop_peer(&self, peer: PeerId) {
-        let _ = self.commands.send(Command::Drop(peer)).await;
-    }
-
-    /// Lets a peer in again that was kept away.
-    pub(crate) async fn admit(&self, peer: PeerId) {
-        let _ = self.commands.send(Command::Admit(peer)).await;
-    }
-
-    /// Tells hosts a record of this node's own; says whether anybody was there to hear it.
-    pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) -> bool {
-        let (told, wait) = oneshot::channel();
-        self.commands.send(Command::Tell(kind, bytes, told)).await.is_ok() && wait.await.unwrap_or(false)
-    }
-
-    /// Begins to look for peers who have a model, by asking those who are connected. Once this returns, it has begun.
-    pub(crate) async fn look_for(&self, model: ModelId) {
-        let (begun, wait) = oneshot::channel();
-        if self.commands.send(Command::LookFor(model, begun)).await.is_ok() {
-            let _ = wait.await;
-        }
-    }
 }
 
 /// What the task of a network owns.
@@ -257,6 +102,8 @@ pub(super) struct SwarmTask {
     /// What is published as soon as an event has been dealt with: nobody sees anything half done.
     pub(super) known: Peers,
     wanted: HashMap<Multiaddr, Wanted>,
+    /// Addresses that the user named, whether they are wanted now or not.
+    named: Vec<Multiaddr>,
     pub(super) dials: HashMap<ConnectionId, Dial>,
     pub(super) contacts: HashMap<PeerId, Contact>,
     book: BookDials,
@@ -436,7 +283,10 @@ impl SwarmTask {
                 debug!(peer = %peer_id, ?cause, "connection closed");
                 self.on_connection_closed(peer_id, connection_id);
             }
-            SwarmEvent::OutgoingConnectionError { connection_id, error, .. } => self.on_dial_failed(connection_id, &error.to_string()),
+            SwarmEvent::OutgoingConnectionError { connection_id, peer_id, error } => {
+                self.on_dial_failed(connection_id, &error.to_string());
+                self.forget_if_dropped(peer_id);
+            }
             SwarmEvent::IncomingConnectionError { error, send_back_addr, .. } => debug!(%send_back_addr, %error, "refused a connection"),
             SwarmEvent::Behaviour(BehaviourEvent::Mdns(mdns::Event::Discovered(found))) => {
                 for (peer, address) in found {
@@ -581,6 +431,16 @@ impl SwarmTask {
         self.known.awaited.insert(address.clone(), Some(reason.to_owned()));
     }
 
+    /// Somebody answered at an address who was shown the door: there is nothing to wait for.
+    fn forget_if_dropped(&mut self, peer: Option<PeerId>) {
+        let Some(peer) = peer.filter(|peer| self.known.dropped.contains(peer)) else { return };
+        let theirs: Vec<_> = self.wanted.keys().filter(|address| peer_of(address) == Some(peer)).cloned().collect();
+        for address in theirs {
+            self.wanted.remove(&address);
+            self.known.awaited.remove(&address);
+        }
+    }
+
     /// Those whom the user has banned, or of whom only bad was seen, are not let in.
     fn shut_out_unwelcome(&mut self) {
         let unwelcome: Vec<_> = self.records.lock().unwelcome(now_ms()).into_iter().filter_map(peer_id).collect();
@@ -590,6 +450,10 @@ impl SwarmTask {
     fn admit(&mut self, peer: PeerId) {
         self.swarm.behaviour_mut().blocked.unblock_peer(peer);
         self.known.dropped.remove(&peer);
+        let named: Vec<_> = self.named.iter().filter(|address| peer_of(address) == Some(peer)).cloned().collect();
+        for address in named.into_iter().filter(|address| !self.wanted.contains_key(address)).collect::<Vec<_>>() {
+            self.want(&address);
+        }
     }
 
     fn drop_peer(&mut self, peer: PeerId) {

@@ -20,8 +20,8 @@ use tokio::time::{Instant, MissedTickBehavior, timeout};
 use tracing::{debug, warn};
 
 use crate::clock::now_ms;
+use crate::net::network::Peers;
 use crate::net::provider::{Place, Provider, STREAMS_PER_PEER_MAX};
-use crate::net::swarm::Peers;
 
 const STREAMS_MAX: usize = 256;
 const HAPPENED_MAX: usize = 256;

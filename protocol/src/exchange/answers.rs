@@ -183,7 +183,14 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         self.end_verifying(peer, check);
         if let Some(wanted) = self.wanted.get_mut(&hash).filter(|wanted| wanted.serial == serial) {
             wanted.wrong(check.group);
+            let unsure = wanted.unsure;
+            if unsure {
+                wanted.refused.insert(peer);
+            }
             self.order_one(hash);
+            if unsure {
+                return; // it may be a group of a blob of another length
+            }
         }
         self.blame(peer, Fault::WrongGroup { hash, group: check.group });
     }

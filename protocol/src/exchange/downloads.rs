@@ -21,6 +21,7 @@ pub(super) const BROKEN_CLAIMS_MAX: u32 = 3;
 pub struct Downloads<P, B> {
     pub(super) peers: BTreeMap<P, Peer>,
     blamed: BTreeSet<P>,
+    doubted: BTreeSet<P>,
     pub(super) wanted: HashMap<ContentHash, Wanted<P>>,
     /// Blobs that have groups to ask for, the first to be asked for first.
     pub(super) order: BTreeSet<Place>,
@@ -59,6 +60,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         Self {
             peers: BTreeMap::new(),
             blamed: BTreeSet::new(),
+            doubted: BTreeSet::new(),
             wanted: HashMap::new(),
             order: BTreeSet::new(),
             models: BTreeMap::new(),
@@ -78,6 +80,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         match event {
             Event::PeerUp { peer, requests_max } => self.peer_up(now_ms, peer, requests_max),
             Event::Doubted { peer } => {
+                self.doubted.insert(peer);
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.doubt(now_ms);
                 }
@@ -180,7 +183,10 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         if self.blamed.contains(&peer) || self.peers.contains_key(&peer) {
             return;
         }
-        let state = Peer::new(now_ms, requests_max, self.next_id);
+        let mut state = Peer::new(now_ms, requests_max, self.next_id);
+        if self.doubted.contains(&peer) {
+            state.doubt(now_ms);
+        }
         self.peers.insert(peer, state);
         let models: Vec<_> = self.models.keys().copied().collect();
         models.into_iter().for_each(|model| self.ask_what_there_is(peer, model));

@@ -43,7 +43,7 @@ fn send(machine: &mut Machine, now_ms: u64, peer: u8, id: u32) -> Actions {
 /// Somebody says that an honest peer's blob has another length: nobody is blamed, and the peer is not asked again.
 #[test]
 fn a_length_that_is_hearsay_names_no_liar() {
-    for length in [10, GROUP_BYTES + 1, 3 * GROUP_BYTES] {
+    for length in [10, GROUP_BYTES, GROUP_BYTES + 1, 3 * GROUP_BYTES, 30 * GROUP_BYTES] {
         let mut machine = Downloads::<u8, Vec<u8>>::new(1);
         let bytes: Vec<u8> = (0..2 * GROUP_BYTES).map(|i| i as u8).collect();
         let truth = GroupHashes::of(&bytes);
@@ -54,6 +54,10 @@ fn a_length_that_is_hearsay_names_no_liar() {
         actions.extend(machine.handle(0, Event::Prepared { hash: told.hash, hashes: None, here: Vec::new() }));
         let mut asked = 0;
         while let Some(action) = actions.pop() {
+            if let Action::Verify { peer, hash, serial, check, .. } = action {
+                actions.extend(machine.handle(1, Event::Wrong { peer, hash, serial, check }));
+                continue;
+            }
             let Action::Send { message, .. } = action else {
                 assert!(!matches!(action, Action::Blame { .. } | Action::Complete { .. }), "{action:?}");
                 continue;
@@ -64,7 +68,7 @@ fn a_length_that_is_hearsay_names_no_liar() {
                 ToProvider::Group { id, group, .. } if u64::from(group) * GROUP_BYTES < bytes.len() as u64 => {
                     FromProvider::Group { id, bytes: bytes[(u64::from(group) * GROUP_BYTES) as usize..][..GROUP_BYTES as usize].to_vec() }
                 }
-                ToProvider::Group { id, .. } => FromProvider::NotHave { id },
+                ToProvider::Group { group, .. } => panic!("a provider hangs up on who asks for group {group}"),
                 _ => continue,
             };
             actions.extend(machine.handle(1, Event::Received { peer: 1, message }));

@@ -15,7 +15,7 @@ pub enum Event<P, B> {
         /// Requests that it takes at a time.
         requests_max: u32,
     },
-    /// There is more against a peer than for it: whatever another may have is asked of the other.
+    /// There is more against a peer than for it: whatever another may have is asked of the other. Best said before [`Event::PeerUp`].
     Doubted {
         /// Whom.
         peer: P,

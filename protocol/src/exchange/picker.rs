@@ -117,10 +117,12 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                 Room::Promised => ahead += 1,
                 Room::Ready => {
                     let Some(&group) = wanted.missing.first() else { continue };
-                    if wanted.hashes.is_some() || wanted.hashes_asked.contains_key(&peer) {
+                    // Of a blob whose length is hearsay, a group may be beyond the end.
+                    if wanted.hashes.is_some() || wanted.hashes_asked.contains_key(&peer) && !wanted.unsure {
                         return Step::Group(hash, group);
                     }
-                    if wanted.hashes_asked.is_empty() || wanted.groups.len() <= SHORT_LIST_GROUPS {
+                    let asked = wanted.hashes_asked.contains_key(&peer);
+                    if wanted.hashes_asked.is_empty() || wanted.groups.len() <= SHORT_LIST_GROUPS && !asked {
                         return Step::Hashes(hash);
                     }
                 }

@@ -48,16 +48,14 @@ impl RecordBook {
             self.park(head);
             return Err(Refused::Unknown);
         }
-        self.heads.take(about, head, HEADS_MAX, standing)
+        self.heads.take(about, head, HEADS_MAX, standing).map(drop)
     }
 
     /// Takes in an attestation: check 10.
     pub fn take_attestation(&mut self, attestation: Verified<Attestation>, standing: Standing<'_>) -> Result<(), Refused> {
         let (about, rater) = ((attestation.record().subject, attestation.record().facet), attestation.node());
-        let crowded = self.attestations.count >= ATTESTATIONS_MAX;
-        self.attestations.take(about, attestation, ATTESTATIONS_MAX, standing)?;
-        if crowded {
-            self.index(); // somebody had to go
+        if self.attestations.take(about, attestation, ATTESTATIONS_MAX, standing)? == Room::Made {
+            self.index();
         } else {
             self.raters.entry(about).or_default().insert(rater);
         }
@@ -66,7 +64,7 @@ impl RecordBook {
 
     /// Takes in a node record: check 10.
     pub fn take_node(&mut self, node: Verified<NodeRecord>, standing: Standing<'_>) -> Result<(), Refused> {
-        self.nodes.take((), node, NODES_MAX, standing)
+        self.nodes.take((), node, NODES_MAX, standing).map(drop)
     }
 
     /// Forgets what no longer holds, once nothing older by the same node can hold either.
@@ -109,12 +107,18 @@ impl RecordBook {
         self.nodes.records().filter(move |node| is_current(node, now_ms))
     }
 
-    /// What is attested of a node in a facet, each with how many nodes its issuer calls good in it.
-    pub fn attestations_about(&self, now_ms: u64, subject: &NodeId, facet: Facet) -> impl Iterator<Item = (&Verified<Attestation>, u32)> {
+    /// What is attested of a node in a facet.
+    pub fn attestations_about(&self, now_ms: u64, subject: &NodeId, facet: Facet) -> impl Iterator<Item = &Verified<Attestation>> {
         let raters = self.raters.get(&(*subject, facet)).into_iter().flatten();
-        let theirs = raters.filter_map(|rater| self.attestations.by_node.get(rater));
         let about = (*subject, facet);
-        theirs.filter_map(move |theirs| Some((theirs.get(&about).filter(|one| is_current(one, now_ms))?, vouched_for(theirs, facet))))
+        let theirs = raters.filter_map(move |rater| self.attestations.by_node.get(rater)?.get(&about));
+        theirs.filter(move |one| is_current(one, now_ms))
+    }
+
+    /// How many nodes a rater calls good in a facet.
+    pub fn vouched_for(&self, rater: &NodeId, facet: Facet) -> u32 {
+        let theirs = self.attestations.by_node.get(rater).into_iter().flatten();
+        theirs.filter(|((_, of), one)| *of == facet && one.record().good > 0).count() as u32
     }
 
     /// A node's record of itself, whether it holds now or not.
@@ -149,10 +153,6 @@ impl RecordBook {
     }
 }
 
-fn vouched_for(attestations: &BTreeMap<(NodeId, Facet), Verified<Attestation>>, facet: Facet) -> u32 {
-    attestations.iter().filter(|((_, of), one)| *of == facet && one.record().good > 0).count() as u32
-}
-
 /// Check 10: whether a sequence number is above the one that is known.
 pub(super) fn is_newer(node: NodeId, known: u64, new: u64, same_bytes: bool) -> Result<(), Refused> {
     match new.cmp(&known) {
@@ -162,8 +162,16 @@ pub(super) fn is_newer(node: NodeId, known: u64, new: u64, same_bytes: bool) -> 
     }
 }
 
+/// Whether a record holds now by our own clock: one that was taken back by another that expires at once is gone at once.
 fn is_current<R: Record>(record: &Verified<R>, now_ms: u64) -> bool {
-    record.record().head().expires_ms.saturating_add(SKEW_MS) >= now_ms
+    record.record().head().expires_ms > now_ms
+}
+
+/// Whether somebody else's records had to go.
+#[derive(PartialEq, Eq)]
+enum Room {
+    There,
+    Made,
 }
 
 /// Records of one kind.
@@ -180,8 +188,9 @@ impl<A, R> Default for Shelf<A, R> {
 }
 
 impl<A: Ord + Copy, R: Record> Shelf<A, R> {
-    fn take(&mut self, about: A, record: Verified<R>, most: usize, standing: Standing<'_>) -> Result<(), Refused> {
+    fn take(&mut self, about: A, record: Verified<R>, most: usize, standing: Standing<'_>) -> Result<Room, Refused> {
         let node = record.node();
+        let mut room = Room::There;
         let theirs = self.by_node.get(&node);
         if let Some(known) = theirs.and_then(|theirs| theirs.get(&about)) {
             let (old, new) = (known.record().head().seq, record.record().head().seq);
@@ -192,11 +201,12 @@ impl<A: Ord + Copy, R: Record> Shelf<A, R> {
             }
             if self.count >= most {
                 self.make_room(&node, standing)?;
+                room = Room::Made;
             }
             self.count += 1;
         }
         self.by_node.entry(node).or_default().insert(about, record);
-        Ok(())
+        Ok(room)
     }
 
     /// Forgets what the node of the least standing has said, if that is less than `newcomer`'s.

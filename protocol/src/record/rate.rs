@@ -1,4 +1,4 @@
-//! How many records a sender, or a signer, may have sent lately. Asked before anything costly is done.
+//! How many records a sender, or a signer, may have sent lately.
 
 use std::collections::HashMap;
 use std::hash::Hash;

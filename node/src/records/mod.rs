@@ -1,12 +1,6 @@
-//! What this node holds of signed records, and what it thinks of its peers: in memory, and on the disk.
-//!
-//! ```text
-//! records  envelopes as they came, in frames: kind, length, bytes. Losing it loses time, and what is newest
-//! trust    what was seen of peers: key, facet, good, bad, of that proven wrong, times of good and bad, when. One a line
-//! rulings  what the user has decided: ban KEY or allow KEY. One a line
-//! checked  bodies of profiles that were found to be true: key and hash. One a line
-//! seq      the last sequence number that this node has used
-//! ```
+//! What this node holds of signed records, and what it thinks of its peers.
+
+mod files;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
@@ -15,26 +9,26 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use protocol::record::book::{Known, RecordBook};
 use protocol::record::rate::{Allowance, Rates};
 use protocol::record::{Attestation, Facet, NodeRecord, ProfileHead, Record, Refused, Verified};
-use protocol::trust::{Outcome, Ruling, Tally, TrustBook, Voice, score};
+use protocol::trust::{Outcome, RATER_MIN, Ruling, TrustBook, Voice, score};
 use protocol::{ContentHash, ModelId, NodeId};
-use store::RealDisk;
-use store::disk::{read_file, replace_file};
 use tracing::warn;
 
 use crate::clock::now_ms;
-use crate::data_dir::{DataDir, io_failure};
+use crate::data_dir::DataDir;
 use crate::failure::{Failure, Kind};
 
 /// Most bytes of records that are told to one who comes.
 pub(crate) const TOLD_BYTES_MAX: u64 = 1 << 20;
 /// Most bytes of records that are kept on the disk.
 pub(crate) const RECORDS_BYTES_MAX: u64 = 32 << 20;
-const TRUST_BYTES_MAX: u64 = 4 << 20;
 /// What one peer may hand on, and what one signer may say.
 const OF_SENDER: Allowance = Allowance { burst: 200, per_second: 20 };
 const OF_SIGNER: Allowance = Allowance { burst: 64, per_second: 2 };
 /// What all signers together may say of whom nothing was known: crowds of new keys must not take what everybody hands on.
 const OF_STRANGERS: Allowance = Allowance { burst: 100, per_second: 5 };
+/// The same when peers are asked what they hold: of each, and of all together.
+const OF_TELLER: Allowance = Allowance { burst: 500, per_second: 1 };
+const OF_ALL_TELLERS: Allowance = Allowance { burst: 2000, per_second: 2 };
 /// Records that one peer may tell when it is asked what it holds.
 const CAUGHT_UP_MAX: usize = 2000;
 /// How often what has expired is looked for.
@@ -71,6 +65,8 @@ pub(crate) struct Records {
     senders: Rates<NodeId>,
     signers: Rates<NodeId>,
     strangers: Rates<()>,
+    tellers: Rates<NodeId>,
+    told: Rates<()>,
     /// What was seen in this process, to be added to what is on the disk: when last, and how often.
     seen: BTreeMap<(NodeId, Facet, Outcome), (u64, u32)>,
     /// This node.
@@ -108,6 +104,8 @@ impl SharedRecords {
             senders: Rates::new(OF_SENDER),
             signers: Rates::new(OF_SIGNER),
             strangers: Rates::new(OF_STRANGERS),
+            tellers: Rates::new(OF_TELLER),
+            told: Rates::new(OF_ALL_TELLERS),
             seen: BTreeMap::new(),
             own: dir.key()?.id(),
             expired_ms: 0,
@@ -153,7 +151,7 @@ impl SharedRecords {
         saved
     }
 
-    /// Notes that what a node says in a body was found to be true; says whether that is new. To say a thing twice proves it once.
+    /// Notes that what a node says in a body was measured again; says whether that is new. To say a thing twice proves it once.
     pub(crate) fn note_checked(&self, node: NodeId, body: ContentHash) -> Result<bool, Failure> {
         let _editing = self.dir.exclusive()?;
         let mut checked = self.dir.lines("checked")?;
@@ -187,11 +185,11 @@ impl SharedRecords {
     }
 
     /// Takes in what a peer holds, as it was asked. Says how many were new, or that the peer hands on forgeries.
-    pub(crate) fn catch_up(&self, bytes: &[u8]) -> Result<usize, Refused> {
+    pub(crate) fn catch_up(&self, teller: NodeId, bytes: &[u8]) -> Result<usize, Refused> {
         let mut new = 0;
         for (kind, envelope) in frames(bytes).into_iter().take(CAUGHT_UP_MAX) {
             // One by one: others want the records, too.
-            match self.lock().open(now_ms(), kind, envelope, Checked::Before) {
+            match self.lock().open(now_ms(), kind, envelope, Checked::Told(teller)) {
                 Ok(()) => new += 1,
                 Err(refused) if refused.is_forgery() => return Err(refused),
                 Err(_) => {}
@@ -204,8 +202,12 @@ impl SharedRecords {
 /// Whether a record was within somebody's allowance when it came.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Checked {
+    /// It needs none: it was asked for by name, or is this node's own.
     Before,
+    /// It was gossiped.
     Not,
+    /// It was told with all that a peer holds.
+    Told(NodeId),
 }
 
 impl Records {
@@ -231,7 +233,7 @@ impl Records {
         within
     }
 
-    /// A model, and a probe set, that heads may be about.
+    /// A model that heads may be about.
     pub(crate) fn know(&mut self, model: ModelId) {
         if self.models.insert(model) {
             let known = Known { models: &|model| self.models.contains(model), probes: &|probes| self.probes.contains(probes) };
@@ -273,7 +275,10 @@ impl Records {
                 self.book.take_node(node, &|node| best(trust, now_ms, own, node))
             }),
         };
-        if let Err(Refused::Equivocation(node)) = taken {
+        // Of a stranger it means nothing that he is two-faced: there are always more keys.
+        if let Err(Refused::Equivocation(node)) = taken
+            && self.trust.tallies().any(|(peer, ..)| peer == node)
+        {
             self.observe(now_ms, node, Facet::Profile, Outcome::WrongResult);
         }
         match &taken {
@@ -287,13 +292,16 @@ impl Records {
     fn verified<R: Record>(&mut self, now_ms: u64, bytes: Vec<u8>, checked: Checked) -> Result<Verified<R>, Refused> {
         let record = Verified::<R>::open(now_ms, bytes)?;
         let node = record.node();
+        let stranger = !self.book.knows(&node) && best(&self.trust, now_ms, self.own, &node) <= score(0.0, 0.0);
         // After the signature: nobody can use up another's allowance.
-        if checked == Checked::Not {
-            let stranger = !self.book.knows(&node) && best(&self.trust, now_ms, self.own, &node) <= score(0.0, 0.0);
-            if !self.signers.take(now_ms, node) || stranger && !self.strangers.take(now_ms, ()) {
-                self.counts.over_rate += 1;
-                return Err(Refused::Rate);
-            }
+        let within = match checked {
+            Checked::Before => true,
+            Checked::Not => self.signers.take(now_ms, node) && (!stranger || self.strangers.take(now_ms, ())),
+            Checked::Told(teller) => !stranger || self.tellers.take(now_ms, teller) && self.told.take(now_ms, ()),
+        };
+        if !within {
+            self.counts.over_rate += 1;
+            return Err(Refused::Rate);
         }
         if self.trust.rulings().get(&record.node()) == Some(&Ruling::Banned) {
             return Err(Refused::Full);
@@ -311,6 +319,16 @@ impl Records {
         if *node == self.own { f64::INFINITY } else { self.ordering(now_ms, node, facet) }
     }
 
+    /// A peer's score from what was seen here, and this node before all others.
+    pub(crate) fn first_hand(&self, now_ms: u64, node: &NodeId, facet: Facet) -> f64 {
+        if *node == self.own { f64::INFINITY } else { self.trust.first_hand(now_ms, node, facet) }
+    }
+
+    /// This node.
+    pub(crate) fn own(&self) -> NodeId {
+        self.own
+    }
+
     /// Who is not let in.
     pub(crate) fn unwelcome(&self, now_ms: u64) -> BTreeSet<NodeId> {
         let seen = self.trust.tallies().map(|(peer, ..)| peer);
@@ -319,16 +337,13 @@ impl Records {
 
     /// What peers say of another in a facet.
     pub(crate) fn voices(&self, now_ms: u64, peer: &NodeId, facet: Facet) -> Vec<Voice> {
-        let voices = self.book.attestations_about(now_ms, peer, facet);
-        voices
-            .map(|(one, subjects)| Voice {
-                rater: one.node(),
-                good: one.record().good,
-                bad: one.record().bad,
-                subjects,
-                kin: self.kin(&one.node()),
-            })
-            .collect()
+        // Crowds of raters who are not listened to cost a look each.
+        let heard = |one: &&Verified<Attestation>| self.trust.first_hand(now_ms, &one.node(), facet) >= RATER_MIN;
+        let voice = |one: &Verified<Attestation>| {
+            let (rater, Attestation { good, bad, .. }) = (one.node(), one.record());
+            Voice { rater, good: *good, bad: *bad, subjects: self.book.vouched_for(&rater, facet), kin: self.kin(&rater) }
+        };
+        self.book.attestations_about(now_ms, peer, facet).filter(heard).map(voice).collect()
     }
 
     /// Raters of one /24, as they say themselves where they are, count once. On private networks everybody may be in the same.
@@ -391,87 +406,6 @@ pub(crate) fn frames(mut bytes: &[u8]) -> Vec<(RecordKind, Vec<u8>)> {
     frames
 }
 
-impl DataDir {
-    fn records(&self) -> Result<Vec<(RecordKind, Vec<u8>)>, Failure> {
-        let path = self.path().join("records");
-        let bytes = read_file(&path, RECORDS_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
-        Ok(frames(&bytes.unwrap_or_default()))
-    }
-
-    fn set_records(&self, bytes: &[u8]) -> Result<(), Failure> {
-        let path = self.path().join("records");
-        replace_file(&RealDisk, &path, bytes).map_err(|error| io_failure("write", &path, &error))
-    }
-
-    /// What was seen of peers, and what the user has decided.
-    pub(crate) fn trust(&self) -> Result<TrustBook, Failure> {
-        let read = |name: &str| {
-            let path = self.path().join(name);
-            let bytes = read_file(&path, TRUST_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?.unwrap_or_default();
-            Ok::<_, Failure>(String::from_utf8_lossy(&bytes).into_owned())
-        };
-        let mut trust = TrustBook::default();
-        // A damaged line is an observation less.
-        for (peer, facet, tally) in read("trust")?.lines().filter_map(parse_tally) {
-            trust.restore(peer, facet, tally);
-        }
-        for line in read("rulings")?.lines() {
-            let ruling = line.split_once(' ').and_then(|(word, key)| Some((ruling_of(word)?, key.trim().parse().ok()?)));
-            if let Some((ruling, peer)) = ruling {
-                trust.rule(peer, Some(ruling));
-            } else {
-                warn!(line, "a ruling cannot be read");
-            }
-        }
-        Ok(trust)
-    }
-
-    fn set_trust(&self, trust: &TrustBook) -> Result<(), Failure> {
-        self.set_lines("trust", trust.tallies().map(|(peer, facet, tally)| tally_line(peer, facet, tally)))
-    }
-
-    /// Writes down what the user has decided.
-    pub(crate) fn set_rulings(&self, trust: &TrustBook) -> Result<(), Failure> {
-        let word = |ruling: &Ruling| if *ruling == Ruling::Banned { "ban" } else { "allow" };
-        self.set_lines("rulings", trust.rulings().iter().map(|(peer, ruling)| format!("{} {peer}", word(ruling))))
-    }
-
-    /// The last sequence number that this node has used, if it knows.
-    pub(crate) fn last_seq(&self) -> Result<Option<u64>, Failure> {
-        let path = self.path().join("seq");
-        let bytes = read_file(&path, 100).map_err(|error| io_failure("read", &path, &error))?;
-        Ok(bytes.and_then(|bytes| String::from_utf8(bytes).ok()?.trim().parse().ok()))
-    }
-
-    /// Notes a sequence number, before anybody sees it.
-    pub(crate) fn set_last_seq(&self, seq: u64) -> Result<(), Failure> {
-        self.set_lines("seq", std::iter::once(seq.to_string()))
-    }
-}
-
-fn ruling_of(word: &str) -> Option<Ruling> {
-    match word {
-        "ban" => Some(Ruling::Banned),
-        "allow" => Some(Ruling::Allowed),
-        _ => None,
-    }
-}
-
-fn tally_line(peer: NodeId, facet: Facet, tally: &Tally) -> String {
-    let Tally { good, bad, wrong, seen, at_ms } = tally;
-    format!("{peer} {} {good} {bad} {wrong} {} {} {at_ms}", facet.name(), seen.0, seen.1)
-}
-
-fn parse_tally(line: &str) -> Option<(NodeId, Facet, Tally)> {
-    let fields: Vec<_> = line.split_ascii_whitespace().collect();
-    let [peer, facet, good, bad, wrong, seen_good, seen_bad, at_ms] = fields[..] else { return None };
-    let facet = Facet::ALL.into_iter().find(|known| known.name() == facet)?;
-    let weight = |text: &str| text.parse::<f64>().ok().filter(|weight| (0.0..1e9).contains(weight));
-    let seen = (seen_good.parse().ok()?, seen_bad.parse().ok()?);
-    let tally = Tally { good: weight(good)?, bad: weight(bad)?, wrong: weight(wrong)?, seen, at_ms: at_ms.parse().ok()? };
-    Some((peer.parse().ok()?, facet, tally))
-}
-
 /// The peer that a user means: a key, or a peer id.
 pub(crate) fn parse_peer(text: &str) -> Result<NodeId, Failure> {
     let by_id = || text.parse().ok().and_then(crate::net::address::node_id);
@@ -486,17 +420,6 @@ pub(crate) fn parse_peer(text: &str) -> Result<NodeId, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use protocol::NodeKey;
-
-    #[test]
-    fn what_was_seen_is_written_and_read() {
-        let key = NodeKey::from_secret(&[1; 32]).id();
-        let tally = Tally { good: 3.25, bad: 0.5, wrong: 0.25, seen: (7, 1), at_ms: 99 };
-        assert_eq!(parse_tally(&tally_line(key, Facet::Execution, &tally)), Some((key, Facet::Execution, tally)));
-        for bad in ["", "x", "ed25519:00 bytes 1 1 1 1 1 1", &format!("{key} bytes NaN 1 1 1 1 1"), &format!("{key} bytes 1 1 1 1 1 1 1")] {
-            assert_eq!(parse_tally(bad), None, "{bad}");
-        }
-    }
 
     #[test]
     fn frames_stop_where_they_make_no_sense() {

@@ -1,0 +1,171 @@
+//! The network as the rest of the node sees it: how it is started, what is known of peers, and a handle to tell it things.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use libp2p::{Multiaddr, PeerId};
+use protocol::trust::{Facet, Outcome, score};
+use protocol::{ModelId, NodeKey};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use super::address::node_id;
+use super::group::GroupKey;
+use crate::clock::now_ms;
+use crate::records::{RecordKind, SharedRecords};
+
+/// What a node's network is made of.
+pub(crate) struct NetworkOptions<'a> {
+    pub(crate) key: &'a NodeKey,
+    /// Where to listen; nothing for a one-shot command.
+    pub(crate) listen: Vec<Multiaddr>,
+    /// Peers to stay connected to.
+    pub(crate) peers: Vec<Multiaddr>,
+    /// Peers to try once, in this order.
+    pub(crate) book: Vec<Multiaddr>,
+    /// Whether to look for peers by multicast.
+    pub(crate) mdns: bool,
+    /// The closed group to be in; none is everybody's.
+    pub(crate) group: Option<GroupKey>,
+    /// Bytes of memory beyond which the process makes no more connections.
+    pub(crate) memory_max: u64,
+    pub(crate) role: Role,
+    /// What peers have signed and what is thought of them.
+    pub(crate) records: SharedRecords,
+}
+
+/// What a node is to others.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum Role {
+    /// Asks, and goes again.
+    Guest,
+    /// Serves these models, and tells where others are.
+    Host { models: Vec<ModelId>, relay: Relay },
+}
+
+/// Whether a host lends its address to nodes that have none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Relay {
+    Yes,
+    No,
+}
+
+/// What is known of peers at a moment.
+#[derive(Clone, Default, PartialEq, Eq, Debug)]
+pub(crate) struct Peers {
+    /// Peers to whom there is a direct connection: these alone are asked for bulk.
+    pub(crate) connected: BTreeSet<PeerId>,
+    /// Peers who are reached through a relay only, which carries no bulk.
+    pub(crate) relayed: BTreeSet<PeerId>,
+    /// Addresses that are being dialled or will be again, with the last reason why that failed.
+    pub(crate) awaited: BTreeMap<Multiaddr, Option<String>>,
+    /// Whether others may turn up by themselves.
+    pub(crate) may_discover: bool,
+    pub(crate) listening: Vec<Multiaddr>,
+    /// Peers that were dialled with success.
+    pub(crate) met: BTreeMap<PeerId, Met>,
+    /// Addresses of the book at which nobody answered.
+    pub(crate) silent: BTreeSet<Multiaddr>,
+    /// Peers that were shown the door.
+    pub(crate) dropped: BTreeSet<PeerId>,
+}
+
+/// Where a peer was reached, and how we came by that.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Met {
+    /// With the peer's id.
+    pub(crate) address: Multiaddr,
+    pub(crate) source: Source,
+    /// Whether it says that it serves.
+    pub(crate) serves: bool,
+}
+
+/// How an address came to us.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Source {
+    /// The user named it.
+    Named,
+    /// It was in the address book.
+    Book,
+    /// Another peer told of it.
+    Found,
+    /// It was heard on the local network.
+    Local,
+}
+
+impl Source {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
+        [Self::Named, Self::Book, Self::Found, Self::Local].into_iter().find(|source| source.to_string() == text)
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Named => "named",
+            Self::Book => "book",
+            Self::Found => "found",
+            Self::Local => "local",
+        })
+    }
+}
+
+/// A handle on the running network. When the last one is dropped, the network ends.
+#[derive(Clone)]
+pub(crate) struct Network {
+    pub(crate) local: PeerId,
+    pub(crate) streams: libp2p_stream::Control,
+    pub(crate) peers: watch::Receiver<Peers>,
+    pub(crate) records: SharedRecords,
+    pub(super) commands: mpsc::Sender<Command>,
+}
+
+/// What the task that drives the swarm is told.
+pub(super) enum Command {
+    Drop(PeerId),
+    Admit(PeerId),
+    LookFor(ModelId, oneshot::Sender<()>),
+    Tell(RecordKind, Vec<u8>, oneshot::Sender<bool>),
+}
+
+impl Network {
+    /// Notes what was seen of a peer.
+    pub(crate) fn observe(&self, peer: PeerId, facet: Facet, outcome: Outcome) {
+        if let Some(node) = node_id(peer).filter(|_| peer != self.local) {
+            self.records.observe(node, facet, outcome);
+        }
+    }
+
+    /// How far a peer is trusted with bytes, from what was seen and what others say: for the order in which peers are asked.
+    pub(crate) fn trust_in_bytes(&self, peer: PeerId) -> f64 {
+        node_id(peer).map_or(0.0, |node| self.records.lock().ordering(now_ms(), &node, Facet::Bytes))
+    }
+
+    /// Whether more speaks against a peer's bytes than for them: it is asked last.
+    pub(crate) fn is_doubted(&self, peer: PeerId) -> bool {
+        self.trust_in_bytes(peer) < score(0.0, 0.0)
+    }
+
+    /// Disconnects a peer that cannot be trusted with bytes, and keeps it away.
+    pub(crate) async fn drop_peer(&self, peer: PeerId) {
+        let _ = self.commands.send(Command::Drop(peer)).await;
+    }
+
+    /// Lets a peer in again that was kept away.
+    pub(crate) async fn admit(&self, peer: PeerId) {
+        let _ = self.commands.send(Command::Admit(peer)).await;
+    }
+
+    /// Tells hosts a record of this node's own; says whether anybody was there to hear it.
+    pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) -> bool {
+        let (told, wait) = oneshot::channel();
+        self.commands.send(Command::Tell(kind, bytes, told)).await.is_ok() && wait.await.unwrap_or(false)
+    }
+
+    /// Begins to look for peers who have a model, by asking those who are connected. Once this returns, it has begun.
+    pub(crate) async fn look_for(&self, model: ModelId) {
+        let (begun, wait) = oneshot::channel();
+        if self.commands.send(Command::LookFor(model, begun)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+}
