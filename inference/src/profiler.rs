@@ -261,20 +261,26 @@ impl Profiler {
         pairs.into_iter().map(|(.., next)| next).collect()
     }
 
-    /// Makes the trials of a round; `go_on` is asked before each probe, and what a round that was broken off has found is dropped.
+    /// Makes the trials of a round, domain by domain; `go_on` is asked before each probe. Returns what was found of the domains that it got through.
     pub fn try_round(
         &mut self,
         engine: &mut Engine,
         round: &[Trials],
         mut go_on: impl FnMut() -> bool,
-    ) -> Result<Option<Vec<Trials>>, ProfileError> {
-        let begun = |next: &Trials| self.body.experts[next.expert as usize].domains[next.domain as usize];
-        let from: Vec<_> = round.iter().map(|next| begun(next).trials).collect();
-        let Some(hits) = self.hits(engine, round, &from, &mut go_on)? else { return Ok(None) };
-        let found = round.iter().zip(hits).map(|(next, hits)| Trials { hits: begun(next).hits + hits, ..*next });
-        let found: Vec<_> = found.collect();
-        found.iter().try_for_each(|trials| self.take_trials(*trials))?;
-        Ok(Some(found))
+    ) -> Result<Vec<Trials>, ProfileError> {
+        let mut round = round.to_vec();
+        round.sort_by_key(|next| next.domain);
+        let mut all = Vec::new();
+        for of_domain in round.chunk_by(|a, b| a.domain == b.domain) {
+            let begun = |next: &Trials| self.body.experts[next.expert as usize].domains[next.domain as usize];
+            let from: Vec<_> = of_domain.iter().map(|next| begun(next).trials).collect();
+            let Some(hits) = self.hits(engine, of_domain, &from, &mut go_on)? else { break };
+            let found = of_domain.iter().zip(hits).map(|(next, hits)| Trials { hits: begun(next).hits + hits, ..*next });
+            let found: Vec<_> = found.collect();
+            found.iter().try_for_each(|trials| self.take_trials(*trials))?;
+            all.extend(found);
+        }
+        Ok(all)
     }
 
     /// Takes in what trials have found, now or earlier.

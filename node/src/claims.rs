@@ -190,7 +190,7 @@ fn sums_agree(head: &ProfileHead, body: &ProfileBody) -> bool {
 impl Claims {
     fn refute(&mut self, network: &Network, (node, body): (NodeId, ContentHash), why: String) -> Result<(), Failure> {
         // To say a false thing twice is to say it once.
-        if network.records.note_checked(node, body)? {
+        if network.records.note_checked(node, body, false)? {
             network.records.observe(node, Facet::Profile, Outcome::WrongResult);
         }
         self.refuted.push((node, why));
@@ -246,6 +246,11 @@ impl Claims {
         checked + claim.opinion.ordering
     }
 
+    /// Says why nothing is measured again.
+    pub(crate) fn leave_unchecked(&mut self, why: &'static str) {
+        self.held.iter_mut().filter(|claim| claim.check != Check::Own).for_each(|claim| claim.check = Check::Not(why));
+    }
+
     /// Measures claims about a domain again, those first that would be relied on: all that was routed, and the trials of some experts. What
     /// comes of it counts against who said it, or for him, and that once for a body. Claims share the time until `until`.
     pub(crate) fn check(
@@ -270,15 +275,27 @@ impl Claims {
                 claim.check = Check::Not("by another arithmetic");
                 continue;
             }
+            let body = ContentHash::of(&claim.body.to_bytes());
+            match network.records.was_true(claim.node, body)? {
+                Some(true) => {
+                    claim.check = Check::Holds;
+                    continue;
+                }
+                Some(false) => {
+                    claim.check = Check::Refuted("it was measured again before, and did not hold".to_owned());
+                    continue;
+                }
+                None => {}
+            }
             let Replayed { check, trials } = replay(claim, (profiler, &mut *engine), sample, || instant() < until && !interrupted())?;
             match check {
                 Check::Refuted(_) => {
-                    if network.records.note_checked(claim.node, ContentHash::of(&claim.body.to_bytes()))? {
+                    if network.records.note_checked(claim.node, body, false)? {
                         network.records.observe(claim.node, Facet::Profile, Outcome::WrongResult);
                     }
                 }
                 // The routing alone can be had by reading the probes, which costs little.
-                Check::Holds if trials > 0 && network.records.note_checked(claim.node, ContentHash::of(&claim.body.to_bytes()))? => {
+                Check::Holds if trials > 0 && network.records.note_checked(claim.node, body, true)? => {
                     network.records.observe(claim.node, Facet::Profile, Outcome::Good);
                 }
                 Check::Holds | Check::Own | Check::Not(_) => {}

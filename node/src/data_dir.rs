@@ -322,6 +322,7 @@ impl OpenDataDir {
     pub(crate) fn forget(&mut self, id: ModelId) -> Result<(), Failure> {
         self.names.retain(|_, known| *known != id);
         self.save_names()?;
+        self.dir.forget_profile(id);
         let path = self.manifest_path(id);
         match fs::remove_file(&path) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_failure("remove", &path, &error)),

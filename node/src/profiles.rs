@@ -1,13 +1,13 @@
 //! Profiles of models in the data directory: the journal of one in the making, and what is finished.
 //!
 //! ```text
-//! profiles/ID.journal  what was read and tried so far, in frames: length, the first 8 bytes of the hash, and a step
-//! profiles/ID          a finished profile: probe set, build profile, body
+//! profiles/ID.ABOUT.journal  what was read and tried so far with a probe set, in frames: length, the first 8 bytes of the hash, and a step
+//! profiles/ID                the newest finished profile: probe set, arithmetic, body
 //! ```
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use inference::profiler::{Reading, Trials};
 use protocol::{BlobRef, ContentHash, ModelId};
@@ -49,9 +49,10 @@ pub(crate) struct Journal {
 }
 
 impl Journal {
-    /// Opens the journal of a model's profile; returns the steps in it. What was being written when the power failed is cut off.
-    pub(crate) fn open(dir: &DataDir, model: ModelId) -> Result<(Self, Vec<Step>), Failure> {
-        let path = dir.profiles()?.join(format!("{model}.journal"));
+    /// Opens the journal of a model's profile by a probe set; returns the steps in it. What was being written when the power failed is cut off.
+    pub(crate) fn open(dir: &DataDir, model: ModelId, probes: ContentHash, arithmetic: ContentHash) -> Result<(Self, Vec<Step>), Failure> {
+        let about = ContentHash::of(&[*probes.as_bytes(), *arithmetic.as_bytes()].concat()).to_hex();
+        let path = dir.profiles()?.join(format!("{model}.{}.journal", &about[..16]));
         let failed = |action: &str, error: &io::Error| io_failure(action, &path, error);
         let mut file = OpenOptions::new().read(true).append(true).create(true).open(&path).map_err(|error| failed("open", &error))?;
         let mut bytes = Vec::new();
@@ -123,11 +124,26 @@ impl DataDir {
         replace_file(&RealDisk, &path, &protocol::codec::to_bytes(profile)).map_err(|error| io_failure("write", &path, &error))
     }
 
+    /// Forgets what was measured of a model, and how often its experts were used.
+    pub(crate) fn forget_profile(&self, model: ModelId) {
+        let id = model.to_string();
+        for file in fs::read_dir(self.path().join("profiles")).into_iter().flatten().flatten() {
+            if file.file_name().to_string_lossy().starts_with(&id) {
+                let _ = fs::remove_file(file.path()); // nothing but disk is lost with what stays
+            }
+        }
+        let _ = fs::remove_file(self.path().join("usage").join(id));
+    }
+
+    /// The models that have a finished profile, whether it can be read or not.
+    pub(crate) fn profiled_models(&self) -> Vec<ModelId> {
+        let files = fs::read_dir(self.path().join("profiles")).into_iter().flatten().flatten();
+        files.filter_map(|file| file.file_name().to_str()?.parse().ok()).collect()
+    }
+
     /// Every finished profile that can be read.
     pub(crate) fn all_profiles(&self) -> Vec<(ModelId, Profile)> {
-        let files = fs::read_dir(self.path().join("profiles")).into_iter().flatten().flatten();
-        let models = files.filter_map(|file| Path::new(&file.file_name()).to_str()?.parse::<ModelId>().ok());
-        models.filter_map(|model| Some((model, self.profile(model).ok()??))).collect()
+        self.profiled_models().into_iter().filter_map(|model| Some((model, self.profile(model).ok()??))).collect()
     }
 }
 
@@ -139,22 +155,22 @@ mod tests {
     fn a_journal_that_was_cut_short_goes_on_from_its_last_whole_step() {
         let root = std::env::temp_dir().join(format!("confrere-journal-{}", std::process::id()));
         let dir = DataDir::open(&root).expect("it is created");
-        let model = ModelId(ContentHash::of(b"m"));
+        let (model, probes) = (ModelId(ContentHash::of(b"m")), ContentHash::of(b"probes"));
         let step = |expert| Step::Tried(vec![Trials { expert, domain: 0, trials: 8, hits: 5 }]);
-        let (mut journal, steps) = Journal::open(&dir, model).expect("it opens");
+        let (mut journal, steps) = Journal::open(&dir, model, probes, probes).expect("it opens");
         assert!(steps.is_empty());
         for expert in 0..3 {
             journal.add(&step(expert)).expect("written");
         }
-        let path = root.join("profiles").join(format!("{model}.journal"));
+        let path = journal.path.clone();
         let length = fs::metadata(&path).expect("it is there").len();
         for cut in 1..length / 3 {
             journal.file.set_len(length - cut).expect("cut");
-            let (mut again, steps) = Journal::open(&dir, model).expect("it opens");
+            let (mut again, steps) = Journal::open(&dir, model, probes, probes).expect("it opens");
             assert_eq!(steps, [step(0), step(1)], "{cut}");
             again.add(&step(2)).expect("written");
         }
-        assert_eq!(Journal::open(&dir, model).expect("it opens").1, [step(0), step(1), step(2)]);
+        assert_eq!(Journal::open(&dir, model, probes, probes).expect("it opens").1, [step(0), step(1), step(2)]);
         fs::remove_dir_all(&root).expect("removable");
     }
 }

@@ -15,7 +15,7 @@ use super::map::{Cell, Map};
 use super::profile::{Measuring, SETTLE, check_text, parse_time};
 use super::{Context, EngineArgs, PeerArgs};
 use crate::claims::{self, Check, Claim, Claims, Sample};
-use crate::clock::{instant, interrupted, now_ms};
+use crate::clock::{check_interrupted, instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
@@ -23,6 +23,7 @@ use crate::net::PeerId;
 use crate::net::network::Network;
 use crate::output::{note, print_json, print_line};
 use crate::probes;
+use crate::profiles::Step;
 
 const HEADING: &str = "layer expert   lift             95%        q  routed  trials helps at least";
 /// Providers of an expert that are named.
@@ -30,7 +31,7 @@ const PROVIDERS_SHOWN: usize = 3;
 /// Experts whose trials are made again.
 const SAMPLE: usize = 5;
 /// Experts that are listed unless told otherwise.
-const TOP_DEFAULT: usize = 10;
+const TOP_DEFAULT: u32 = 10;
 
 #[derive(Subcommand)]
 pub(super) enum ExpertsCommand {
@@ -55,8 +56,8 @@ pub(super) struct WhichArgs {
     #[arg(long, value_name = "N")]
     layer: Option<u32>,
     /// How many
-    #[arg(long, value_name = "N", default_value_t = TOP_DEFAULT)]
-    top: usize,
+    #[arg(long, value_name = "N", default_value_t = TOP_DEFAULT, value_parser = clap::value_parser!(u32).range(1..))]
+    top: u32,
     /// Ask the peers, too, and check what they say as far as the model is here
     #[arg(long, conflicts_with = "text")]
     federation: bool,
@@ -99,6 +100,21 @@ pub(super) fn own_body(open: &OpenDataDir, found: &LocalModel) -> Result<Option<
     body.map(Some).map_err(|error| Failure::new(Kind::Integrity, error.to_string()).about(format_args!("profile of {}", found.name)))
 }
 
+/// Refuses a layer that the model does not have, or that has no experts.
+fn check_layer(found: &LocalModel, layer: Option<u32>) -> Result<(), Failure> {
+    let layers: Vec<_> = found.manifest.config.moe_layers().collect();
+    match layer {
+        Some(layer) if !layers.contains(&layer) => {
+            let (first, last) = (layers.first().copied().unwrap_or(0), layers.last().copied().unwrap_or(0));
+            Err(Failure::new(
+                Kind::Usage,
+                format!("{} has no layer {layer} with experts; they are in layers {first} to {last}", found.name),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn no_profile(found: &LocalModel) -> Failure {
     Failure::new(Kind::NotFound, format!("there is no profile of {}; confrere profile build {} makes one", found.name, found.name))
 }
@@ -126,10 +142,13 @@ fn model_of(open: &OpenDataDir, model: Option<&str>) -> Result<LocalModel, Failu
     if let Some(model) = model {
         return open.local(model);
     }
-    let profiled: Vec<_> = open.dir.all_profiles();
+    let profiled = open.dir.profiled_models();
     match &profiled[..] {
-        [(model, _)] => open.local(&model.to_string()),
-        [] => Err(Failure::new(Kind::NotFound, "no model here has a profile; confrere profile build MODEL makes one")),
+        [model] => open.local(&model.to_string()),
+        [] => Err(Failure::new(
+            Kind::NotFound,
+            "no model here has a profile; confrere profile build MODEL makes one, --federation asks the peers",
+        )),
         _ => Err(Failure::new(Kind::Usage, "more than one model here has a profile; say which with --model")),
     }
 }
@@ -139,12 +158,14 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
     let found = model_of(&open, args.model.as_deref())?;
     let body = own_body(&open, &found)?.ok_or_else(|| no_profile(&found))?;
     let number = domain_of(&body, domain)?;
+    check_layer(&found, args.layer)?;
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();
     let rows: Vec<_> =
         ranking(&body, number).into_iter().filter(|one| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
-    let shown = &rows[..rows.len().min(args.top)];
+    let shown = &rows[..rows.len().min(args.top as usize)];
     let here = |one: &Ranked| open.store.contains(&found.manifest.experts[one.expert].hash);
     let usage = open.dir.usage(found.id)?;
+    let (tested, specialists) = (rows.len(), rows.iter().filter(|one| one.is_specialist()).count());
     if context.json {
         let row = |one: &Ranked| {
             let mut row = row_json(slots[one.expert], one, here(one));
@@ -154,19 +175,17 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
         let rows: Vec<_> = shown.iter().map(row).collect();
         return print_json(&json!({
             "model": found.id.to_string(), "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.expert_precision.to_string(),
-            "tested": rows.len(), "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
+            "tested": tested, "specialists": specialists, "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
         }));
     }
     print_line(&format!("{HEADING}  here"))?;
     for one in shown {
         print_line(&format!("{}  {}", row_text(slots[one.expert], one), if here(one) { "yes" } else { "no" }))?;
     }
-    let specialists = rows.iter().filter(|one| one.is_specialist()).count();
     note(&format!(
-        "{} at {}: {specialists} of {} experts are specialists of {domain} (at most {:.0}% of them by chance)",
+        "{} at {}, by the lower bound of the lift: {specialists} of {tested} experts are specialists of {domain} (at most {:.0}% of them by chance)",
         found.name,
         found.manifest.expert_precision,
-        rows.len(),
         FALSE_DISCOVERY_RATE * 100.0
     ));
     Ok(())
@@ -178,9 +197,8 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
     let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| only_model(&open), Ok)?;
     let found = federation.find(&mut open, &model, None)?;
-    let network = federation
-        .settle(SETTLE)?
-        .ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR, or `confrere join TICKET`)"))?;
+    check_layer(&found, args.layer)?;
+    let network = federation.settle(SETTLE)?.ok_or_else(|| no_peer(context))?;
     if !is_domain_name(domain) {
         return Err(Failure::new(
             Kind::Usage,
@@ -192,6 +210,9 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         claims.domains.extend(body.domains.iter().map(|domain| domain.name.clone()));
         claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
     }
+    if claims.held.is_empty() && network.peers.borrow().connected.is_empty() {
+        return Err(Failure::new(Kind::NoPeers, "no peer answers"));
+    }
     check_claims(context, args, (&open, &found), &federation, &network, domain, &mut claims)?;
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();
     let rows: Vec<_> =
@@ -201,7 +222,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         claims.domains.dedup();
         return Err(unknown_domain(domain, &claims.domains, &claims));
     }
-    let shown = &rows[..rows.len().min(args.top)];
+    let shown = &rows[..rows.len().min(args.top as usize)];
     let blobs: Vec<_> = shown.iter().map(|(one, _)| found.manifest.experts[one.expert]).collect();
     let holders = federation.holders(found.id, &blobs)?;
     let trust = |peer: &PeerId| network.trust_in_bytes(*peer);
@@ -247,6 +268,11 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
     Ok(())
 }
 
+fn no_peer(context: &Context) -> Failure {
+    let why = if context.offline { "--offline: no peer is asked" } else { "no peer is known (--peer ADDR, or `confrere join TICKET`)" };
+    Failure::new(Kind::NoPeers, why)
+}
+
 /// Measures again what peers say, if the model is here and there is time.
 fn check_claims(
     context: &Context,
@@ -259,29 +285,39 @@ fn check_claims(
 ) -> Result<(), Failure> {
     let set = probes::shipped();
     let number = set.domains().keys().position(|known| known == domain);
-    let trunk_is_here = found.manifest.trunk_blobs().all(|blob| open.store.contains(&blob.hash));
-    let Some(number) = number.filter(|_| trunk_is_here && !args.check.is_zero()) else { return Ok(()) };
-    if claims.held.iter().all(|claim| claim.check == Check::Own) {
+    if claims.held.iter().all(|claim| claim.check == Check::Own) || args.check.is_zero() {
         return Ok(());
     }
+    let is_whole = found.blobs().keys().all(|hash| open.store.contains(hash));
+    let Some(number) = number.filter(|_| is_whole) else {
+        let why = if is_whole {
+            "the domain is not among the probes here"
+        } else {
+            "the model is not all here (confrere profile verify fetches it)"
+        };
+        claims.leave_unchecked(why);
+        return Ok(());
+    };
     let began = instant();
     let in_time = || instant() - began < args.check && !interrupted();
     let mut measuring = Measuring::new(context, (open, found), federation, &args.engine, &set)?;
-    measuring.resume_quietly(open, found, &set)?;
-    while in_time() && measuring.profiler.read_next(&mut measuring.loaded.engine, None)?.is_some() {}
+    let mut journal = measuring.resume(open, found, &set)?;
+    while in_time()
+        && let Some(reading) = measuring.profiler.read_next(&mut measuring.loaded.engine, None)?
+    {
+        journal.add(&Step::Read(reading))?; // the next time goes on from here
+    }
+    check_interrupted()?;
     if measuring.profiler.tokens_read() < measuring.profiler.tokens() {
-        claims
-            .held
-            .iter_mut()
-            .filter(|claim| claim.check != Check::Own)
-            .for_each(|claim| claim.check = Check::Not("no time (--check TIME)"));
+        claims.leave_unchecked("no time (--check TIME)");
         return Ok(());
     }
     let tools = (&measuring.profiler, &mut measuring.loaded.engine);
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();
     let among = |expert: usize| args.layer.is_none_or(|layer| slots[expert].layer == layer);
-    let sample = Sample { domain: number, experts: SAMPLE, of: args.top, among: &among };
-    claims.check(network, tools, measuring.build_profile, &sample, began + args.check)
+    let sample = Sample { domain: number, experts: SAMPLE, of: args.top as usize, among: &among };
+    claims.check(network, tools, measuring.build_profile, &sample, began + args.check)?;
+    check_interrupted()
 }
 
 fn claim_json(claim: &Claim) -> Value {
@@ -307,7 +343,7 @@ fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
         return Failure::new(Kind::NotFound, format!("no peer has a profile of this model{}", void.concat()));
     }
     let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
-    let near = near.filter(|(distance, known)| distance * 2 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));
+    let near = near.filter(|(distance, known)| distance * 3 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));
     Failure::new(Kind::NotFound, format!("no domain is called {name} (known: {}){}", known.join(", "), near.unwrap_or_default()))
 }
 
@@ -344,6 +380,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
         Some(model) => federation.find(&mut open, model, None)?,
         None => model_of(&open, None)?,
     };
+    check_layer(&found, args.layer)?;
     let usual = own_body(&open, &found)?;
     let mut loaded = federation.load(&open, &found, context.memory_max, args.engine.options(&found.manifest, Some(text.len().max(1))))?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
@@ -384,7 +421,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
         .collect();
     // Of a short text, what was used once says little.
     rows.sort_by(|a, b| (b.3 * f64::from(b.1).sqrt()).total_cmp(&(a.3 * f64::from(a.1).sqrt())).then(a.0.cmp(&b.0)));
-    rows.truncate(args.top);
+    rows.truncate(args.top as usize);
     if context.json {
         let rows: Vec<_> = rows
             .iter()

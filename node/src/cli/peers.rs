@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use super::Context;
 use crate::clock::now_ms;
 use crate::dispatcher::RemoteOptions;
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, PeerOptions, Publishers};
-use crate::net::address::{parse_address, peer_of};
+use crate::net::address::{node_id, parse_address, peer_of};
 use crate::net::group::GroupKey;
 use crate::net::status::{self, Account};
 use crate::net::{Multiaddr, PeerId};
@@ -65,6 +65,7 @@ struct Known {
     silences: u32,
     bytes_per_second: Option<u64>,
     account: Option<Account>,
+    ruling: Option<Ruling>,
 }
 
 pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> {
@@ -77,7 +78,7 @@ pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> 
         let (address, source) = (Some(entry.address.to_string()), Some(entry.source.to_string()));
         let (seen_ms, bytes_per_second) = (Some(entry.seen_ms), entry.bytes_per_second);
         let (served, silences) = (entry.served, entry.silences);
-        known.insert(entry.peer, Known { address, source, seen_ms, served, silences, bytes_per_second, account: None });
+        known.insert(entry.peer, Known { address, source, seen_ms, served, silences, bytes_per_second, account: None, ruling: None });
     }
     let mut nameless = Vec::new(); // joined at an address that does not say who is there
     for address in context.dir.peers()? {
@@ -111,6 +112,10 @@ pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> 
         nameless.retain(|address| met.is_none_or(|met| !met.address.to_string().starts_with(address.as_str())));
         entry.account = Some(account);
     }
+    let trust = context.dir.trust()?;
+    for (peer, known) in &mut known {
+        known.ruling = node_id(*peer).and_then(|node| trust.rulings().get(&node).copied());
+    }
     if context.json {
         let nameless = nameless.iter().map(|address| json!({"address": address, "source": JOINED, "connected": false}));
         return print_json(&known.iter().map(|(peer, known)| known.json(peer)).chain(nameless).collect::<Vec<_>>());
@@ -126,6 +131,9 @@ fn rule(context: &Context, command: &RulingCommand) -> Result<(), Failure> {
         RulingCommand::Ban { peer } => (parse_peer(peer)?, Ruling::Banned),
         RulingCommand::Allow { peer } => (parse_peer(peer)?, Ruling::Allowed),
     };
+    if peer == context.dir.key()?.id() {
+        return Err(Failure::new(Kind::Usage, "that is this node itself"));
+    }
     let _editing = context.dir.exclusive()?;
     let mut trust = context.dir.trust()?;
     trust.rule(peer, Some(ruling));
@@ -145,6 +153,7 @@ impl Known {
             "silences": self.silences,
             "bytes_per_second": self.bytes_per_second,
             "connected": self.account.is_some(),
+            "ruling": self.ruling.map(|ruling| if ruling == Ruling::Banned { "banned" } else { "allowed" }),
         });
         if let Some(account) = &self.account {
             json["status"] = status::json(account);
@@ -155,7 +164,12 @@ impl Known {
     fn lines(&self, peer: &PeerId, now_ms: u64) -> Vec<String> {
         let mut facts = vec![self.source.clone().unwrap_or_else(|| "met".to_owned())];
         let account = self.account.as_ref();
-        if account.is_none() {
+        match self.ruling {
+            Some(Ruling::Banned) => facts.push("banned".to_owned()),
+            Some(Ruling::Allowed) => facts.push("allowed".to_owned()),
+            None => {}
+        }
+        if account.is_none() && self.ruling != Some(Ruling::Banned) {
             let seen = self.seen_ms.map(|seen_ms| format!(", last seen {} ago", ago(now_ms.saturating_sub(seen_ms))));
             facts.push(format!("does not answer{}", seen.unwrap_or_default()));
         }

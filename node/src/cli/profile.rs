@@ -34,7 +34,8 @@ pub(super) enum ProfileCommand {
     Build(BuildArgs),
     /// Have `serve` tell others what was measured of a model
     Publish(PublishArgs),
-    /// Measure again a part of what a peer says of a model's experts; what comes of it counts for or against the peer
+    /// Measure again a part of what a peer says of a model's experts; what comes of it counts for or against the peer. What is missing of the
+    /// model is fetched
     Verify(VerifyArgs),
 }
 
@@ -113,14 +114,20 @@ impl Measuring {
         Ok(Self { loaded, profiler, build_profile: build_profile(&options) })
     }
 
-    /// Takes in what an earlier build has read, if it was about the same.
-    pub(super) fn resume_quietly(&mut self, open: &OpenDataDir, found: &LocalModel, set: &ProbeSet) -> Result<(), Failure> {
+    /// Takes in what an earlier build has read with the same probes, and goes on in its journal.
+    pub(super) fn resume(&mut self, open: &OpenDataDir, found: &LocalModel, set: &ProbeSet) -> Result<Journal, Failure> {
         let begun = Step::Begun(set.hash(), self.build_profile);
-        let (_, steps) = Journal::open(&open.dir, found.id)?;
+        let (mut journal, steps) = Journal::open(&open.dir, found.id, set.hash(), self.build_profile)?;
+        let anew = steps.is_empty();
         if resume(&mut self.profiler, &begun, steps).is_err() {
+            if !anew {
+                note("warning: what was measured earlier is damaged; it is measured anew");
+            }
             self.profiler = Profiler::new(&self.loaded.engine, found.id, tokenizer(&self.loaded), set)?;
+            journal.clear()?;
+            journal.add(&begun)?;
         }
-        Ok(())
+        Ok(journal)
     }
 
     /// Reads all probes, or those of one domain; `note_down` is given what came of each. Says whether it got to the end.
@@ -152,19 +159,20 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
-    let begun = Step::Begun(set.hash(), measuring.build_profile);
-    let (mut journal, steps) = Journal::open(&open.dir, found.id)?;
-    if resume(&mut measuring.profiler, &begun, steps).is_err() {
-        // Of other probes, or of another arithmetic.
-        measuring.profiler = Profiler::new(&measuring.loaded.engine, found.id, tokenizer(&measuring.loaded), &set)?;
-        journal.clear()?;
-        journal.add(&begun)?;
+    let mut journal = measuring.resume(&open, &found, &set)?;
+    if open.dir.profile(found.id)?.is_some_and(|profile| profile.probes != set.hash()) {
+        note("note: the profile by other probes is replaced; to build it again takes no new measuring");
+    }
+    let left = measuring.profiler.tokens() - measuring.profiler.tokens_read();
+    if left > 0 {
+        note(&format!("reading probes: {left} tokens …"));
     }
     if !measuring.read_all(None, |step| journal.add(&step))? {
         journal.sync()?;
         note("interrupted: what was read is kept, and the next build goes on from there");
         return Err(Failure::interrupted());
     }
+    note(&format!("leaving experts out for {} s …", args.budget.as_secs_f64()));
     try_experts(&mut measuring, &mut journal, args.budget)?;
     journal.sync()?;
     let bytes = measuring.profiler.body().to_bytes();
@@ -178,7 +186,11 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let profile = Profile { probes: set.hash(), arithmetic: measuring.build_profile, body, published };
     open.dir.set_profile(found.id, &profile)?;
     show(context, &found, &measuring, &profile)?;
-    if interrupted() { Err(Failure::interrupted()) } else { Ok(()) }
+    if interrupted() {
+        note("interrupted: what was found is kept, and the next build goes on from there");
+        return Err(Failure::interrupted());
+    }
+    Ok(())
 }
 
 fn tokenizer(loaded: &Loaded) -> &inference::tokenizer::Tokenizer {
@@ -215,9 +227,9 @@ fn try_experts(measuring: &mut Measuring, journal: &mut Journal, budget: Duratio
             bar.set_position((instant() - began).as_millis() as u64);
             instant() - began < budget && !interrupted()
         };
-        match profiler.try_round(&mut loaded.engine, &round, go_on)? {
-            Some(found) => journal.add(&Step::Tried(found))?,
-            None => break,
+        let found = profiler.try_round(&mut loaded.engine, &round, go_on)?;
+        if !found.is_empty() {
+            journal.add(&Step::Tried(found))?;
         }
     }
     bar.finish_and_clear();
@@ -272,12 +284,15 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
         return Err(Failure::new(Kind::NoPeers, format!("what {peer} says could not be had: {why}")));
     }
     if claims.held.is_empty() && claims.refuted.is_empty() {
+        if network.peers.borrow().connected.is_empty() {
+            return Err(Failure::new(Kind::NoPeers, "no peer answers"));
+        }
         return Err(Failure::new(Kind::NotFound, format!("{peer} says nothing of {} that has come here", found.name)));
     }
     if !claims.held.is_empty() {
         let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
-        measuring.resume_quietly(&open, &found, &set)?;
-        if !measuring.read_all(None, |_| Ok(()))? {
+        let mut journal = measuring.resume(&open, &found, &set)?;
+        if !measuring.read_all(None, |step| journal.add(&step))? {
             return Err(Failure::interrupted());
         }
         for (domain, name) in set.domains().keys().enumerate() {
@@ -347,7 +362,7 @@ fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &
         print_line(&format!("{:16} {:>7} {:>8} {specialists:>12} {trials:>8}", domain.name, domain.probes, domain.tokens))?;
     }
     note(&format!(
-        "of {} experts tested in each domain, at most {:.0}% of those called specialists are so by chance; confrere experts which {}",
+        "of the up to {} experts that are tested in a domain, at most {:.0}% of those called specialists are so by chance; confrere experts which {}",
         body.experts.len(),
         FALSE_DISCOVERY_RATE * 100.0,
         domains.first().map_or("", |(domain, ..)| &domain.name)

@@ -507,7 +507,10 @@ impl Fetcher {
 
     fn deliver(&self, round: &mut Round, hash: ContentHash, bytes: Vec<u8>) {
         let peer = round.senders.remove(&hash).unwrap_or(self.network.local);
-        self.network.observe(peer, Facet::Bytes, Outcome::Good);
+        // What small thing somebody points to is no service.
+        if !self.told.contains(&hash) {
+            self.network.observe(peer, Facet::Bytes, Outcome::Good);
+        }
         let Some(indices) = round.by_hash.remove(&hash) else { return };
         round.left -= 1;
         round.last_progress = Instant::now();

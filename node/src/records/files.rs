@@ -4,7 +4,7 @@
 //! records  envelopes as they came, in frames: kind, length, bytes. Losing it loses time, and what is newest
 //! trust    what was seen of peers: key, facet, good, bad, of that proven wrong, times of good and bad, when. One a line
 //! rulings  what the user has decided: ban KEY or allow KEY. One a line
-//! checked  bodies of profiles that were measured again: key and hash. One a line
+//! checked  bodies of profiles that were measured again: key, hash, and true or false. One a line
 //! seq      the last sequence number that this node has used
 //! ```
 
@@ -17,7 +17,7 @@ use tracing::warn;
 
 use super::{RECORDS_BYTES_MAX, RecordKind, frames};
 use crate::data_dir::{DataDir, io_failure};
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 
 const TRUST_BYTES_MAX: u64 = 4 << 20;
 
@@ -41,17 +41,27 @@ impl DataDir {
             Ok::<_, Failure>(String::from_utf8_lossy(&bytes).into_owned())
         };
         let mut trust = TrustBook::default();
-        // A damaged line is an observation less.
-        for (peer, facet, tally) in read("trust")?.lines().filter_map(parse_tally) {
-            trust.restore(peer, facet, tally);
+        let (seen, mut damaged) = (read("trust")?, 0);
+        for line in seen.lines() {
+            match parse_tally(line) {
+                Some((peer, facet, tally)) => trust.restore(peer, facet, tally),
+                None => damaged += 1,
+            }
+        }
+        if damaged > 0 {
+            warn!(damaged, path = %self.path().join("trust").display(), "lines cannot be read: what was seen of some peers is lost");
         }
         for line in read("rulings")?.lines() {
             let ruling = line.split_once(' ').and_then(|(word, key)| Some((ruling_of(word)?, key.trim().parse().ok()?)));
-            if let Some((ruling, peer)) = ruling {
-                trust.rule(peer, Some(ruling));
-            } else {
-                warn!(line, "a ruling cannot be read");
-            }
+            // Whom the user has banned must not slip in because a file is damaged.
+            let (ruling, peer) = ruling.ok_or_else(|| {
+                let path = self.path().join("rulings");
+                Failure::new(
+                    Kind::Integrity,
+                    format!("{}: {line:?} is not `ban KEY` or `allow KEY`; correct or remove the line", path.display()),
+                )
+            })?;
+            trust.rule(peer, Some(ruling));
         }
         Ok(trust)
     }

@@ -151,15 +151,21 @@ impl SharedRecords {
         saved
     }
 
-    /// Notes that what a node says in a body was measured again; says whether that is new. To say a thing twice proves it once.
-    pub(crate) fn note_checked(&self, node: NodeId, body: ContentHash) -> Result<bool, Failure> {
+    /// What came of measuring again what a node says in a body, if that was done.
+    pub(crate) fn was_true(&self, node: NodeId, body: ContentHash) -> Result<Option<bool>, Failure> {
+        let known = self.dir.lines("checked")?;
+        let verdict = known.iter().find_map(|line| line.strip_prefix(&format!("{node} {body} ")).map(|verdict| verdict == "true"));
+        Ok(verdict)
+    }
+
+    /// Notes what came of it; says whether that is new. To say a thing twice proves it once.
+    pub(crate) fn note_checked(&self, node: NodeId, body: ContentHash, is_true: bool) -> Result<bool, Failure> {
         let _editing = self.dir.exclusive()?;
-        let mut checked = self.dir.lines("checked")?;
-        let line = format!("{node} {body}");
-        if checked.contains(&line) {
+        if self.was_true(node, body)?.is_some() {
             return Ok(false);
         }
-        checked.push(line);
+        let mut checked = self.dir.lines("checked")?;
+        checked.push(format!("{node} {body} {is_true}"));
         let from = checked.len().saturating_sub(CHECKED_MAX);
         self.dir.set_lines("checked", checked.into_iter().skip(from))?;
         Ok(true)

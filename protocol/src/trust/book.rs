@@ -137,7 +137,7 @@ impl TrustBook {
             }
         }
         let hearsay: Vec<_> = by_kin.into_values().collect();
-        let hearsay_good = hearsay.iter().map(|(_, adds)| adds).sum::<f64>().min(HEARSAY_MAX);
+        let hearsay_good = hearsay.iter().map(|(_, adds)| adds).fold(0.0, |sum, adds| sum + adds).min(HEARSAY_MAX);
         let first_hand = score(tally.good, tally.bad);
         Opinion { tally, first_hand, hearsay, hearsay_good, ordering: score(tally.good + hearsay_good, tally.bad) }
     }

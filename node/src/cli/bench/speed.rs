@@ -102,7 +102,11 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
                     if !costs.is_empty() {
                         let Median { median, min, max } = Median::of(costs);
                         let [median, min, max] = [median, min, max].map(|cost| cost * 100.0);
-                        note(&format!("{}: the activation log costs {median:.2}% of the time ({min:.2} to {max:.2})", found.name));
+                        note(&format!(
+                            "{}: the activation log costs {median:.1}% of the time in the median of {} pairs ({min:.1} to {max:.1})",
+                            found.name,
+                            measured.len()
+                        ));
                     }
                     if let Some(last) = measured.last()
                         && last.hits() < 1.0
