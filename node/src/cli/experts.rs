@@ -338,9 +338,14 @@ fn by_node(whys: &[(protocol::NodeId, String)]) -> Vec<Value> {
 }
 
 fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
-    if known.is_empty() {
-        let void: Vec<_> = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| format!("; {node}: {why}")).collect();
-        return Failure::new(Kind::NotFound, format!("no peer has a profile of this model{}", void.concat()));
+    if known.is_empty() || known.iter().any(|known| known == name) {
+        let held = claims.held.iter().map(|claim| (&claim.node, check_text(&claim.check)));
+        let void = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| (node, why.clone()));
+        let why: Vec<_> = held.chain(void).map(|(node, why)| format!("; {node}: {why}")).collect();
+        return Failure::new(
+            Kind::NotFound,
+            format!("no peer has a profile of this model that says anything of {name} and counts{}", why.concat()),
+        );
     }
     let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
     let near = near.filter(|(distance, known)| distance * 3 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));

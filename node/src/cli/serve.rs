@@ -134,8 +134,11 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             executor::start(Arc::clone(&open.store), options, &network)?;
         }
         let bodies = Arc::new(own_bodies(&open, &models));
-        let (answering, known) = (Arc::clone(&bodies), records.clone());
-        query::start(&network, move |query| answer(query, &answering, &known))?;
+        let (answering, known, dir) = (Arc::clone(&bodies), records.clone(), open.dir.clone());
+        query::start(&network, move |query| {
+            let is_told = dir.profile(query.model).is_ok_and(|profile| profile.is_some_and(|profile| profile.published));
+            answer(query, answering.get(&query.model).filter(|_| is_told), &known)
+        })?;
         let announcer = Announcer {
             network: network.clone(),
             dir: open.dir.clone(),
@@ -189,9 +192,8 @@ fn own_bodies(open: &OpenDataDir, models: &[LocalModel]) -> BTreeMap<ModelId, Pr
     models.iter().filter_map(read).collect()
 }
 
-/// What this node knows of a question: its own ranking, and what it holds signed.
-fn answer(query: &Query, bodies: &BTreeMap<ModelId, ProfileBody>, records: &SharedRecords) -> QueryAnswer {
-    let own = bodies.get(&query.model);
+/// What this node knows of a question: the ranking of its own profile, if that is told to others, and what it holds signed.
+fn answer(query: &Query, own: Option<&ProfileBody>, records: &SharedRecords) -> QueryAnswer {
     let ranked = own.and_then(|body| Some((body, body.domain(&query.domain)?))).filter(|_| query.top > 0);
     let experts = ranked.map_or_else(Vec::new, |(body, domain)| {
         ranking(body, domain).iter().take(query.top as usize).map(|one| one.expert as u32).collect()
