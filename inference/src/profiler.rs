@@ -127,9 +127,9 @@ impl Profiler {
         &self.body
     }
 
-    /// Reads the next probe that was not read yet, of one domain or of any; `None` when all have been.
-    pub fn read_next(&mut self, engine: &mut Engine, of: Option<usize>) -> Result<Option<Reading>, ProfileError> {
-        let mut readings = self.readings.iter().enumerate().filter(|(domain, _)| of.is_none_or(|of| of == *domain));
+    /// Reads the next probe that was not read yet; `None` when all have been.
+    pub fn read_next(&mut self, engine: &mut Engine) -> Result<Option<Reading>, ProfileError> {
+        let mut readings = self.readings.iter().enumerate();
         let next = readings.find_map(|(domain, probes)| Some((domain, probes.iter().position(Option::is_none)?)));
         let Some((domain, probe)) = next else { return Ok(None) };
         let reading = self.read(engine, domain, probe)?;

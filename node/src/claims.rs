@@ -27,6 +27,8 @@ use crate::records::RecordKind;
 const PATIENCE: Duration = Duration::from_secs(5);
 /// For fetching what heads point to.
 const FETCHING_MAX: Duration = Duration::from_secs(30);
+/// In the place of a domain, where a body is no body at all.
+const WHOLE: &str = "-";
 /// Claims that are looked at.
 const CLAIMS_MAX: usize = 16;
 
@@ -190,7 +192,7 @@ fn sums_agree(head: &ProfileHead, body: &ProfileBody) -> bool {
 impl Claims {
     fn refute(&mut self, network: &Network, (node, body): (NodeId, ContentHash), why: String) -> Result<(), Failure> {
         // To say a false thing twice is to say it once.
-        if network.records.note_checked(node, body, false)? {
+        if network.records.note_checked(node, body, WHOLE, false)? {
             network.records.observe(node, Facet::Profile, Outcome::WrongResult);
         }
         self.refuted.push((node, why));
@@ -263,6 +265,7 @@ impl Claims {
     ) -> Result<(), Failure> {
         let mut order: Vec<_> = (0..self.held.len()).filter(|&number| self.held[number].check != Check::Own).collect();
         order.sort_by(|&a, &b| self.reliance(b).total_cmp(&self.reliance(a)));
+        let domain = &profiler.body().domains[sample.domain].name;
         for (done, &number) in order.iter().enumerate() {
             let left = until.saturating_duration_since(instant()) / (order.len() - done) as u32;
             let until = instant() + left;
@@ -276,7 +279,7 @@ impl Claims {
                 continue;
             }
             let body = ContentHash::of(&claim.body.to_bytes());
-            match network.records.was_true(claim.node, body)? {
+            match network.records.was_true(claim.node, body, domain)? {
                 Some(true) => {
                     claim.check = Check::Holds;
                     continue;
@@ -290,12 +293,12 @@ impl Claims {
             let Replayed { check, trials } = replay(claim, (profiler, &mut *engine), sample, || instant() < until && !interrupted())?;
             match check {
                 Check::Refuted(_) => {
-                    if network.records.note_checked(claim.node, body, false)? {
+                    if network.records.note_checked(claim.node, body, domain, false)? {
                         network.records.observe(claim.node, Facet::Profile, Outcome::WrongResult);
                     }
                 }
                 // The routing alone can be had by reading the probes, which costs little.
-                Check::Holds if trials > 0 && network.records.note_checked(claim.node, body, true)? => {
+                Check::Holds if trials > 0 && network.records.note_checked(claim.node, body, domain, true)? => {
                     network.records.observe(claim.node, Facet::Profile, Outcome::Good);
                 }
                 Check::Holds | Check::Own | Check::Not(_) => {}

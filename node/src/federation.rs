@@ -1,7 +1,7 @@
 //! A command's view of its peers, and how it comes by a model: manifest, trust, trunk.
 
 use std::collections::{BTreeSet, HashMap};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -28,6 +28,7 @@ use crate::dispatcher::{
     Dispatcher, DispatcherOptions, DispatcherPeers, Providers, RemoteOptions, RemoteReport, SharedFetcher, SharedReport,
 };
 use crate::failure::{Failure, Kind};
+use crate::memory::{network_memory, process_bytes, resident_bytes};
 use crate::net::fetcher::{Fetched, Fetcher, Rates, Want};
 use crate::net::group::GroupKey;
 use crate::net::link::{Sink, Wanted};
@@ -468,39 +469,6 @@ pub(crate) fn trunk_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
 /// The experts with the names that errors give them.
 pub(crate) fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
     manifest.config.expert_slots().zip(&manifest.experts).map(|(slot, blob)| (*blob, slot.to_string())).collect()
-}
-
-/// What a process comes to need beyond what it has when a model is loaded: stacks, queues, what allocators keep.
-const HEADROOM: u64 = 24 << 20;
-
-/// Memory that the process needs besides what a model takes.
-pub(crate) fn process_bytes() -> u64 {
-    resident_bytes() + HEADROOM
-}
-
-/// Memory that this process has now, as the operating system counts it.
-pub(crate) fn resident_bytes() -> u64 {
-    const FALLBACK: u64 = 64 << 20;
-    let Ok(text) = std::fs::read_to_string("/proc/self/status") else { return FALLBACK };
-    let resident = text.lines().find_map(|line| line.strip_prefix("VmRSS:")?.trim().strip_suffix(" kB")?.trim().parse::<u64>().ok());
-    resident.map_or(FALLBACK, |kilobytes| kilobytes * 1024)
-}
-
-/// Memory that models may use when the user says nothing: three quarters of what is free now.
-pub(crate) fn default_memory() -> u64 {
-    available_bytes() / 4 * 3
-}
-
-/// Memory beyond which the process makes no more connections: close to all that it could have.
-pub(crate) fn network_memory() -> u64 {
-    resident_bytes() + available_bytes() / 16 * 15
-}
-
-fn available_bytes() -> u64 {
-    const FALLBACK: u64 = 5 << 30;
-    let Ok(text) = std::fs::read_to_string(Path::new("/proc/meminfo")) else { return FALLBACK };
-    let available = text.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    available.map_or(FALLBACK, |kilobytes| kilobytes * 1024)
 }
 
 fn no_peer(what: &str) -> Failure {

@@ -9,6 +9,7 @@ mod data_dir;
 mod dispatcher;
 mod failure;
 mod federation;
+mod memory;
 mod net;
 mod output;
 mod peer_book;

@@ -20,7 +20,8 @@ use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
 use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded, PeerOptions, Publishers, default_memory};
+use crate::federation::{Federation, Loaded, PeerOptions, Publishers};
+use crate::memory::default_memory;
 use crate::net::Multiaddr;
 use crate::output::{be_quiet, human_bytes, note, print, print_json, print_line};
 

@@ -58,7 +58,7 @@ pub(super) struct WhichArgs {
     /// How many
     #[arg(long, value_name = "N", default_value_t = TOP_DEFAULT, value_parser = clap::value_parser!(u32).range(1..))]
     top: u32,
-    /// Ask the peers, too, and check what they say as far as the model is here
+    /// Ask the peers, too, and check what they say if the whole model is here
     #[arg(long, conflicts_with = "text")]
     federation: bool,
     /// With --federation: how long to measure again what peers say
@@ -303,7 +303,7 @@ fn check_claims(
     let mut measuring = Measuring::new(context, (open, found), federation, &args.engine, &set)?;
     let mut journal = measuring.resume(open, found, &set)?;
     while in_time()
-        && let Some(reading) = measuring.profiler.read_next(&mut measuring.loaded.engine, None)?
+        && let Some(reading) = measuring.profiler.read_next(&mut measuring.loaded.engine)?
     {
         journal.add(&Step::Read(reading))?; // the next time goes on from here
     }
@@ -337,7 +337,7 @@ fn by_node(whys: &[(protocol::NodeId, String)]) -> Vec<Value> {
     whys.iter().map(|(node, why)| json!({"node": node.to_string(), "why": why})).collect()
 }
 
-fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
+pub(super) fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
     if known.is_empty() || known.iter().any(|known| known == name) {
         let held = claims.held.iter().map(|claim| (&claim.node, check_text(&claim.check)));
         let void = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| (node, why.clone()));

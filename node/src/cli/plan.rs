@@ -16,7 +16,8 @@ use super::{Context, EngineArgs, PeerArgs, parse_size};
 use crate::clock::{instant, now_ms};
 use crate::data_dir::OpenDataDir;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, process_bytes};
+use crate::federation::Federation;
+use crate::memory::process_bytes;
 use crate::output::{human_bytes, note, print_json, print_line};
 
 /// Memory that is read to find out how fast that is.

@@ -130,13 +130,12 @@ impl Measuring {
         Ok(journal)
     }
 
-    /// Reads all probes, or those of one domain; `note_down` is given what came of each. Says whether it got to the end.
-    pub(super) fn read_all(&mut self, of: Option<usize>, mut note_down: impl FnMut(Step) -> Result<(), Failure>) -> Result<bool, Failure> {
-        let tokens = of.map_or_else(|| self.profiler.tokens(), |domain| self.profiler.body().domains[domain].tokens);
-        let bar = count_bar(tokens, "probes", "tokens");
+    /// Reads all probes; `note_down` is given what came of each. Says whether it got to the end.
+    pub(super) fn read_all(&mut self, mut note_down: impl FnMut(Step) -> Result<(), Failure>) -> Result<bool, Failure> {
+        let bar = count_bar(self.profiler.tokens(), "probes", "tokens");
         loop {
             bar.set_position(self.profiler.tokens_read());
-            let Some(reading) = self.profiler.read_next(&mut self.loaded.engine, of)? else {
+            let Some(reading) = self.profiler.read_next(&mut self.loaded.engine)? else {
                 bar.finish_and_clear();
                 return Ok(true);
             };
@@ -167,7 +166,7 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     if left > 0 {
         note(&format!("reading probes: {left} tokens …"));
     }
-    if !measuring.read_all(None, |step| journal.add(&step))? {
+    if !measuring.read_all(|step| journal.add(&step))? {
         journal.sync()?;
         note("interrupted: what was read is kept, and the next build goes on from there");
         return Err(Failure::interrupted());
@@ -292,7 +291,7 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     if !claims.held.is_empty() {
         let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
         let mut journal = measuring.resume(&open, &found, &set)?;
-        if !measuring.read_all(None, |step| journal.add(&step))? {
+        if !measuring.read_all(|step| journal.add(&step))? {
             return Err(Failure::interrupted());
         }
         for (domain, name) in set.domains().keys().enumerate() {

@@ -8,7 +8,7 @@ use super::profile::SETTLE;
 use super::{Context, PeerArgs, experts, parse_size};
 use crate::claims::{self, Claims};
 use crate::data_dir::{LocalModel, OpenDataDir};
-use crate::failure::{Failure, Kind};
+use crate::failure::Failure;
 use crate::federation::{Federation, expert_parts, trunk_parts};
 use crate::output::{human_bytes, note, print_json, print_line};
 
@@ -70,15 +70,10 @@ fn of_domain(
     }
     let order = claims.by_use(domain);
     if order.is_empty() {
-        let known: Vec<_> =
-            claims.domains.iter().chain(claims.held.iter().flat_map(|claim| claim.body.domains.iter().map(|of| &of.name))).collect();
-        let known: std::collections::BTreeSet<_> = known.into_iter().cloned().collect();
-        let why = if known.is_empty() {
-            "nobody here has a profile of it".to_owned()
-        } else {
-            format!("known: {}", known.into_iter().collect::<Vec<_>>().join(", "))
-        };
-        return Err(Failure::new(Kind::NotFound, format!("which experts of {} serve {domain} is not known ({why})", model.name)));
+        claims.domains.extend(claims.held.iter().flat_map(|claim| claim.body.domains.iter().map(|of| of.name.clone())));
+        claims.domains.sort();
+        claims.domains.dedup();
+        return Err(experts::unknown_domain(domain, &claims.domains, &claims));
     }
     let stat = open.store.stat()?;
     let parts = expert_parts(&model.manifest);

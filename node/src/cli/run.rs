@@ -21,7 +21,8 @@ use crate::clock::{instant, interrupted, while_waiting_for_input};
 use crate::data_dir::io_failure;
 use crate::dispatcher::Waited;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded, PeerOptions, resident_bytes};
+use crate::federation::{Federation, Loaded, PeerOptions};
+use crate::memory::resident_bytes;
 use crate::output::{human_bytes, note, print, print_json};
 
 /// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.

@@ -4,7 +4,7 @@
 //! records  envelopes as they came, in frames: kind, length, bytes. Losing it loses time, and what is newest
 //! trust    what was seen of peers: key, facet, good, bad, of that proven wrong, times of good and bad, when. One a line
 //! rulings  what the user has decided: ban KEY or allow KEY. One a line
-//! checked  bodies of profiles that were measured again: key, hash, and true or false. One a line
+//! checked  bodies of profiles that were measured again: key, hash, domain, and true or false. One a line
 //! seq      the last sequence number that this node has used
 //! ```
 

@@ -33,7 +33,7 @@ const OF_ALL_TELLERS: Allowance = Allowance { burst: 2000, per_second: 2 };
 const CAUGHT_UP_MAX: usize = 2000;
 /// How often what has expired is looked for.
 const EXPIRE_EVERY_MS: u64 = 60_000;
-/// Bodies that are remembered as true.
+/// Domains of bodies of which it is remembered what came of measuring them again.
 const CHECKED_MAX: usize = 4096;
 /// Kinds of observations that wait to be written down; what was proven wrong does not wait.
 const UNSAVED_MAX: usize = 256;
@@ -151,24 +151,31 @@ impl SharedRecords {
         saved
     }
 
-    /// What came of measuring again what a node says in a body, if that was done.
-    pub(crate) fn was_true(&self, node: NodeId, body: ContentHash) -> Result<Option<bool>, Failure> {
-        let known = self.dir.lines("checked")?;
-        let verdict = known.iter().find_map(|line| line.strip_prefix(&format!("{node} {body} ")).map(|verdict| verdict == "true"));
-        Ok(verdict)
+    /// What came of measuring again what a node says in a body of a domain, if that was done. What is false in one is believed in none.
+    pub(crate) fn was_true(&self, node: NodeId, body: ContentHash, domain: &str) -> Result<Option<bool>, Failure> {
+        let lines = self.dir.lines("checked")?;
+        let found: Vec<_> = lines.iter().filter_map(|line| line.strip_prefix(&format!("{node} {body} "))).collect();
+        let is_false = found.iter().any(|line| line.ends_with(" false"));
+        Ok(if is_false { Some(false) } else { found.contains(&format!("{domain} true").as_str()).then_some(true) })
     }
 
-    /// Notes what came of it; says whether that is new. To say a thing twice proves it once.
-    pub(crate) fn note_checked(&self, node: NodeId, body: ContentHash, is_true: bool) -> Result<bool, Failure> {
+    /// Notes what came of it; says whether that is news of the body. To say a thing twice proves it once.
+    pub(crate) fn note_checked(&self, node: NodeId, body: ContentHash, domain: &str, is_true: bool) -> Result<bool, Failure> {
         let _editing = self.dir.exclusive()?;
-        if self.was_true(node, body)?.is_some() {
-            return Ok(false);
-        }
         let mut checked = self.dir.lines("checked")?;
-        checked.push(format!("{node} {body} {is_true}"));
-        let from = checked.len().saturating_sub(CHECKED_MAX);
-        self.dir.set_lines("checked", checked.into_iter().skip(from))?;
-        Ok(true)
+        let known = |line: &&String| line.starts_with(&format!("{node} {body} "));
+        let is_news = if is_true {
+            !checked.iter().any(|line| known(&line))
+        } else {
+            !checked.iter().any(|line| known(&line) && line.ends_with(" false"))
+        };
+        let line = format!("{node} {body} {domain} {is_true}");
+        if !checked.contains(&line) {
+            checked.push(line);
+            let from = checked.len().saturating_sub(CHECKED_MAX);
+            self.dir.set_lines("checked", checked.into_iter().skip(from))?;
+        }
+        Ok(is_news)
     }
 
     /// Takes over what is on the disk: other commands have seen more, and the user may have decided something.
