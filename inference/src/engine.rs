@@ -10,7 +10,7 @@ use crate::attention::{self, Heads, norm_and_rotate};
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
-use crate::kv_cache::KvPrecision;
+use crate::kv_cache::{KvCache, KvPrecision};
 use crate::model::{LayerWeights, Model};
 use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Places, Watch, feed_forward, foresee};
 use crate::pool::Pool;
@@ -38,6 +38,8 @@ pub struct EngineOptions {
     pub batch_tokens: usize,
     /// Tokens of the longest sequence, prompt and answer together.
     pub context: usize,
+    /// Tokens of all sequences that there will be at a time, for the plan of memory; at least the context.
+    pub kv_tokens: usize,
 }
 
 impl EngineOptions {
@@ -49,6 +51,7 @@ impl EngineOptions {
             kv: if manifest.expert_precision.is_packed() { KvPrecision::F16 } else { KvPrecision::F32 },
             batch_tokens: BATCH_TOKENS,
             context: manifest.config.max_position_embeddings as usize,
+            kv_tokens: 0,
         }
     }
 }
@@ -145,6 +148,11 @@ impl Engine {
     /// An empty sequence.
     pub fn session(&self) -> Session {
         Session::new(&self.model, self.options.kv)
+    }
+
+    /// Bytes that the keys and values of a sequence of `tokens` tokens take.
+    pub fn session_bytes(&self, tokens: usize) -> u64 {
+        KvCache::bytes(&self.model.config, self.options.kv, tokens)
     }
 
     /// Longest sequence, prompt and answer together, in tokens.

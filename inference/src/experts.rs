@@ -51,6 +51,27 @@ pub struct ExpertUse {
     pub foretold_used: u64,
 }
 
+/// Where an expert was when a layer wanted it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Whence {
+    /// In memory.
+    #[default]
+    Memory,
+    /// In this node's store.
+    Disk,
+    /// At a peer, which ran it.
+    Remote,
+    /// At a peer, which sent it.
+    Fetched,
+}
+
+impl Whence {
+    /// Whether it was on this node.
+    pub fn is_here(self) -> bool {
+        matches!(self, Self::Memory | Self::Disk)
+    }
+}
+
 /// Guesses on their way at a time, at most.
 const GUESSES_MAX: usize = 16;
 /// After so many guesses, looking ahead ends unless half of them were right.
@@ -100,6 +121,8 @@ pub struct Experts {
     source: Box<dyn ExpertSource>,
     usage: ExpertUse,
     seen: Vec<bool>,
+    /// By slot, where it was when it was last wanted.
+    whence: Vec<Whence>,
     /// By layer, the number of its first slot; dense layers have none.
     first_slots: Vec<usize>,
     /// By slot.
@@ -166,6 +189,7 @@ impl Experts {
             source,
             usage: ExpertUse::default(),
             seen: vec![false; slots],
+            whence: vec![Whence::default(); slots],
             first_slots,
             coming: vec![Coming::No; slots],
             outstanding: 0,
@@ -192,6 +216,16 @@ impl Experts {
     pub fn start_counting(&mut self) {
         self.usage = ExpertUse::default();
         self.seen.fill(false);
+    }
+
+    /// Where the expert at a place was when a layer last wanted it; the places are those of the model's slots, layer by layer.
+    pub fn whence(&self, place: usize) -> Whence {
+        self.whence[place]
+    }
+
+    /// Whether the expert at a place is in memory.
+    pub fn is_in_memory(&self, place: usize) -> bool {
+        self.cache.contains(place)
     }
 
     /// Bytes of experts in memory.
@@ -263,10 +297,10 @@ impl Experts {
                 // In memory, but it had to be brought, as it would have been without looking ahead.
                 self.coming[number] = Coming::No;
                 self.right();
-                self.first_use(number, |usage| usage.disk += 1);
+                self.used(number, Whence::Disk, |usage| usage.disk += 1);
             } else if found.is_some() {
                 self.usage.hits += 1;
-                self.first_use(number, |usage| usage.ram += 1);
+                self.used(number, Whence::Memory, |usage| usage.ram += 1);
             } else {
                 if self.coming[number] == Coming::Guessed {
                     self.guesses -= 1;
@@ -315,7 +349,7 @@ impl Experts {
                     self.elsewhere = true;
                     self.usage.remote_uses += 1;
                     self.usage.remote_rows += results.rows() as u64;
-                    self.first_use(number, |usage| usage.remote += 1);
+                    self.used(number, Whence::Remote, |usage| usage.remote += 1);
                     self.move_in_if_worth(slot, number);
                     Present::Computed(Arc::new(results))
                 }
@@ -343,9 +377,9 @@ impl Experts {
             Origin::Disk if coming == Coming::Guessed => self.usage.bytes_read += length,
             Origin::Disk => {
                 self.usage.bytes_read += length;
-                self.first_use(number, |usage| usage.disk += 1);
+                self.used(number, Whence::Disk, |usage| usage.disk += 1);
             }
-            Origin::Peer => self.first_use(number, |usage| {
+            Origin::Peer => self.used(number, Whence::Fetched, |usage| {
                 usage.fetched += 1;
                 usage.bytes_fetched += length;
             }),
@@ -437,7 +471,9 @@ impl Experts {
         }
     }
 
-    fn first_use(&mut self, number: usize, count: impl FnOnce(&mut ExpertUse)) {
+    /// Notes where a wanted expert was; `count` counts its first use.
+    fn used(&mut self, number: usize, whence: Whence, count: impl FnOnce(&mut ExpertUse)) {
+        self.whence[number] = whence;
         if !std::mem::replace(&mut self.seen[number], true) {
             self.usage.needed += 1;
             count(&mut self.usage);

@@ -4,9 +4,9 @@ use std::ops::ControlFlow;
 
 use crate::engine::{Engine, ForwardError};
 use crate::experts::ExpertUse;
-use crate::sampler::{NotFinite, Sampling, sample};
+use crate::sampler::{NotFinite, Sampling, TokenLogprobs, sample};
 use crate::session::Session;
-use crate::tokenizer::{Tokenizer, TokenizerError};
+use crate::tokenizer::{TextStream, Tokenizer, TokenizerError};
 
 /// What to answer and when to stop.
 #[derive(Clone, Debug)]
@@ -21,6 +21,8 @@ pub struct GenerateRequest {
     pub eos_token_ids: Vec<u32>,
     /// Texts that end the answer; they are not part of its text.
     pub stop_strings: Vec<String>,
+    /// How many of the likeliest tokens are to be told with their probabilities, if any are.
+    pub top_logprobs: Option<usize>,
 }
 
 /// Something that happened on the way.
@@ -91,79 +93,165 @@ pub fn generate(
     request: &GenerateRequest,
     mut on_progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<Generated, GenerateError> {
-    let total = request.prompt.len();
-    if total <= session.tokens() {
+    if request.prompt.len() <= session.tokens() {
         return Err(GenerateError::EmptyPrompt);
     }
-    if total >= engine.context() {
-        return Err(GenerateError::PromptTooLong { tokens: total, context: engine.context() });
-    }
-    let mut seen = request.prompt.clone();
-    seen.reserve(request.tokens_max.min(engine.context()));
+    request.check(engine.context())?;
+    let mut answer = Answer::new(request.clone(), tokenizer);
     engine.forward(session, &request.prompt[session.tokens()..])?;
-    let mut answer = Answer { tokens: Vec::new(), text: StopText::new(&request.stop_strings), stream: tokenizer.map(Tokenizer::stream) };
     let mut go_on = on_progress(Progress::Prefilled(engine.experts().usage()));
     let stop_reason = loop {
         if go_on.is_break() {
+            let rest = answer.break_off()?;
+            if !rest.is_empty() {
+                let _ = on_progress(Progress::Token(rest, engine.experts().usage()));
+            }
             break StopReason::Interrupted;
         }
-        if answer.tokens.len() >= request.tokens_max {
-            break StopReason::TokensMax;
+        let room = engine.context() - session.tokens();
+        let Step { token, text, ended, .. } = answer.step(engine.logits(0), room)?;
+        if token.is_some() || !text.is_empty() {
+            go_on = on_progress(Progress::Token(text, engine.experts().usage()));
         }
-        let token = sample(&request.sampling, engine.logits(0), &seen)?;
-        if request.eos_token_ids.contains(&token) {
-            break StopReason::EndOfText;
-        }
-        seen.push(token);
-        let (text, stopped) = answer.push(token)?;
-        go_on = on_progress(Progress::Token(text, engine.experts().usage()));
-        if stopped {
-            break StopReason::StopString;
-        }
-        if session.tokens() >= engine.context() {
-            break StopReason::ContextFull;
-        }
-        engine.forward(session, &[token])?;
+        match (ended, token) {
+            (Some(reason), _) => break reason,
+            (None, Some(token)) => engine.forward(session, &[token])?,
+            (None, None) => unreachable!("an answer goes on by a token"),
+        };
     };
-    let Answer { tokens, mut text, stream } = answer;
-    let mut rest = String::new();
-    let mut stopped = stop_reason == StopReason::StopString;
-    if let (Some(stream), false) = (stream, stopped) {
-        (rest, stopped) = text.push(&stream.finish()?);
-    }
-    if !stopped {
-        rest.push_str(&text.release());
-    }
-    if !rest.is_empty() {
-        let _ = on_progress(Progress::Token(rest, engine.experts().usage()));
-    }
-    Ok(Generated { tokens, text: text.shown, stop_reason: if stopped { StopReason::StopString } else { stop_reason } })
+    Ok(answer.into_generated(stop_reason))
 }
 
-struct Answer<'a> {
-    tokens: Vec<u32>,
-    text: StopText<'a>,
-    stream: Option<crate::tokenizer::TextStream<'a>>,
+impl GenerateRequest {
+    /// Refuses a prompt that is empty, or that leaves no room for an answer in `context` tokens.
+    pub fn check(&self, context: usize) -> Result<(), GenerateError> {
+        match self.prompt.len() {
+            0 => Err(GenerateError::EmptyPrompt),
+            tokens if tokens >= context => Err(GenerateError::PromptTooLong { tokens, context }),
+            _ => Ok(()),
+        }
+    }
 }
 
-impl Answer<'_> {
-    fn push(&mut self, token: u32) -> Result<(String, bool), TokenizerError> {
-        self.tokens.push(token);
-        let Some(stream) = &mut self.stream else { return Ok((String::new(), false)) };
-        let text = stream.push(token)?;
-        Ok(self.text.push(&text))
+/// An answer in the making. Whoever drives it computes the logits, for one sequence or for several together.
+#[derive(Debug)]
+pub struct Answer<'a> {
+    request: GenerateRequest,
+    /// Prompt and answer.
+    seen: Vec<u32>,
+    text: StopText,
+    stream: Option<TextStream<'a>>,
+}
+
+/// What a token's logits came to.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Step {
+    /// The token by which the answer has grown: to be taken in next, unless the answer has ended. None when the model ended it.
+    pub token: Option<u32>,
+    /// Text that is certain now.
+    pub text: String,
+    /// How likely the token was, if that was asked for.
+    pub logprobs: Option<TokenLogprobs>,
+    /// Why the answer ends here, if it does.
+    pub ended: Option<StopReason>,
+}
+
+impl<'a> Answer<'a> {
+    /// An answer without a token. Without a tokenizer it has no text.
+    pub fn new(request: GenerateRequest, tokenizer: Option<&'a Tokenizer>) -> Self {
+        let (seen, text) = (request.prompt.clone(), StopText::new(request.stop_strings.clone()));
+        Self { request, seen, text, stream: tokenizer.map(Tokenizer::stream) }
+    }
+
+    /// What is to be answered.
+    pub fn request(&self) -> &GenerateRequest {
+        &self.request
+    }
+
+    /// Its tokens so far.
+    pub fn tokens(&self) -> &[u32] {
+        &self.seen[self.request.prompt.len()..]
+    }
+
+    /// Prompt and answer so far.
+    pub fn sequence(&self) -> &[u32] {
+        &self.seen
+    }
+
+    /// Chooses the next token by the logits (vocab_size) after the last; there is room for `room` more tokens in the sequence.
+    pub fn step(&mut self, logits: &mut [f32], room: usize) -> Result<Step, GenerateError> {
+        if self.tokens().len() >= self.request.tokens_max {
+            return self.end(None, String::new(), None, StopReason::TokensMax);
+        }
+        let asked = self.request.top_logprobs;
+        let unchanged = asked.map(|_| logits.to_vec()); // the sampler's penalties change them
+        let token = sample(&self.request.sampling, logits, &self.seen)?;
+        if self.request.eos_token_ids.contains(&token) {
+            return self.end(None, String::new(), None, StopReason::EndOfText);
+        }
+        let logprobs = asked.zip(unchanged).map(|(top, logits)| TokenLogprobs::of(&logits, token, top));
+        self.seen.push(token);
+        let (text, stopped) = match &mut self.stream {
+            Some(stream) => self.text.push(&stream.push(token)?),
+            None => (String::new(), false),
+        };
+        if stopped {
+            return Ok(Step { token: Some(token), text, logprobs, ended: Some(StopReason::StopString) });
+        }
+        if self.tokens().len() >= self.request.tokens_max {
+            return self.end(Some(token), text, logprobs, StopReason::TokensMax);
+        }
+        if room == 0 {
+            return self.end(Some(token), text, logprobs, StopReason::ContextFull);
+        }
+        Ok(Step { token: Some(token), text, logprobs, ended: None })
+    }
+
+    /// Shows what was held back; that may still turn out to be a stop string.
+    fn end(
+        &mut self,
+        token: Option<u32>,
+        mut text: String,
+        logprobs: Option<TokenLogprobs>,
+        reason: StopReason,
+    ) -> Result<Step, GenerateError> {
+        let (rest, stopped) = self.rest()?;
+        text.push_str(&rest);
+        Ok(Step { token, text, logprobs, ended: Some(if stopped { StopReason::StopString } else { reason }) })
+    }
+
+    fn rest(&mut self) -> Result<(String, bool), GenerateError> {
+        let (mut rest, stopped) = match self.stream.take() {
+            Some(stream) => self.text.push(&stream.finish()?),
+            None => (String::new(), false),
+        };
+        if !stopped {
+            rest.push_str(&self.text.release());
+        }
+        Ok((rest, stopped))
+    }
+
+    /// Ends the answer where it is; returns the text that was held back.
+    pub fn break_off(&mut self) -> Result<String, GenerateError> {
+        self.rest().map(|(rest, _)| rest)
+    }
+
+    /// The answer, with the reason why it ended.
+    pub fn into_generated(self, stop_reason: StopReason) -> Generated {
+        Generated { tokens: self.tokens().to_vec(), text: self.text.shown, stop_reason }
     }
 }
 
 /// Text with its end held back while it might still become a stop string.
-struct StopText<'a> {
-    stops: &'a [String],
+#[derive(Debug)]
+struct StopText {
+    stops: Vec<String>,
     shown: String,
     held: String,
 }
 
-impl<'a> StopText<'a> {
-    fn new(stops: &'a [String]) -> Self {
+impl StopText {
+    fn new(stops: Vec<String>) -> Self {
         Self { stops, shown: String::new(), held: String::new() }
     }
 
@@ -197,7 +285,7 @@ mod tests {
     #[test]
     fn holds_back_only_what_may_become_a_stop_string() {
         let stops = ["\nUSER:".to_owned(), "END".to_owned()];
-        let mut text = StopText::new(&stops);
+        let mut text = StopText::new(stops.to_vec());
         assert_eq!(text.push("one\n"), ("one".into(), false));
         assert_eq!(text.push("two\nUS"), ("\ntwo".into(), false));
         assert_eq!(text.push("é E"), ("\nUSé ".into(), false));
@@ -209,7 +297,7 @@ mod tests {
     #[test]
     fn what_was_held_back_is_not_lost() {
         let stops = ["END".to_owned()];
-        let mut text = StopText::new(&stops);
+        let mut text = StopText::new(stops.to_vec());
         assert_eq!(text.push("the EN"), ("the ".into(), false));
         assert_eq!((text.release(), text.shown), ("EN".into(), "the EN".into()));
     }

@@ -10,7 +10,7 @@ use crate::kv_cache::KvCache;
 pub struct MemoryPlan {
     /// The trunk.
     pub trunk: u64,
-    /// Keys and values of the longest sequence.
+    /// Keys and values of all sequences.
     pub kv_cache: u64,
     /// What a forward pass works in.
     pub scratch: u64,
@@ -25,7 +25,7 @@ pub struct MemoryPlan {
 /// A budget that is too small.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "{given} bytes of memory are not enough for this model: {needed} would do ({trunk} trunk, {kv_cache} keys and values of {context} tokens, \
+    "{given} bytes of memory are not enough for this model: {needed} would do ({trunk} trunk, {kv_cache} keys and values of {kv_tokens} tokens, \
      {scratch} scratch, {process} process, {experts} experts); a shorter --context needs less"
 )]
 pub struct BudgetTooSmall {
@@ -38,7 +38,7 @@ pub struct BudgetTooSmall {
     scratch: u64,
     process: u64,
     experts: u64,
-    context: usize,
+    kv_tokens: usize,
 }
 
 /// Smallest batch that memory is saved by.
@@ -50,7 +50,7 @@ pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u
     let config = &manifest.config;
     let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
     let context = options.context.min(config.max_position_embeddings as usize);
-    let kv_cache = KvCache::bytes(config, options.kv, context);
+    let kv_cache = KvCache::bytes(config, options.kv, options.kv_tokens.max(context));
     let one = config.expert_shape(manifest.expert_precision).blob_bytes() as u64;
     let least = config.moe_layers().count() as u64 * u64::from(config.num_experts_per_tok) * one;
     let mut batch_tokens = options.batch_tokens.clamp(1, context.max(1));
@@ -65,7 +65,16 @@ pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u
         }
         if batch_tokens <= BATCH_TOKENS_MIN {
             let needed = taken + least;
-            return Err(BudgetTooSmall { given: budget, needed, trunk, kv_cache, scratch, process, experts: least, context });
+            return Err(BudgetTooSmall {
+                given: budget,
+                needed,
+                trunk,
+                kv_cache,
+                scratch,
+                process,
+                experts: least,
+                kv_tokens: options.kv_tokens.max(context),
+            });
         }
         batch_tokens = (batch_tokens / 2).max(BATCH_TOKENS_MIN);
     }

@@ -93,6 +93,35 @@ fn uniform(seed: u64, place: usize) -> f64 {
     (bits >> 11) as f64 / (1u64 << 53) as f64
 }
 
+/// How likely a token was, and which were likeliest.
+#[derive(Clone, PartialEq, Debug)]
+pub struct TokenLogprobs {
+    /// The token that was chosen.
+    pub token: u32,
+    /// Natural logarithm of its probability by the model alone: at temperature 1, without penalties.
+    pub logprob: f64,
+    /// The likeliest tokens, the likeliest first, with the same of each.
+    pub top: Vec<(u32, f64)>,
+}
+
+impl TokenLogprobs {
+    /// Of `token` and the `top` likeliest tokens, by logits (vocab_size) that are finite.
+    pub fn of(logits: &[f32], token: u32, top: usize) -> Self {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
+        let logprob = |token: u32| f64::from(logits[token as usize] - largest) - sum.ln();
+        let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+        let likelier = |a: &u32, b: &u32| logits[*b as usize].total_cmp(&logits[*a as usize]).then(a.cmp(b));
+        let top = top.min(order.len());
+        if 0 < top && top < order.len() {
+            order.select_nth_unstable_by(top - 1, likelier);
+        }
+        order.truncate(top);
+        order.sort_unstable_by(likelier);
+        Self { token, logprob: logprob(token), top: order.into_iter().map(|token| (token, logprob(token))).collect() }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -126,6 +155,17 @@ mod tests {
         assert_eq!(count(Sampling { top_k: 1, ..plain }), [0, 0, 4000]);
         assert_eq!(count(Sampling { top_p: 0.8, ..plain })[0], 0);
         assert_eq!(count(Sampling { top_p: 0.0, ..plain }), [0, 0, 4000]);
+    }
+
+    #[test]
+    fn probabilities_are_those_that_the_logits_were_made_of() {
+        let logits = [0.1f32.ln() + 7.0, 0.2f32.ln() + 7.0, 0.7f32.ln() + 7.0];
+        let of = TokenLogprobs::of(&logits, 1, 2);
+        let close = |a: f64, b: f64| (a - b.ln()).abs() < 1e-6;
+        assert!(close(of.logprob, 0.2) && of.top.len() == 2 && of.top[0].0 == 2 && of.top[1].0 == 1);
+        assert!(close(of.top[0].1, 0.7) && close(of.top[1].1, 0.2), "{of:?}");
+        assert_eq!(TokenLogprobs::of(&logits, 0, 0).top, []);
+        assert_eq!(TokenLogprobs::of(&logits, 0, 9).top.len(), 3);
     }
 
     #[test]

@@ -46,20 +46,35 @@ impl Tokenizer {
         self.inner.decode(tokens, true).map_err(|error| TokenizerError(error.to_string()))
     }
 
-    /// How many bytes of text `token` stands for.
-    pub fn token_bytes(&self, token: u32) -> usize {
-        let Some(piece) = self.inner.id_to_token(token) else { return 0 };
+    /// The bytes of text that `token` stands for: perhaps a part of a character, or none for a special token.
+    pub fn bytes_of(&self, token: u32) -> Vec<u8> {
+        let Some(piece) = self.inner.id_to_token(token) else { return Vec::new() };
         let special = self.inner.get_added_tokens_decoder().contains_key(&token);
         match self.inner.get_decoder() {
             // Byte-level pieces spell every byte as one character.
-            Some(DecoderWrapper::ByteLevel(_)) if !special => piece.chars().count(),
-            _ => self.decode(&[token]).map_or(0, |text| text.len()),
+            Some(DecoderWrapper::ByteLevel(_)) if !special => piece.chars().filter_map(spelled_byte).collect(),
+            _ => self.decode(&[token]).map_or_else(|_| Vec::new(), String::into_bytes),
         }
+    }
+
+    /// How many bytes of text `token` stands for.
+    pub fn token_bytes(&self, token: u32) -> usize {
+        self.bytes_of(token).len()
     }
 
     /// Starts turning tokens into text as they come.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream { tokenizer: self, tokens: Vec::new(), start: 0, shown: 0 }
+    }
+}
+
+/// The byte that a character of a byte-level piece stands for: printable ones stand for themselves, the others follow from U+0100 on
+/// (Radford et al. 2019, `bytes_to_unicode`).
+fn spelled_byte(c: char) -> Option<u8> {
+    let stands_for_itself = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+    match u32::from(c) {
+        code @ 0..0x100 => u8::try_from(code).ok().filter(|&byte| stands_for_itself(byte)),
+        code => (0..=u8::MAX).filter(|&byte| !stands_for_itself(byte)).nth(code as usize - 0x100),
     }
 }
 
@@ -126,7 +141,8 @@ mod tests {
         for text in ["plain", "é", "汉字 and 🦀🦀", "\u{FFFD}", "a\u{FFFD}b🦀"] {
             let tokens = tokenizer.encode(text, SpecialTokens::AsWritten).expect("it encodes");
             assert_eq!(tokens.len(), text.len());
-            assert_eq!(tokens.iter().map(|&token| tokenizer.token_bytes(token)).sum::<usize>(), text.len());
+            let bytes: Vec<u8> = tokens.iter().flat_map(|&token| tokenizer.bytes_of(token)).collect();
+            assert_eq!(bytes, text.as_bytes());
             let mut stream = tokenizer.stream();
             let mut streamed = String::new();
             for &token in &tokens {
@@ -135,6 +151,13 @@ mod tests {
             }
             assert_eq!(streamed + &stream.finish().expect("it decodes"), text);
         }
+    }
+
+    #[test]
+    fn every_byte_has_a_spelling() {
+        let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+        let bytes: std::collections::BTreeSet<u8> = alphabet.into_iter().filter_map(spelled_byte).collect();
+        assert_eq!(bytes.len(), 256);
     }
 
     #[test]

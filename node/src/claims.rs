@@ -81,7 +81,7 @@ pub(crate) struct Claims {
 
 /// Asks the peers who says what of a model's experts in a domain; fetches what they point to.
 pub(crate) fn collect(
-    federation: &Federation<'_>,
+    federation: &Federation,
     (open, network): (&OpenDataDir, &Network),
     found: &LocalModel,
     domain: &str,
@@ -172,7 +172,7 @@ fn opinion(network: &Network, node: &NodeId) -> Opinion {
     records.trust.opinion(now_ms, node, Facet::Profile, &records.voices(now_ms, node, Facet::Profile))
 }
 
-fn fetch(federation: &Federation<'_>, head: &ProfileHead) -> Result<Vec<u8>, Failure> {
+fn fetch(federation: &Federation, head: &ProfileHead) -> Result<Vec<u8>, Failure> {
     let name = format!("body of the profile by {}", head.head.node);
     let want = Want { wanted: Wanted::ToldBlob(head.body), name };
     let (results, mut arrivals) = mpsc::channel::<Fetched>(1);

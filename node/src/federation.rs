@@ -1,41 +1,30 @@
-//! A command's view of its peers, and how it comes by a model: manifest, trust, trunk.
+//! Peers as a command or a daemon sees them: whom it asks, whose manifests count, and fetching.
 
 use std::collections::{BTreeSet, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use inference::aligned::AlignedBytes;
-use inference::cache_policy::PolicyKind;
-use inference::chat::ChatTemplate;
-use inference::engine::{Engine, EngineOptions};
-use inference::experts::Experts;
-use inference::memory::plan_memory;
-use inference::model::Model;
-use inference::session::Session;
-use inference::tokenizer::Tokenizer;
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
 use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
 use store::BlobStore;
-use tokio::runtime::Runtime;
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use crate::clock::{now_ms, until_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
-use crate::dispatcher::{
-    Dispatcher, DispatcherOptions, DispatcherPeers, Providers, RemoteOptions, RemoteReport, SharedFetcher, SharedReport,
-};
+use crate::dispatcher::{DispatcherPeers, Providers, RemoteOptions, SharedFetcher};
 use crate::failure::{Failure, Kind};
-use crate::memory::{network_memory, process_bytes, resident_bytes};
-use crate::net::fetcher::{Fetched, Fetcher, Rates, Want};
+use crate::memory::network_memory;
+use crate::net::fetcher::{Fetched, Fetcher, Progress, Rates, Want};
 use crate::net::group::GroupKey;
 use crate::net::link::{Sink, Wanted};
 use crate::net::network::{Network, NetworkOptions, Peers, Role};
 use crate::net::status::{self, Account};
 use crate::net::{Multiaddr, PeerId, random};
-use crate::output::{byte_bar, human_bytes, note};
+use crate::output::byte_bar;
 use crate::peer_book::Learned;
 use crate::records::SharedRecords;
 
@@ -63,8 +52,8 @@ pub(crate) enum Publishers {
 }
 
 /// The peers of one command, or none.
-pub(crate) struct Federation<'a> {
-    runtime: &'a Runtime,
+pub(crate) struct Federation {
+    runtime: Handle,
     fetcher: Option<SharedFetcher>,
     publishers: Publishers,
     remote: RemoteOptions,
@@ -79,11 +68,12 @@ struct Acquaintance {
     /// Who has sent something, by what was fetched.
     useful: Mutex<Vec<Providers>>,
     rates: Rates,
+    progress: Progress,
 }
 
-impl<'a> Federation<'a> {
+impl Federation {
     /// Connects to the peers that were named, to those joined and to those met before.
-    pub(crate) fn connect(runtime: &'a Runtime, dir: &DataDir, options: &PeerOptions, offline: bool) -> Result<Self, Failure> {
+    pub(crate) fn connect(runtime: &Handle, dir: &DataDir, options: &PeerOptions, offline: bool) -> Result<Self, Failure> {
         let mut options = options.clone();
         options.peers.extend(dir.peers()?);
         let group = options.private.as_deref().map(GroupKey::read).transpose()?;
@@ -92,20 +82,14 @@ impl<'a> Federation<'a> {
     }
 
     /// Connects to the peers that were named, and to no others.
-    pub(crate) fn connect_to(runtime: &'a Runtime, dir: &DataDir, options: PeerOptions, offline: bool) -> Result<Self, Failure> {
+    pub(crate) fn connect_to(runtime: &Handle, dir: &DataDir, options: PeerOptions, offline: bool) -> Result<Self, Failure> {
         Self::connect_with(runtime, dir, options, Vec::new(), offline)
     }
 
-    fn connect_with(
-        runtime: &'a Runtime,
-        dir: &DataDir,
-        options: PeerOptions,
-        book: Vec<Multiaddr>,
-        offline: bool,
-    ) -> Result<Self, Failure> {
-        let PeerOptions { peers, publishers, .. } = options;
+    fn connect_with(runtime: &Handle, dir: &DataDir, options: PeerOptions, book: Vec<Multiaddr>, offline: bool) -> Result<Self, Failure> {
+        let (peers, publishers) = (options.peers.clone(), options.publishers);
         if offline || (peers.is_empty() && book.is_empty() && !options.mdns) {
-            return Ok(Self { runtime, fetcher: None, publishers, remote: options.remote, acquaintance: None });
+            return Ok(Self { runtime: runtime.clone(), fetcher: None, publishers, remote: options.remote, acquaintance: None });
         }
         let key = dir.key()?;
         let group = options.private.as_deref().map(GroupKey::read).transpose()?;
@@ -124,10 +108,21 @@ impl<'a> Federation<'a> {
         })?;
         info!(local = %network.local, "asking peers");
         let group = group.map(|group| group.fingerprint());
+        Ok(Self::over(runtime, network, dir, group, &options))
+    }
+
+    /// Works over a network that is there already.
+    pub(crate) fn over(runtime: &Handle, network: Network, dir: &DataDir, group: Option<String>, options: &PeerOptions) -> Self {
         let rates = Rates::default();
-        let fetcher = Arc::new(tokio::sync::Mutex::new(Fetcher::new(network.clone(), options.timeout, Arc::clone(&rates))));
-        let acquaintance = Acquaintance { network, dir: dir.clone(), group, useful: Mutex::default(), rates };
-        Ok(Self { runtime, fetcher: Some(fetcher), publishers, remote: options.remote, acquaintance: Some(acquaintance) })
+        let fetcher = Fetcher::new(network.clone(), options.timeout, Arc::clone(&rates));
+        let progress = fetcher.progress();
+        Self {
+            runtime: runtime.clone(),
+            fetcher: Some(Arc::new(tokio::sync::Mutex::new(fetcher))),
+            publishers: options.publishers,
+            remote: options.remote.clone(),
+            acquaintance: Some(Acquaintance { network, dir: dir.clone(), group, useful: Mutex::default(), rates, progress }),
+        }
     }
 
     /// Has the peers asked who else has a model.
@@ -137,8 +132,30 @@ impl<'a> Federation<'a> {
         }
     }
 
-    /// A set for those who send something, which the address book will see.
-    fn new_providers(&self) -> Providers {
+    /// What a dispatcher needs to reach the peers, if there are any.
+    pub(crate) fn dispatcher_peers(&self) -> Option<DispatcherPeers> {
+        let network = self.acquaintance.as_ref().map(|acquaintance| acquaintance.network.clone());
+        let peers = self.fetcher.clone().zip(network);
+        peers.map(|(fetcher, network)| DispatcherPeers { fetcher, network, runtime: self.runtime.clone() })
+    }
+
+    /// How fast peers have sent, and what is on its way.
+    pub(crate) fn figures(&self) -> (Rates, Progress) {
+        self.acquaintance.as_ref().map(|known| (Arc::clone(&known.rates), Arc::clone(&known.progress))).unwrap_or_default()
+    }
+
+    /// Whether there is anybody to fetch from.
+    pub(crate) fn has_peers(&self) -> bool {
+        self.fetcher.is_some()
+    }
+
+    /// How peers may run experts.
+    pub(crate) fn remote(&self) -> &RemoteOptions {
+        &self.remote
+    }
+
+    /// Counts for those who send something, which the address book will see.
+    pub(crate) fn new_providers(&self) -> Providers {
         let providers = Providers::default();
         if let Some(acquaintance) = &self.acquaintance {
             acquaintance.useful.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::clone(&providers));
@@ -149,13 +166,18 @@ impl<'a> Federation<'a> {
     /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
     pub(crate) fn find(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
         let found = self.find_manifest(open, model, name)?;
+        self.follow(&found);
+        Ok(found)
+    }
+
+    /// Has what peers hold of a model followed.
+    pub(crate) fn follow(&self, found: &LocalModel) {
         if let Some(fetcher) = &self.fetcher {
             self.runtime.block_on(async { fetcher.lock().await.follow(&found.manifest) });
         }
         if let Some(acquaintance) = &self.acquaintance {
             acquaintance.network.records.lock().know(found.id);
         }
-        Ok(found)
     }
 
     fn find_manifest(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
@@ -170,7 +192,7 @@ impl<'a> Federation<'a> {
             }
         };
         self.look_for(found.id);
-        check_publisher(self.trusted_publishers(&open.dir)?.as_ref(), found.publisher)?;
+        self.check_publisher(&open.dir, found.publisher)?;
         match name {
             Some(name) if name != found.name => {
                 let (manifest, envelope) = ModelManifest::open(found.id, open.envelope(found.id)?)?;
@@ -178,6 +200,11 @@ impl<'a> Federation<'a> {
             }
             _ => Ok(found),
         }
+    }
+
+    /// Refuses a publisher whom the user does not trust.
+    pub(crate) fn check_publisher(&self, dir: &DataDir, publisher: NodeId) -> Result<(), Failure> {
+        check_publisher(self.trusted_publishers(dir)?.as_ref(), publisher)
     }
 
     /// Takes a manifest from a peer and keeps it.
@@ -290,7 +317,7 @@ impl<'a> Federation<'a> {
             let mut fetcher = fetcher.lock().await;
             let count = async {
                 while let Some(fetched) = arrivals.recv().await {
-                    providers.lock().unwrap_or_else(PoisonError::into_inner).insert(fetched.peer);
+                    *providers.lock().unwrap_or_else(PoisonError::into_inner).entry(fetched.peer).or_default() += 1;
                     bar.inc(missing[fetched.index].0.length);
                 }
             };
@@ -304,66 +331,6 @@ impl<'a> Federation<'a> {
         bar.finish_and_clear();
         store.flush();
         Ok(total)
-    }
-
-    /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach.
-    pub(crate) fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, options: EngineOptions) -> Result<Loaded, Failure> {
-        let manifest = &found.manifest;
-        // Before anything is fetched: no budget is large enough by what only the process itself would save.
-        plan_memory(manifest, &options, 0, memory_max)?;
-        let fetched = self.bring(&open.store, &trunk_parts(manifest), "trunk")?;
-        if fetched > 0 {
-            note(&format!("fetched the trunk, {}", human_bytes(fetched)));
-        }
-        let text = |blob: BlobRef| -> Result<String, Failure> {
-            let bytes = self.read_part(&open.store, blob)?.to_vec();
-            String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Integrity, format!("{} is not UTF-8", blob.hash)))
-        };
-        let tokenizer = manifest.tokenizer.map(|blob| {
-            let bytes = self.read_part(&open.store, blob)?;
-            Tokenizer::from_bytes(&bytes).map_err(|error| Failure::new(Kind::Integrity, error.to_string()))
-        });
-        let chat = manifest.chat.template.map(|blob| {
-            let (bos_token, eos_token) = (manifest.chat.bos_token.clone(), manifest.chat.eos_token.clone());
-            Ok::<_, Failure>(ChatTemplate { source: text(blob)?, bos_token, eos_token })
-        });
-        let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
-        let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
-        let process = resident_bytes();
-        let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
-        let providers = self.new_providers();
-        let report = SharedReport::new(self.remote.audit);
-        let runtime = self.runtime.handle().clone();
-        let network = self.acquaintance.as_ref().map(|acquaintance| acquaintance.network.clone());
-        let peers = self.fetcher.clone().zip(network).map(|(fetcher, network)| DispatcherPeers { fetcher, network, runtime });
-        let dispatching = DispatcherOptions {
-            shape: manifest.config.expert_shape(manifest.expert_precision),
-            kernels: options.kernels,
-            remote: self.remote.clone(),
-            report: report.clone(),
-            evidence: open.dir.evidence(),
-        };
-        let source = Dispatcher::new(Arc::clone(&open.store), peers, Arc::clone(&providers), dispatching);
-        let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
-        let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
-        Ok(Loaded { engine, tokenizer, chat, providers, report, process })
-    }
-
-    /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
-    fn read_part(&self, store: &Arc<BlobStore>, blob: BlobRef) -> Result<AlignedBytes, Failure> {
-        let mut bytes = AlignedBytes::zeroed(blob.length as usize);
-        let read = store.read_into(&blob.hash, &mut bytes, now_ms());
-        match read {
-            Ok(true) => return Ok(bytes),
-            Ok(false) | Err(store::StoreError::Damaged { .. }) if self.fetcher.is_some() => {}
-            Ok(false) => return Err(no_peer(&blob.hash.to_string())),
-            Err(error) => return Err(error.into()),
-        }
-        self.bring(store, &[(blob, blob.hash.to_string())], "trunk")?;
-        if store.read_into(&blob.hash, &mut bytes, now_ms())? {
-            return Ok(bytes);
-        }
-        Err(Failure::new(Kind::Other, format!("{} has gone from the store again", blob.hash)))
     }
 
     /// Whose manifests count; nothing when anybody's do.
@@ -390,7 +357,8 @@ impl<'a> Federation<'a> {
 impl Acquaintance {
     fn remember(&self) -> Result<(), Failure> {
         let useful = self.useful.lock().unwrap_or_else(PoisonError::into_inner);
-        let useful: BTreeSet<_> = useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone()).collect();
+        let useful: BTreeSet<_> =
+            useful.iter().flat_map(|set| set.lock().unwrap_or_else(PoisonError::into_inner).clone().into_keys()).collect();
         let rates = self.rates.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let learned = Learned { useful, rates, ..Learned::default() };
         self.network.records.save_trust()?;
@@ -426,39 +394,6 @@ pub(crate) fn remember(dir: &DataDir, group: Option<&str>, peers: &Peers, learne
     if book == known { Ok(()) } else { dir.set_book(group, &book) }
 }
 
-/// A model ready to run.
-pub(crate) struct Loaded {
-    pub(crate) engine: Engine,
-    pub(crate) tokenizer: Option<Tokenizer>,
-    pub(crate) chat: Option<ChatTemplate>,
-    providers: Providers,
-    report: SharedReport,
-    /// Memory that the process had before the model was loaded.
-    process: u64,
-}
-
-impl Loaded {
-    /// Memory that we count as taken, with the keys and values of `session`.
-    pub(crate) fn counted_bytes(&mut self, session: &Session) -> u64 {
-        self.process + self.engine.bytes() + session.bytes()
-    }
-
-    /// The same, as it goes on.
-    pub(crate) fn shared_report(&self) -> SharedReport {
-        self.report.clone()
-    }
-
-    /// What running experts at peers came to so far.
-    pub(crate) fn remote_report(&self) -> RemoteReport {
-        self.report.snapshot()
-    }
-
-    /// The peers that have sent experts.
-    pub(crate) fn providers(&self) -> BTreeSet<PeerId> {
-        self.providers.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-}
-
 /// The parts of the trunk with the names that errors give them.
 pub(crate) fn trunk_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
     let tensors = manifest.trunk.iter().map(|tensor| (tensor.blob, tensor.name.clone()));
@@ -471,6 +406,6 @@ pub(crate) fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
     manifest.config.expert_slots().zip(&manifest.experts).map(|(slot, blob)| (*blob, slot.to_string())).collect()
 }
 
-fn no_peer(what: &str) -> Failure {
+pub(crate) fn no_peer(what: &str) -> Failure {
     Failure::new(Kind::NoPeers, format!("missing {what}: no peer is known (--peer ADDR, or `confrere join TICKET`)"))
 }

@@ -8,6 +8,7 @@ use tracing::warn;
 
 use crate::data_dir::{DataDir, LocalModel, io_failure};
 use crate::failure::Failure;
+use crate::places::Places;
 
 const BYTES_MAX: u64 = 1 << 20;
 
@@ -21,20 +22,22 @@ impl DataDir {
 
     /// Adds what a log holds.
     pub(crate) fn add_usage(&self, found: &LocalModel, log: &ActivationLog) -> Result<(), Failure> {
-        let config = &found.manifest.config;
-        let slots: Vec<_> = config.expert_slots().collect();
-        let mut uses = self.usage(found.id)?;
-        uses.resize(slots.len(), 0);
-        let layers: Vec<_> = config.moe_layers().collect();
+        let places = Places::of(&found.manifest.config);
+        let mut uses = vec![0; places.count()];
         for entry in log.entries() {
-            let Ok(layer) = layers.binary_search(&entry.layer) else { continue };
-            for choice in entry.choices {
-                uses[layer * config.num_experts as usize + choice.expert as usize] += 1;
-            }
+            entry.choices.iter().filter_map(|choice| places.place(entry.layer, choice.expert)).for_each(|place| uses[place] += 1);
         }
         if log.forgotten() > 0 {
             warn!(forgotten = log.forgotten(), "of a long answer, the newest uses are counted");
         }
+        self.add_uses(found, &uses)
+    }
+
+    /// Adds uses of each expert.
+    pub(crate) fn add_uses(&self, found: &LocalModel, more: &[u64]) -> Result<(), Failure> {
+        let mut uses = self.usage(found.id)?;
+        uses.resize(more.len(), 0);
+        uses.iter_mut().zip(more).for_each(|(uses, more)| *uses += more);
         let dir = self.path().join("usage");
         std::fs::create_dir_all(&dir).map_err(|error| io_failure("create", &dir, &error))?;
         let path = dir.join(found.id.to_string());

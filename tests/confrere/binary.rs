@@ -20,7 +20,11 @@ pub(crate) fn binary() -> &'static Path {
     static BUILT: OnceLock<PathBuf> = OnceLock::new();
     BUILT.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--package", "node"]);
+        build.args(["build", "--workspace"]);
+        // What cargo tells tests of themselves would have build scripts run again, and much be built twice.
+        for (name, _) in std::env::vars().filter(|(name, _)| name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")) {
+            build.env_remove(name);
+        }
         if !cfg!(debug_assertions) {
             build.arg("--release");
         }
@@ -69,11 +73,11 @@ impl Node {
     pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(binary());
         command.arg("--data-dir").arg(self.path()).args(args);
-        for variable in
-            ["CONFRERE_MDNS", "CONFRERE_DISK", "CONFRERE_RAM", "CONFRERE_DATA_DIR", "CONFRERE_OFFLINE", "CONFRERE_LOG", "CONFRERE_PRIVATE"]
-        {
+        // What the user of this machine has set is none of a test's business.
+        for (variable, _) in std::env::vars().filter(|(variable, _)| variable.starts_with("CONFRERE_")) {
             command.env_remove(variable);
         }
+        command.env("XDG_CONFIG_HOME", self.path()).env_remove("COLUMNS");
         command.stdin(Stdio::null());
         command
     }

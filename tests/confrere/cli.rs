@@ -112,7 +112,7 @@ fn without_any_peer_it_fails_at_once() {
 #[test]
 fn a_second_process_is_kept_out_by_name() {
     let (node, _) = Node::with("tiny-qwen3-moe");
-    let serving = node.serve();
+    let serving = node.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--api", "off"]);
     let ended = node.run(&["run", "m", "[1]"]);
     assert_eq!(ended.code, Some(8));
     assert!(ended.err.contains(&format!("in use by process {}", serving.pid())), "{}", ended.err);

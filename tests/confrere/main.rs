@@ -1,5 +1,6 @@
 //! Cross-crate tests: the engine against transformers, and the real binary against everything a user or a peer may do.
 
+mod api;
 mod binary;
 mod cli;
 mod crowd;
@@ -12,6 +13,7 @@ mod false_executor;
 mod floors;
 mod fuzz;
 mod gossip;
+mod help;
 mod hostile;
 mod import_memory;
 mod nodes;

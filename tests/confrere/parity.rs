@@ -88,6 +88,7 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
             sampling: Sampling::GREEDY,
             eos_token_ids: vec![],
             stop_strings: vec![],
+            top_logprobs: None,
         };
         let mut session = engine.session();
         let answer = generate(&mut engine, None, &mut session, &request, |_| std::ops::ControlFlow::Continue(()));

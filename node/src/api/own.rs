@@ -1,60 +1,142 @@
-//! The local HTTP API.
+//! The node about itself: who it is, its models, peers, store, records, and what it thinks of others.
 
-use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::{Request, State};
-use axum::http::{StatusCode, header};
-use axum::middleware::{self, Next};
-use axum::response::{IntoResponse, Response};
-use axum::routing::get;
-use axum::{Json, Router};
-use serde_json::json;
-use tokio::net::TcpListener;
+use axum::Json;
+use axum::extract::{Path, State};
+use axum::response::Response;
+use serde::Deserialize;
+use serde_json::{Value, json};
 
+use super::error::ApiError;
+use super::{Api, Asked, asked, json_response, loading, lookup};
 use crate::clock::now_ms;
-use crate::failure::{Failure, Kind};
-use crate::net::network::Network;
+use crate::data_dir::LocalModel;
+use crate::generation::{ModelState, QUEUE_MAX, ReadyModel, TOGETHER_MAX};
+use crate::models::{details, stat_json, summary};
+use crate::net::address::node_id;
 use crate::net::status::{self, Account};
+use crate::opinions::{opinions_json, ruling_word, scores, trusted_peers};
+use crate::records::parse_peer;
 
 /// For what peers say of themselves.
 const PATIENCE: Duration = Duration::from_secs(2);
 
-/// Serves the API on `address` until the runtime ends; returns the address that was bound.
-pub(crate) async fn serve(address: SocketAddr, network: Network) -> Result<SocketAddr, Failure> {
-    let failed = |error: std::io::Error| Failure::new(Kind::Other, format!("cannot serve the API on {address}: {error}"));
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
-    let bound = listener.local_addr().map_err(failed)?;
-    let router = Router::new()
-        .route("/health", get(|| async { Json(json!({"status": "ok"})) }))
-        .route("/api/peers", get(peers))
-        .route("/api/records", get(records))
-        .layer(middleware::from_fn(only_by_address))
-        .with_state(network);
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    Ok(bound)
+pub(super) async fn health(State(api): State<Arc<Api>>) -> Response {
+    match api.generation.model() {
+        ModelState::Loading(_) => loading(),
+        _ => json_response(json!({"status": "ok"})),
+    }
+}
+
+pub(super) async fn openapi() -> Response {
+    let mut document: Value = serde_json::from_str(include_str!("openapi.json")).expect("the document is JSON");
+    document["info"]["version"] = json!(env!("CARGO_PKG_VERSION"));
+    json_response(document)
+}
+
+pub(super) async fn node(State(api): State<Arc<Api>>) -> Json<Value> {
+    let about = &api.about;
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "node": node_id(api.network.local).map(|node| node.to_string()),
+        "peer": api.network.local.to_string(),
+        "addresses": about.addresses,
+        "ticket": about.ticket,
+        "uptime_s": now_ms().saturating_sub(api.started_ms) / 1000,
+        "limits": {
+            "ram_bytes": about.ram_bytes, "disk_bytes": about.disk_bytes, "upload_bytes_per_second": about.upload_bytes_per_second,
+            "requests_at_once": TOGETHER_MAX, "queue": QUEUE_MAX, "kv_tokens": about.kv_tokens,
+        },
+        "model": loaded_json(&api),
+        "generation": generation_json(&api),
+    }))
+}
+
+fn loaded_json(api: &Api) -> Value {
+    let of = |found: &LocalModel, state: &str, ready: Option<&ReadyModel>| {
+        let config = &found.manifest.config;
+        json!({
+            "id": found.id.to_string(), "name": found.name, "state": state, "precision": found.manifest.expert_precision.name(),
+            "context": ready.map_or(config.max_position_embeddings as usize, |ready| ready.context),
+            "layers": config.moe_layers().collect::<Vec<_>>(), "experts_per_layer": config.num_experts, "experts_per_token": config.num_experts_per_tok,
+        })
+    };
+    match api.generation.model() {
+        ModelState::Ready(ready) => of(&ready.found, "ready", Some(&ready)),
+        ModelState::Loading(found) => of(&found, "loading", None),
+        ModelState::None | ModelState::Failed(..) => Value::Null,
+    }
+}
+
+pub(super) fn generation_json(api: &Api) -> Value {
+    let waiting = api.generation.waiting();
+    api.generation.activity().lock().json(waiting)
+}
+
+pub(super) async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
+    let loaded = match api.generation.model() {
+        ModelState::Ready(ready) => Some(ready.found.id),
+        _ => None,
+    };
+    let one = |found: &LocalModel| {
+        let mut summary = summary(&api.open, found);
+        summary["loaded"] = json!(loaded == Some(found.id));
+        summary
+    };
+    Json(api.models.iter().map(one).collect())
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct DetailsQuery {
+    #[serde(default)]
+    blobs: bool,
+}
+
+pub(super) async fn model(
+    State(api): State<Arc<Api>>,
+    Path(name): Path<String>,
+    query: Asked<DetailsQuery>,
+) -> Result<Json<Value>, ApiError> {
+    let query = asked(query)?;
+    Ok(Json(details(&api.open, lookup(&api.models, &name)?, query.blobs)))
 }
 
 /// Who is connected, and what they say of themselves.
-async fn peers(State(network): State<Network>) -> impl IntoResponse {
-    let accounts = status::ask_all(&network, PATIENCE).await;
+pub(super) async fn peers(State(api): State<Arc<Api>>) -> Json<Value> {
+    let network = &api.network;
+    let accounts = status::ask_all(network, PATIENCE).await;
     let known = network.peers.borrow().clone();
+    let rates = api.rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
     let one = |account: &Account| {
         let met = known.met.get(&account.peer);
+        let node = node_id(account.peer);
+        let ruling = node.and_then(|node| network.records.lock().trust.rulings().get(&node).copied());
         json!({
             "peer": account.peer.to_string(),
+            "node": node.map(|node| node.to_string()),
             "address": met.map(|met| met.address.to_string()),
             "source": met.map(|met| met.source.to_string()),
             "connected": true,
+            "ruling": ruling.map(ruling_word),
+            "bytes_per_second": rates.get(&account.peer),
+            "trust": node.map(|node| scores(&network.records, &node)),
             "status": status::json(account),
         })
     };
-    Json(accounts.iter().map(one).collect::<Vec<_>>())
+    Json(accounts.iter().map(one).collect())
+}
+
+pub(super) async fn store(State(api): State<Arc<Api>>) -> Result<Json<Value>, ApiError> {
+    let stat = api.open.store.stat().map_err(crate::failure::Failure::from)?;
+    Ok(Json(stat_json(&stat)))
 }
 
 /// Which records are held, and what came of those that were gossiped.
-async fn records(State(network): State<Network>) -> impl IntoResponse {
-    let (records, now_ms) = (network.records.lock(), now_ms());
+pub(super) async fn records(State(api): State<Arc<Api>>) -> Json<Value> {
+    let (records, now_ms) = (api.network.records.lock(), now_ms());
     let heads = records
         .book
         .heads(now_ms)
@@ -67,13 +149,12 @@ async fn records(State(network): State<Network>) -> impl IntoResponse {
     }))
 }
 
-/// Refuses requests under a name: a web page may have had its own name resolved to this machine (DNS rebinding).
-async fn only_by_address(request: Request, next: Next) -> Response {
-    let host = request.headers().get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default();
-    let name = host.rsplit_once(':').filter(|(_, port)| port.bytes().all(|byte| byte.is_ascii_digit())).map_or(host, |(name, _)| name);
-    let address = name.trim_start_matches('[').trim_end_matches(']').parse::<IpAddr>();
-    if name == "localhost" || address.is_ok() {
-        return next.run(request).await;
-    }
-    (StatusCode::FORBIDDEN, Json(json!({"error": format!("{name:?} is no address of this machine")}))).into_response()
+pub(super) async fn trust(State(api): State<Arc<Api>>) -> Json<Value> {
+    let records = &api.network.records;
+    Json(trusted_peers(records).keys().map(|peer| opinions_json(records, peer)).collect())
+}
+
+pub(super) async fn trust_in(State(api): State<Arc<Api>>, Path(peer): Path<String>) -> Result<Json<Value>, ApiError> {
+    let peer = parse_peer(&peer)?;
+    Ok(Json(opinions_json(&api.network.records, &peer)))
 }

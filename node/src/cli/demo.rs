@@ -15,15 +15,17 @@ use tokio::runtime::Runtime;
 
 use super::EngineArgs;
 use super::import::import_into;
-use super::run::{Answer, Prompt, answer, default_sampling, request};
+use super::run::{Answer, answer};
 use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
 use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded, PeerOptions, Publishers};
+use crate::federation::{Federation, PeerOptions, Publishers};
+use crate::loading::Loaded;
 use crate::memory::default_memory;
 use crate::net::Multiaddr;
 use crate::output::{be_quiet, human_bytes, note, print, print_json, print_line};
+use crate::prompt::{Prompt, default_sampling};
 
 /// Two prompts of each of three domains: the second of a pair shows what the first has already brought.
 const PROMPTS: [(&str, &str); 6] = [
@@ -134,11 +136,11 @@ fn generate_all(
         publishers: Publishers::Trusted,
         remote: RemoteOptions::default(),
     };
-    let federation = Federation::connect(runtime, dir, &options, false)?;
+    let federation = Federation::connect(runtime.handle(), dir, &options, false)?;
     let found = federation.find(&mut open, &model.to_string(), Some("demo"))?;
     let options = EngineArgs::default().options(&found.manifest, None);
     let mut loaded = federation.load(&open, &found, default_memory(), options)?;
-    let prompts = if loaded.tokenizer.is_some() { PROMPTS } else { ID_PROMPTS };
+    let prompts = if loaded.text.tokenizer.is_some() { PROMPTS } else { ID_PROMPTS };
     prompts.iter().map(|(domain, prompt)| generate_one(&mut loaded, &found, domain, prompt, tokens_max, show)).collect()
 }
 
@@ -152,7 +154,7 @@ fn generate_one(
 ) -> Result<Row, Failure> {
     check_interrupted()?;
     let defaults = &found.manifest.generation;
-    let request = request(loaded, &Prompt::Raw(prompt), tokens_max, default_sampling(defaults, SEED), defaults)?;
+    let request = loaded.text.request(&Prompt::Raw(prompt), tokens_max, default_sampling(defaults, SEED), defaults)?;
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
     if show == Show::Everything {
@@ -174,7 +176,7 @@ fn generate_one(
     })?;
     check_interrupted()?; // half an answer proves nothing
     if show == Show::Everything {
-        let ids = if loaded.tokenizer.is_none() { format!(" {:?}", generated.tokens) } else { String::new() };
+        let ids = if loaded.text.tokenizer.is_none() { format!(" {:?}", generated.tokens) } else { String::new() };
         print(&format!("{ids}\n"))?;
         let all = found.manifest.experts.len();
         note(&format!(

@@ -77,7 +77,7 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
         return Err(Failure::new(Kind::Usage, format!("{} has no tokens", args.tokens.display())));
     }
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let vocab_size = found.manifest.config.vocab_size as usize;
     let values = if args.reference {
@@ -116,13 +116,13 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     let text =
         String::from_utf8(read(&args.file)?).map_err(|_| Failure::new(Kind::Usage, format!("{} is not UTF-8", args.file.display())))?;
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let window = found.manifest.config.max_position_embeddings.min(WINDOW_DEFAULT) as usize;
     let options = args.engine.options(&found.manifest, Some(window));
     let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
-    let tokenizer = loaded.tokenizer.as_ref().ok_or_else(missing)?;
+    let tokenizer = loaded.text.tokenizer.as_ref().ok_or_else(missing)?;
     let slots: BTreeSet<_> = found.manifest.config.expert_slots().collect();
     if let Some(slot) = args.without.iter().find(|slot| !slots.contains(slot)) {
         return Err(Failure::new(Kind::Usage, format!("{} has no {slot}", found.name)));

@@ -5,17 +5,15 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use inference::tokenizer::SpecialTokens;
-use protocol::ExpertSlot;
-use protocol::profile::ProfileBody;
-use protocol::profile::lift::{FALSE_DISCOVERY_RATE, Ranked, ranking};
+use protocol::profile::lift::FALSE_DISCOVERY_RATE;
 use protocol::record::is_domain_name;
 use serde_json::{Value, json};
 
-use super::map::{Cell, Map};
+use super::map::Map;
 use super::profile::{Measuring, SETTLE, check_text, parse_time};
-use super::{Context, EngineArgs, PeerArgs};
+use super::{Context, EngineArgs, Held, PeerArgs, encoded};
 use crate::claims::{self, Check, Claim, Claims, Sample};
-use crate::clock::{check_interrupted, instant, interrupted, now_ms};
+use crate::clock::{check_interrupted, instant, interrupted};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
@@ -24,6 +22,7 @@ use crate::net::network::Network;
 use crate::output::{note, print_json, print_line};
 use crate::probes;
 use crate::profiles::Step;
+use crate::specialists::{check_layer, domain_json, map_json, model_of, no_profile, no_such_domain, own_body, row_json};
 
 const HEADING: &str = "layer expert   lift             95%        q  routed  trials helps at least";
 /// Providers of an expert that are named.
@@ -91,42 +90,6 @@ pub(super) fn experts(context: &Context, command: &ExpertsCommand) -> Result<(),
     }
 }
 
-/// The body of this node's own profile of a model, if there is one.
-pub(super) fn own_body(open: &OpenDataDir, found: &LocalModel) -> Result<Option<ProfileBody>, Failure> {
-    let Some(profile) = open.dir.profile(found.id)? else { return Ok(None) };
-    let Some(bytes) = open.store.read(&profile.body.hash, now_ms())? else { return Ok(None) };
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
-    let body = ProfileBody::from_bytes(&bytes, (found.id, profile.probes), &slots);
-    body.map(Some).map_err(|error| Failure::new(Kind::Integrity, error.to_string()).about(format_args!("profile of {}", found.name)))
-}
-
-/// Refuses a layer that the model does not have, or that has no experts.
-fn check_layer(found: &LocalModel, layer: Option<u32>) -> Result<(), Failure> {
-    let layers: Vec<_> = found.manifest.config.moe_layers().collect();
-    match layer {
-        Some(layer) if !layers.contains(&layer) => {
-            let (first, last) = (layers.first().copied().unwrap_or(0), layers.last().copied().unwrap_or(0));
-            Err(Failure::new(
-                Kind::Usage,
-                format!("{} has no layer {layer} with experts; they are in layers {first} to {last}", found.name),
-            ))
-        }
-        _ => Ok(()),
-    }
-}
-
-fn no_profile(found: &LocalModel) -> Failure {
-    Failure::new(Kind::NotFound, format!("there is no profile of {}; confrere profile build {} makes one", found.name, found.name))
-}
-
-/// The number of a domain, or an error that lists those that there are.
-pub(super) fn domain_of(body: &ProfileBody, name: &str) -> Result<usize, Failure> {
-    body.domain(name).ok_or_else(|| {
-        let known: Vec<_> = body.domains.iter().map(|domain| domain.name.clone()).collect();
-        unknown_domain(name, &known, &Claims::default())
-    })
-}
-
 /// The only model that is here.
 pub(super) fn only_model(open: &OpenDataDir) -> Result<String, Failure> {
     let mut models = open.models()?;
@@ -137,55 +100,28 @@ pub(super) fn only_model(open: &OpenDataDir) -> Result<String, Failure> {
     }
 }
 
-/// The model that was named, or the only one with a profile.
-fn model_of(open: &OpenDataDir, model: Option<&str>) -> Result<LocalModel, Failure> {
-    if let Some(model) = model {
-        return open.local(model);
-    }
-    let profiled = open.dir.profiled_models();
-    match &profiled[..] {
-        [model] => open.local(&model.to_string()),
-        [] => Err(Failure::new(
-            Kind::NotFound,
-            "no model here has a profile; confrere profile build MODEL makes one, --federation asks the peers",
-        )),
-        _ => Err(Failure::new(Kind::Usage, "more than one model here has a profile; say which with --model")),
-    }
-}
-
 fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
-    let open = context.lock()?;
-    let found = model_of(&open, args.model.as_deref())?;
-    let body = own_body(&open, &found)?.ok_or_else(|| no_profile(&found))?;
-    let number = domain_of(&body, domain)?;
-    check_layer(&found, args.layer)?;
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
-    let rows: Vec<_> =
-        ranking(&body, number).into_iter().filter(|one| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
-    let shown = &rows[..rows.len().min(args.top as usize)];
-    let here = |one: &Ranked| open.store.contains(&found.manifest.experts[one.expert].hash);
-    let usage = open.dir.usage(found.id)?;
-    let (tested, specialists) = (rows.len(), rows.iter().filter(|one| one.is_specialist()).count());
+    let json = match context.open()? {
+        Held::Here(open) => domain_json(&open, &model_of(&open, args.model.as_deref())?, domain, args.layer, args.top as usize)?,
+        Held::Daemon(daemon) => {
+            let more = [("model", args.model.clone()), ("layer", args.layer.map(|layer| layer.to_string()))];
+            let more: String = more.iter().filter_map(|(name, value)| Some(format!("&{name}={}", encoded(value.as_ref()?)))).collect();
+            context.ask(&daemon, &format!("/api/experts?domain={}&top={}{more}", encoded(domain), args.top))?
+        }
+    };
     if context.json {
-        let row = |one: &Ranked| {
-            let mut row = row_json(slots[one.expert], one, here(one));
-            row["used_here"] = json!(usage.get(one.expert).copied().unwrap_or(0));
-            row
-        };
-        let rows: Vec<_> = shown.iter().map(row).collect();
-        return print_json(&json!({
-            "model": found.id.to_string(), "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.expert_precision.to_string(),
-            "tested": tested, "specialists": specialists, "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
-        }));
+        return print_json(&json);
     }
     print_line(&format!("{HEADING}  here"))?;
-    for one in shown {
-        print_line(&format!("{}  {}", row_text(slots[one.expert], one), if here(one) { "yes" } else { "no" }))?;
+    for row in json["experts"].as_array().into_iter().flatten() {
+        print_line(&format!("{}  {}", row_text(row), if row["here"] == true { "yes" } else { "no" }))?;
     }
     note(&format!(
-        "{} at {}, by the lower bound of the lift: {specialists} of {tested} experts are specialists of {domain} (at most {:.0}% of them by chance)",
-        found.name,
-        found.manifest.expert_precision,
+        "{} at {}, by the lower bound of the lift: {} of {} experts are specialists of {domain} (at most {:.0}% of them by chance)",
+        json["name"].as_str().unwrap_or_default(),
+        json["precision"].as_str().unwrap_or_default(),
+        json["specialists"],
+        json["tested"],
         FALSE_DISCOVERY_RATE * 100.0
     ));
     Ok(())
@@ -194,7 +130,7 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
 /// What the federation says: claims of peers, measured again as far as that can be done here, and who has the experts.
 fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| only_model(&open), Ok)?;
     let found = federation.find(&mut open, &model, None)?;
     check_layer(&found, args.layer)?;
@@ -252,7 +188,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         let more = trusted.len().saturating_sub(PROVIDERS_SHOWN);
         let providers: Vec<_> = here.into_iter().chain(peers).chain((more > 0).then(|| format!("{more} more"))).collect();
         let providers = if providers.is_empty() { "nobody".to_owned() } else { providers.join(", ") };
-        print_line(&format!("{}  [{}]   {providers}", row_text(slots[one.expert], one), claim + 1))?;
+        print_line(&format!("{}  [{}]   {providers}", row_text(&row_json(slots[one.expert], one, false)), claim + 1))?;
     }
     for (number, claim) in (1..).zip(&claims.held) {
         let trust = if claim.check == Check::Own {
@@ -278,7 +214,7 @@ fn check_claims(
     context: &Context,
     args: &WhichArgs,
     (open, found): (&OpenDataDir, &LocalModel),
-    federation: &Federation<'_>,
+    federation: &Federation,
     network: &Network,
     domain: &str,
     claims: &mut Claims,
@@ -347,9 +283,7 @@ pub(super) fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> F
             format!("no peer has a profile of this model that says anything of {name} and counts{}", why.concat()),
         );
     }
-    let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
-    let near = near.filter(|(distance, known)| distance * 3 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));
-    Failure::new(Kind::NotFound, format!("no domain is called {name} (known: {}){}", known.join(", "), near.unwrap_or_default()))
+    no_such_domain(name, known)
 }
 
 /// The beginning of a long name.
@@ -358,29 +292,27 @@ fn short(name: &str) -> String {
     if end < name.len() { format!("{}…", &name[..end]) } else { name.to_owned() }
 }
 
-fn row_text(slot: ExpertSlot, one: &Ranked) -> String {
-    let ExpertSlot { layer, expert } = slot;
-    let bounds = format!("{:.2} to {:.2}", one.lift.lower, one.lift.upper);
-    let q = if one.q_value < 1e-4 { "<0.0001".to_owned() } else { format!("{:.4}", one.q_value) };
-    let helps = if one.counts.trials == 0 { "not tried".to_owned() } else { format!("{:.0}%", one.helps_lower * 100.0) };
+/// A row for people, from the one for programs.
+fn row_text(row: &Value) -> String {
+    let number = |name: &str| row[name].as_f64().unwrap_or(0.0);
+    let bounds = format!("{:.2} to {:.2}", number("lift_lower"), number("lift_upper"));
+    let q = if number("q") < 1e-4 { "<0.0001".to_owned() } else { format!("{:.4}", number("q")) };
+    let helps = if row["trials"] == 0 { "not tried".to_owned() } else { format!("{:.0}%", number("helps_lower") * 100.0) };
+    let count = |name: &str| row[name].as_u64().unwrap_or(0);
     format!(
-        "{layer:>5} {expert:>6} {:>6.2} {bounds:>15} {q:>8} {:>7} {:>7} {helps:>14}",
-        one.lift.value, one.counts.routed, one.counts.trials
+        "{:>5} {:>6} {:>6.2} {bounds:>15} {q:>8} {:>7} {:>7} {helps:>14}",
+        count("layer"),
+        count("expert"),
+        number("lift"),
+        count("routed"),
+        count("trials")
     )
-}
-
-fn row_json(slot: ExpertSlot, one: &Ranked, here: bool) -> Value {
-    json!({
-        "layer": slot.layer, "expert": slot.expert, "lift": one.lift.value, "lift_lower": one.lift.lower, "lift_upper": one.lift.upper,
-        "q": one.q_value, "specialist": one.is_specialist(), "routed": one.counts.routed, "trials": one.counts.trials, "hits": one.counts.hits,
-        "helps_lower": one.helps_lower, "here": here,
-    })
 }
 
 /// The experts that a text uses, by how much likelier that is than in the mean of the profile's domains.
 fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = match &args.model {
         Some(model) => federation.find(&mut open, model, None)?,
         None => model_of(&open, None)?,
@@ -389,7 +321,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
     let usual = own_body(&open, &found)?;
     let mut loaded = federation.load(&open, &found, context.memory_max, args.engine.options(&found.manifest, Some(text.len().max(1))))?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
-    let mut tokens = loaded.tokenizer.as_ref().ok_or_else(missing)?.encode(text, SpecialTokens::AsWritten)?;
+    let mut tokens = loaded.text.tokenizer.as_ref().ok_or_else(missing)?.encode(text, SpecialTokens::AsWritten)?;
     tokens.truncate(loaded.engine.context());
     if tokens.is_empty() {
         return Err(Failure::new(Kind::Usage, "the text is empty"));
@@ -450,35 +382,24 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
 }
 
 fn map(context: &Context, args: &MapArgs) -> Result<(), Failure> {
-    let open = context.lock()?;
-    let found = open.local(&args.model)?;
-    let body = own_body(&open, &found)?.ok_or_else(|| no_profile(&found))?;
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
-    let mut cells = vec![None; slots.len()];
-    for domain in 0..body.domains.len() {
-        for one in ranking(&body, domain).iter().filter(|one| one.is_specialist()) {
-            let best: &mut Option<Cell> = &mut cells[one.expert];
-            if best.is_none_or(|best| best.strength < one.lift.lower) {
-                *best = Some(Cell { domain, strength: one.lift.lower });
-            }
-        }
-    }
-    let names = body.domains.iter().map(|domain| domain.name.clone()).collect();
-    let map = Map {
-        names,
-        per_layer: found.manifest.config.num_experts as usize,
-        first_layers: found.manifest.config.moe_layers().collect(),
-        cells,
+    let json = match context.open()? {
+        Held::Here(open) => map_json(&open, &open.local(&args.model)?)?,
+        Held::Daemon(daemon) => context.ask(&daemon, &format!("/api/experts/map?model={}", encoded(&args.model)))?,
     };
+    let map = Map::of(&json).ok_or_else(|| Failure::new(Kind::Other, "the map cannot be read"))?;
+    if map.names.is_empty() {
+        return Err(no_profile(&args.model));
+    }
     if let Some(path) = &args.png {
         std::fs::write(path, map.png()?).map_err(|error| crate::data_dir::io_failure("write", path, &error))?;
         note(&format!("wrote {}", path.display()));
     }
     if context.json {
-        let cells = slots.iter().zip(&map.cells).map(|(slot, cell)| {
-            json!({"layer": slot.layer, "expert": slot.expert, "domain": cell.map(|cell| map.names[cell.domain].clone()), "lift_lower": cell.map(|cell| cell.strength)})
+        let cells = map.cells.iter().enumerate().map(|(at, cell)| {
+            json!({"layer": map.first_layers[at / map.per_layer], "expert": at % map.per_layer,
+                   "domain": cell.map(|cell| map.names[cell.domain].clone()), "lift_lower": cell.map(|cell| cell.strength)})
         });
-        return print_json(&json!({"model": found.id.to_string(), "domains": map.names, "experts": cells.collect::<Vec<_>>()}));
+        return print_json(&json!({"model": json["model"], "domains": map.names, "experts": cells.collect::<Vec<_>>()}));
     }
     print_line(map.text().trim_end())
 }

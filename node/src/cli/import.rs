@@ -63,7 +63,7 @@ pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(),
     if let Some(name) = &args.name {
         open.check_name(name, None)?;
     }
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let manifest = Arc::clone(&found.manifest);
     let parts = [trunk_parts(&manifest), expert_parts(&manifest)].concat();

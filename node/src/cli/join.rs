@@ -38,7 +38,7 @@ pub(super) fn join(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     note(&format!("joined {node}: its models are trusted"));
     // This node alone is asked: what others call their models is not its business.
     let options = PeerOptions { peers: addresses, ..args.peers.options() };
-    let federation = Federation::connect_to(&context.runtime, &open.dir, options, context.offline)?;
+    let federation = Federation::connect_to(context.runtime.handle(), &open.dir, options, context.offline)?;
     let models = match federation.listing() {
         Ok(listing) => learn(&mut open, &federation, listing)?,
         Err(failure) if failure.kind == Kind::NoPeers => {
@@ -67,7 +67,7 @@ fn remember(dir: &DataDir, node: NodeId, peer: PeerId, addresses: &[Multiaddr]) 
 }
 
 /// Keeps the manifests of a listing, under its names where those are free. What is here already stays as it is.
-fn learn(open: &mut OpenDataDir, federation: &Federation<'_>, listing: Listing) -> Result<Vec<LocalModel>, Failure> {
+fn learn(open: &mut OpenDataDir, federation: &Federation, listing: Listing) -> Result<Vec<LocalModel>, Failure> {
     let mut models = Vec::new();
     for (name, id) in listing.models {
         if let Ok(Resolved::Here(model)) = open.resolve(&id.to_string()) {

@@ -3,6 +3,8 @@
 
 use std::fmt::Write;
 
+use serde_json::Value;
+
 use crate::failure::{Failure, Kind};
 
 /// Pixels of a cell, a letter's width and height, and how many pixels a dot of a letter has.
@@ -43,6 +45,20 @@ pub(super) struct Map {
 }
 
 impl Map {
+    /// The map in an answer of `/api/experts/map`.
+    pub(super) fn of(json: &Value) -> Option<Self> {
+        let numbers = |name: &str| json[name].as_array();
+        let names: Vec<_> = numbers("domains")?.iter().filter_map(|name| Some(name.as_str()?.to_owned())).collect();
+        let cell = |(domain, lift): (&Value, &Value)| {
+            let domain = usize::try_from(domain.as_i64()?).ok().filter(|&domain| domain < names.len())?;
+            Some(Cell { domain, strength: lift.as_f64()? })
+        };
+        let cells: Vec<_> = numbers("domain")?.iter().zip(numbers("lift")?).map(cell).collect();
+        let first_layers: Vec<_> = numbers("layers")?.iter().filter_map(|layer| Some(layer.as_u64()? as u32)).collect();
+        let per_layer = json["experts_per_layer"].as_u64()? as usize;
+        (cells.len() == per_layer * first_layers.len()).then_some(Self { names, per_layer, first_layers, cells })
+    }
+
     /// A letter for each domain: its own first, or the next that no other has.
     fn letters(&self) -> Vec<char> {
         let mut taken = Vec::new();

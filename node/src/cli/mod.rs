@@ -1,9 +1,13 @@
 //! The command line: what people type, one file a command.
 
+mod asked;
 mod bench;
+mod config;
 mod demo;
+mod doctor;
 mod eval;
 mod experts;
+mod front_door;
 mod import;
 mod join;
 mod keys;
@@ -16,20 +20,24 @@ mod pull;
 mod repo;
 mod run;
 mod serve;
+mod shell;
 mod trust;
 
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use inference::engine::EngineOptions;
 use inference::kernels::Kernels;
 use inference::kv_cache::KvPrecision;
 use protocol::audit::AuditShare;
 use protocol::{ModelManifest, NodeId};
+use serde_json::Value;
 use tokio::runtime::Runtime;
 
+use self::config::Configuration;
 use crate::clock::watch_for_interrupts;
+use crate::daemon::{self, Daemon};
 use crate::data_dir::{DataDir, OpenDataDir};
 use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
@@ -133,13 +141,25 @@ enum Command {
     /// Look after the store
     #[command(subcommand)]
     Repo(repo::RepoCommand),
+    /// Say what may keep this node from working, and what to do about it
+    Doctor,
+    /// Show the settings in force
+    #[command(subcommand)]
+    Config(config::ConfigCommand),
+    /// Print completions for a shell
+    Completions {
+        /// Which shell
+        shell: shell::Completed,
+    },
+    /// Write the manual
+    Man(shell::ManArgs),
 }
 
 /// How a command finds peers.
 #[derive(Args, Clone)]
 struct PeerArgs {
     /// A peer's address, as its `serve` prints it; may be given again
-    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
+    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address, env = "CONFRERE_PEER", value_delimiter = ',')]
     peers: Vec<Multiaddr>,
     /// Look for peers on the local network
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
@@ -148,7 +168,7 @@ struct PeerArgs {
     #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
     private: Option<PathBuf>,
     /// Give up after so many seconds without progress
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds)]
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds, env = "CONFRERE_TIMEOUT")]
     timeout: f64,
     /// Accept models from publishers that you do not trust
     #[arg(long)]
@@ -162,13 +182,13 @@ struct EngineArgs {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "CONFRERE_THREADS")]
     threads: Option<u16>,
     /// Kernels to compute with [default: the fastest that this processor has]
-    #[arg(long, value_name = "NAME", value_parser = parse_kernels)]
+    #[arg(long, value_name = "NAME", value_parser = parse_kernels, env = "CONFRERE_KERNELS")]
     kernels: Option<&'static Kernels>,
     /// Number format of keys and values: f32, f16 or q8 [default: f16 for q8 and q4 models, else f32]
-    #[arg(long, value_name = "FORMAT")]
+    #[arg(long, value_name = "FORMAT", env = "CONFRERE_KV")]
     kv: Option<KvPrecision>,
     /// Most tokens of prompt and answer together [default: what this prompt needs; 8192 for a conversation]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), env = "CONFRERE_CONTEXT")]
     context: Option<u32>,
 }
 
@@ -215,7 +235,7 @@ struct RemoteArgs {
     #[arg(long, value_name = "PEER", env = "CONFRERE_EXECUTE_AT", value_delimiter = ',')]
     execute_at: Vec<Allowed>,
     /// Share of peers' results that is computed again here and compared
-    #[arg(long, value_name = "SHARE", default_value = "0.05", value_parser = parse_share)]
+    #[arg(long, value_name = "SHARE", default_value = "0.05", value_parser = parse_share, env = "CONFRERE_AUDIT")]
     audit: AuditShare,
 }
 
@@ -246,9 +266,44 @@ impl Context {
     }
 }
 
+/// Who has the data directory.
+enum Held {
+    Here(OpenDataDir),
+    /// A node that serves, which is asked.
+    Daemon(Daemon),
+}
+
+impl Context {
+    /// Takes the data directory, or finds the node that has it.
+    fn open(&self) -> Result<Held, Failure> {
+        match self.lock() {
+            Err(busy) if busy.kind == Kind::Busy => match Daemon::of(&self.dir)? {
+                Some(daemon) => Ok(Held::Daemon(daemon)),
+                None => Err(busy),
+            },
+            held => held.map(Held::Here),
+        }
+    }
+
+    /// Asks a node that serves for something.
+    fn ask(&self, daemon: &Daemon, path: &str) -> Result<Value, Failure> {
+        daemon::wait(&self.runtime, daemon.get(path))
+    }
+}
+
+/// A text as a part of a path.
+fn encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    text.bytes().map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") }).collect()
+}
+
 /// Reads the command line and does what it says.
 pub(crate) fn main() -> Result<(), Failure> {
-    let cli = Cli::parse();
+    let own = Cli::command();
+    let configuration = Configuration::read(&own)?;
+    let parsed = configuration.apply(own.clone()).try_get_matches();
+    let parsed = parsed.and_then(|matches| Cli::from_arg_matches(&matches).map(|cli| (matches, cli)));
+    let (matches, cli) = parsed.or_else(|error| configuration.explain(&error).map_or_else(|| error.exit(), Err))?;
     start_logging(cli.global.verbose, cli.global.quiet);
     let runtime = Runtime::new().map_err(|error| Failure::new(Kind::Other, format!("cannot start the runtime: {error}")))?;
     watch_for_interrupts(runtime.handle());
@@ -256,8 +311,13 @@ pub(crate) fn main() -> Result<(), Failure> {
         Some(dir) => dir,
         None => default_data_dir()?,
     };
-    if let Command::Demo(args) = cli.command {
-        return demo::demo(&runtime, &args, cli.global.json);
+    // What needs no data directory, or has some of its own.
+    match &cli.command {
+        Command::Demo(args) => return demo::demo(&runtime, args, cli.global.json),
+        Command::Config(command) => return config::config(command, (&configuration, &own), &matches, cli.global.json),
+        Command::Completions { shell } => return shell::completions(own, *shell),
+        Command::Man(args) => return shell::man(own, args),
+        _ => {}
     }
     let context = Context {
         dir: DataDir::open(&data_dir)?,
@@ -268,7 +328,8 @@ pub(crate) fn main() -> Result<(), Failure> {
         memory_max: cli.global.ram.unwrap_or_else(default_memory),
     };
     match cli.command {
-        Command::Demo(_) => unreachable!("handled above: it has data directories of its own"),
+        Command::Demo(_) | Command::Config(_) | Command::Completions { .. } | Command::Man(_) => unreachable!("done above"),
+        Command::Doctor => doctor::doctor(&context, &configuration),
         Command::Import(args) => import::import(&context, &args),
         Command::Requantize(args) => import::requantize(&context, &args),
         Command::Join(args) => join::join(&context, &args),

@@ -10,13 +10,16 @@ use serde_json::{Value, json};
 
 use super::Context;
 use crate::clock::now_ms;
+use crate::daemon::Daemon;
 use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, PeerOptions, Publishers};
 use crate::net::address::{node_id, parse_address, peer_of};
 use crate::net::group::GroupKey;
+use crate::net::network::Peers;
 use crate::net::status::{self, Account};
 use crate::net::{Multiaddr, PeerId};
+use crate::opinions::ruling_word;
 use crate::output::{human_bytes, print_json, print_line};
 use crate::records::parse_peer;
 
@@ -45,7 +48,7 @@ pub(super) struct PeersArgs {
     #[command(subcommand)]
     ruling: Option<RulingCommand>,
     /// Ask this one, too; may be given again
-    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
+    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address, env = "CONFRERE_PEER", value_delimiter = ',')]
     peers: Vec<Multiaddr>,
     /// Look for peers on the local network
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
@@ -101,8 +104,15 @@ pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> 
         publishers: Publishers::Trusted,
         remote: RemoteOptions::default(),
     };
-    let federation = Federation::connect(&context.runtime, &context.dir, &options, context.offline)?;
-    let (reached, accounts) = federation.ask_all(PATIENCE)?;
+    // A node that serves is connected already, and under the same key.
+    let daemon = Daemon::of(&context.dir)?.filter(|_| context.lock().is_err());
+    let (reached, accounts) = match &daemon {
+        Some(daemon) => {
+            let answer = context.ask(daemon, "/api/peers")?;
+            (Peers::default(), answer.as_array().into_iter().flatten().filter_map(status::account_of).collect())
+        }
+        None => Federation::connect(context.runtime.handle(), &context.dir, &options, context.offline)?.ask_all(PATIENCE)?,
+    };
     for account in accounts {
         let entry = known.entry(account.peer).or_default();
         let met = reached.met.get(&account.peer);
@@ -138,7 +148,7 @@ fn rule(context: &Context, command: &RulingCommand) -> Result<(), Failure> {
     let mut trust = context.dir.trust()?;
     trust.rule(peer, Some(ruling));
     context.dir.set_rulings(&trust)?;
-    let word = if ruling == Ruling::Banned { "banned" } else { "allowed" };
+    let word = ruling_word(ruling);
     if context.json { print_json(&json!({"peer": peer.to_string(), "ruling": word})) } else { print_line(&format!("{word} {peer}")) }
 }
 
@@ -153,7 +163,7 @@ impl Known {
             "silences": self.silences,
             "bytes_per_second": self.bytes_per_second,
             "connected": self.account.is_some(),
-            "ruling": self.ruling.map(|ruling| if ruling == Ruling::Banned { "banned" } else { "allowed" }),
+            "ruling": self.ruling.map(ruling_word),
         });
         if let Some(account) = &self.account {
             json["status"] = status::json(account);

@@ -53,7 +53,7 @@ struct Way {
 
 pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let manifest = &*found.manifest;
     let memory = args.memory.unwrap_or(context.memory_max);

@@ -17,7 +17,8 @@ use crate::claims::{self, Check, Sample};
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded};
+use crate::federation::Federation;
+use crate::loading::Loaded;
 use crate::output::{count_bar, note, print_json, print_line};
 use crate::probes;
 use crate::profiles::{Journal, Profile, Step};
@@ -100,7 +101,7 @@ impl Measuring {
     pub(super) fn new(
         context: &Context,
         (open, found): (&OpenDataDir, &LocalModel),
-        federation: &Federation<'_>,
+        federation: &Federation,
         engine: &EngineArgs,
         set: &ProbeSet,
     ) -> Result<Self, Failure> {
@@ -109,7 +110,7 @@ impl Measuring {
         let options = EngineOptions { context: window, ..engine.options(&found.manifest, Some(window)) };
         let loaded = federation.load(open, found, context.memory_max, options)?;
         let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read probes");
-        let tokenizer = loaded.tokenizer.as_ref().ok_or_else(missing)?;
+        let tokenizer = loaded.text.tokenizer.as_ref().ok_or_else(missing)?;
         let profiler = Profiler::new(&loaded.engine, found.id, tokenizer, set)?;
         Ok(Self { loaded, profiler, build_profile: build_profile(&options) })
     }
@@ -155,7 +156,7 @@ pub(super) fn build_profile(options: &EngineOptions) -> ContentHash {
 fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let set = args.probes.as_deref().map_or_else(|| Ok(probes::shipped()), probes::read)?;
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
     let mut journal = measuring.resume(&open, &found, &set)?;
@@ -193,7 +194,7 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
 }
 
 fn tokenizer(loaded: &Loaded) -> &inference::tokenizer::Tokenizer {
-    loaded.tokenizer.as_ref().expect("it was there when the probes were read")
+    loaded.text.tokenizer.as_ref().expect("it was there when the probes were read")
 }
 
 /// Takes in the steps of an earlier build, if they are about the same.
@@ -271,7 +272,7 @@ fn model_without_lock(context: &Context, model: &str) -> Result<(ModelId, String
 fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let peer = parse_peer(&args.peer)?;
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| experts::only_model(&open), Ok)?;
     let found = federation.find(&mut open, &model, None)?;
     let set = probes::shipped();

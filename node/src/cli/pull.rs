@@ -11,6 +11,7 @@ use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::Failure;
 use crate::federation::{Federation, expert_parts, trunk_parts};
 use crate::output::{human_bytes, note, print_json, print_line};
+use crate::specialists::own_body;
 
 #[derive(Args)]
 pub(super) struct PullArgs {
@@ -37,7 +38,7 @@ pub(super) struct PullArgs {
 
 pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
-    let federation = Federation::connect(&context.runtime, &open.dir, &args.peers.options(), context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = federation.find(&mut open, &args.model, args.name.as_deref())?;
     let mut bytes = federation.bring(&open.store, &trunk_parts(&model.manifest), "trunk")?;
     if let Some(domain) = &args.domain {
@@ -59,11 +60,11 @@ pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
 fn of_domain(
     context: &Context,
     args: &PullArgs,
-    (open, federation, model): (&OpenDataDir, &Federation<'_>, &LocalModel),
+    (open, federation, model): (&OpenDataDir, &Federation, &LocalModel),
     domain: &str,
 ) -> Result<Vec<(BlobRef, String)>, Failure> {
     let mut claims = Claims::default();
-    if let (Some(body), Some(profile)) = (experts::own_body(open, model)?, open.dir.profile(model.id)?) {
+    if let (Some(body), Some(profile)) = (own_body(open, model)?, open.dir.profile(model.id)?) {
         claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
     } else if let Some(network) = federation.settle(SETTLE)? {
         claims = claims::collect(federation, (open, &network), model, domain, None)?;

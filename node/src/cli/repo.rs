@@ -4,9 +4,10 @@ use clap::Subcommand;
 use serde_json::json;
 use store::scrub::scrub;
 
-use super::Context;
+use super::{Context, Held};
 use crate::clock::{check_interrupted, interrupted, now_ms};
 use crate::failure::{Failure, Kind};
+use crate::models::stat_json;
 use crate::output::{byte_bar, human_bytes, note, print_json, print_line};
 
 #[derive(Subcommand)]
@@ -28,23 +29,22 @@ pub(super) fn repo(context: &Context, command: &RepoCommand) -> Result<(), Failu
 }
 
 fn stat(context: &Context) -> Result<(), Failure> {
-    let stat = context.lock()?.store.stat()?;
-    let quota = (stat.bytes_max != u64::MAX).then_some(stat.bytes_max);
+    let stat = match context.open()? {
+        Held::Here(open) => open.store.stat().map(|stat| stat_json(&stat))?,
+        Held::Daemon(daemon) => context.ask(&daemon, "/api/store")?,
+    };
     if context.json {
-        return print_json(&json!({
-            "blobs": stat.blobs, "bytes": stat.bytes, "quota_bytes": quota, "quarantined": stat.quarantined, "unverified": stat.unverified,
-            "oldest_verified_at_ms": stat.oldest_verified_at_ms, "disk_free_bytes": stat.disk_free_bytes,
-        }));
+        return print_json(&stat);
     }
-    print_line(&format!("blobs        {}", stat.blobs))?;
-    print_line(&format!("bytes        {}", human_bytes(stat.bytes)))?;
-    print_line(&format!("quota        {}", quota.map_or_else(|| "none".to_owned(), human_bytes)))?;
-    print_line(&format!("disk free    {}", human_bytes(stat.disk_free_bytes)))?;
-    print_line(&format!("quarantined  {}", stat.quarantined))?;
-    let days = now_ms().saturating_sub(stat.oldest_verified_at_ms) / 86_400_000;
-    let age = match (stat.unverified, stat.oldest_verified_at_ms) {
-        (0, 0) => "nothing to verify".to_owned(),
-        (0, _) => format!("all within {} days", days + 1),
+    let number = |name: &str| stat[name].as_u64().unwrap_or(0);
+    print_line(&format!("blobs        {}", number("blobs")))?;
+    print_line(&format!("bytes        {}", human_bytes(number("bytes"))))?;
+    print_line(&format!("quota        {}", stat["bytes_max"].as_u64().map_or_else(|| "none".to_owned(), human_bytes)))?;
+    print_line(&format!("disk free    {}", human_bytes(number("disk_free_bytes"))))?;
+    print_line(&format!("quarantined  {}", number("quarantined")))?;
+    let age = match (number("unverified"), stat["oldest_verified_at_ms"].as_u64()) {
+        (0, None) => "nothing to verify".to_owned(),
+        (0, Some(at)) => format!("all within {} days", now_ms().saturating_sub(at) / 86_400_000 + 1),
         (count, _) => format!("not yet: {count} blobs (confrere repo verify)"),
     };
     print_line(&format!("verified     {age}"))

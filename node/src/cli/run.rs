@@ -12,18 +12,19 @@ use inference::experts::ExpertUse;
 use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
 use inference::sampler::Sampling;
 use inference::session::Session;
-use inference::tokenizer::SpecialTokens;
 use protocol::manifest::GenerationDefaults;
 use serde_json::{Value, json};
 
-use super::{Context, EngineArgs, PeerArgs, RemoteArgs};
+use super::{Context, EngineArgs, Held, PeerArgs, RemoteArgs, asked};
 use crate::clock::{instant, interrupted, while_waiting_for_input};
 use crate::data_dir::io_failure;
 use crate::dispatcher::Waited;
 use crate::failure::{Failure, Kind};
-use crate::federation::{Federation, Loaded, PeerOptions};
+use crate::federation::{Federation, PeerOptions};
+use crate::loading::Loaded;
 use crate::memory::resident_bytes;
 use crate::output::{human_bytes, note, print, print_json};
+use crate::prompt::{Prompt, default_sampling};
 
 /// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.
 const TEMPLATE_TOKENS_MAX: usize = 1024;
@@ -33,33 +34,33 @@ const STDIN_BYTES_MAX: u64 = 16 << 20;
 #[derive(Args)]
 pub(super) struct RunArgs {
     /// A name, an id or the beginning of an id
-    model: String,
+    pub(super) model: String,
     /// What to answer; without it, a conversation on a terminal, else standard input. Token ids ([1, 2, 3]) where there is no tokenizer
-    prompt: Option<String>,
+    pub(super) prompt: Option<String>,
     /// Most tokens to generate
     #[arg(long, value_name = "N", default_value_t = 256)]
-    max_tokens: usize,
+    pub(super) max_tokens: usize,
     /// 0 takes the likeliest token [default: the model's own]
     #[arg(long, value_name = "T", value_parser = parse_temperature)]
-    temperature: Option<f32>,
+    pub(super) temperature: Option<f32>,
     /// Choose among so many of the likeliest tokens; 0 for all
     #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
+    pub(super) top_k: Option<usize>,
     /// Choose among the likeliest tokens up to this probability
     #[arg(long, value_name = "P", value_parser = parse_probability)]
-    top_p: Option<f32>,
+    pub(super) top_p: Option<f32>,
     /// Push down tokens that are there already; 1 for not at all
     #[arg(long, value_name = "R", value_parser = parse_penalty)]
-    repetition_penalty: Option<f32>,
+    pub(super) repetition_penalty: Option<f32>,
     /// The same seed gives the same text
     #[arg(long, default_value_t = 0)]
-    seed: u64,
+    pub(super) seed: u64,
     /// Continue the text as it is, without the chat template
     #[arg(long)]
-    raw: bool,
+    pub(super) raw: bool,
     /// Write which experts are used to FILE, for `bench trace` and `plan`. It reveals much of the text: keep it to yourself
     #[arg(long, value_name = "FILE", conflicts_with = "no_log")]
-    trace: Option<PathBuf>,
+    pub(super) trace: Option<PathBuf>,
     /// Do not count which experts are used. The counts stay on this node
     #[arg(long)]
     no_log: bool,
@@ -72,9 +73,12 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let mut open = match context.open()? {
+        Held::Here(open) => open,
+        Held::Daemon(daemon) => return asked::run(context, args, &daemon),
+    };
     let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
-    let federation = Federation::connect(&context.runtime, &open.dir, &peers, context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &peers, context.offline)?;
     let found = federation.find(&mut open, &args.model, None)?;
     let defaults = &found.manifest.generation;
     let prompt = match &args.prompt {
@@ -97,7 +101,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
     let messages = [Message { role: "user", content: prompt.clone() }];
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
-    let request = request(&loaded, &prompt, args.max_tokens, sampling, defaults)?;
+    let request = loaded.text.request(&prompt, args.max_tokens, sampling, defaults)?;
     let mut session = loaded.engine.session();
     let entries =
         args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.config.num_hidden_layers as usize);
@@ -133,7 +137,7 @@ fn show(progress: &Progress) -> Result<(), Failure> {
 
 /// Ends the line of a streamed answer; without a tokenizer the answer is its token ids.
 fn end_line(loaded: &Loaded, answer: &Answer) -> Result<(), Failure> {
-    let ids = if loaded.tokenizer.is_none() { json!(answer.generated.tokens).to_string() } else { String::new() };
+    let ids = if loaded.text.tokenizer.is_none() { json!(answer.generated.tokens).to_string() } else { String::new() };
     print(&format!("{ids}\n"))
 }
 
@@ -224,7 +228,7 @@ fn attempt(
     let mut failed = None;
     let (mut came, mut gaps, mut waited_before) = (None, Vec::new(), Waited::default());
     let report = loaded.shared_report();
-    let generated = generate(&mut loaded.engine, loaded.tokenizer.as_ref(), session, request, |progress| {
+    let generated = generate(&mut loaded.engine, loaded.text.tokenizer.as_ref(), session, request, |progress| {
         match progress {
             Progress::Prefilled(usage) => {
                 (decoding_since, prefill) = (Some(instant()), usage);
@@ -303,7 +307,7 @@ impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
         let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, remote_uses, remote_rows, moved_in, uses, .. } = self.experts;
         let ExpertUse { hits, bytes_read, foreseen, foreseen_used, foretold, foretold_used, .. } = self.experts;
-        let peers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
+        let peers: Vec<_> = loaded.providers().keys().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
             "tokens": self.generated.tokens,
@@ -323,7 +327,7 @@ impl Answer {
     /// The line after an answer.
     fn summary(&self, loaded: &Loaded) -> String {
         let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, .. } = self.experts;
-        let providers: Vec<_> = loaded.providers().iter().map(ToString::to_string).collect();
+        let providers: Vec<_> = loaded.providers().keys().map(ToString::to_string).collect();
         let from = if providers.is_empty() { String::new() } else { format!(" from {}", providers.join(", ")) };
         let ran = if remote > 0 { format!(", {remote} run at peers") } else { String::new() };
         let tokens = self.generated.tokens.len();
@@ -336,54 +340,6 @@ impl Answer {
         );
         [vec![line], loaded.remote_report().lines()].concat().join("\n")
     }
-}
-
-/// What is to be continued.
-pub(super) enum Prompt<'a> {
-    /// Text as it is.
-    Raw(&'a str),
-    /// A conversation, and the same as plain text for a checkpoint without a template.
-    Conversation(&'a [Message], &'a str),
-}
-
-/// How the checkpoint's authors sample.
-pub(super) fn default_sampling(defaults: &GenerationDefaults, seed: u64) -> Sampling {
-    let GenerationDefaults { temperature, top_p, repetition_penalty, .. } = *defaults;
-    Sampling { temperature, top_k: defaults.top_k as usize, top_p, repetition_penalty, seed }
-}
-
-/// Turns a prompt into tokens, and into the rules at which its answer ends.
-pub(super) fn request(
-    loaded: &Loaded,
-    prompt: &Prompt<'_>,
-    tokens_max: usize,
-    sampling: Sampling,
-    defaults: &GenerationDefaults,
-) -> Result<GenerateRequest, Failure> {
-    let (Prompt::Raw(text) | Prompt::Conversation(_, text)) = prompt;
-    let mut stop_strings = defaults.stop_strings.clone();
-    let prompt = match (&loaded.tokenizer, prompt, &loaded.chat) {
-        (None, _, _) => parse_ids(text)?,
-        (Some(tokenizer), Prompt::Conversation(messages, _), Some(chat)) => {
-            let text = chat.prompt(messages).map_err(|error| Failure::of(Kind::Other, &error))?;
-            stop_strings.extend(chat.next_turn());
-            tokenizer.encode(&text, SpecialTokens::AsWritten).map_err(|error| Failure::of(Kind::Other, &error))?
-        }
-        (Some(tokenizer), _, _) => tokenizer.encode(text, SpecialTokens::Add).map_err(|error| Failure::of(Kind::Other, &error))?,
-    };
-    Ok(GenerateRequest { prompt, tokens_max, sampling, eos_token_ids: defaults.eos_token_ids.clone(), stop_strings })
-}
-
-/// Reads token ids: a JSON array, or numbers with commas or spaces between.
-fn parse_ids(text: &str) -> Result<Vec<u32>, Failure> {
-    let inner = text.trim().trim_start_matches('[').trim_end_matches(']');
-    let ids = inner.split([',', ' ', '\n', '\t']).filter(|part| !part.is_empty()).map(|part| part.parse().map_err(|_| part));
-    ids.collect::<Result<_, _>>().map_err(|part| {
-        Failure::new(
-            Kind::Usage,
-            format!("the model has no tokenizer, so the prompt must be token ids, such as [1, 2, 3]; {part:?} is none"),
-        )
-    })
 }
 
 /// A conversation on the terminal. What is in memory stays there from turn to turn.
@@ -430,7 +386,7 @@ impl Conversation {
         messages.push(Message { role: "user", content: line.to_owned() });
         let text = format!("{}{line}", self.text);
         let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
-        let request = request(loaded, &prompt, args.max_tokens, sampling, defaults)?;
+        let request = loaded.text.request(&prompt, args.max_tokens, sampling, defaults)?;
         let tokens = &request.prompt;
         // The beginning that is the same as last time need not be taken in again; the last token always is.
         let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
@@ -452,7 +408,7 @@ impl Conversation {
     }
 }
 
-fn read_stdin() -> Result<String, Failure> {
+pub(super) fn read_stdin() -> Result<String, Failure> {
     let mut text = String::new();
     let read = while_waiting_for_input(|| std::io::stdin().lock().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text));
     read.map_err(|error| Failure::new(Kind::Usage, format!("cannot read the prompt from standard input: {error}")))?;

@@ -1,9 +1,10 @@
 //! `confrere serve`: a node that others fetch from, until it is told to stop.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::net::{SocketAddr, ToSocketAddrs};
+use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::path::PathBuf;
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -18,11 +19,14 @@ use protocol::record::Facet;
 use protocol::ticket::{TICKET_ADDRESSES_MAX, Ticket};
 use serde_bytes::ByteBuf;
 use serde_json::json;
+use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
-use super::{Context, experts, parse_size};
+use super::front_door::{FrontDoor, Shared};
+use super::{Context, EngineArgs, RemoteArgs, parse_seconds, parse_size};
 use crate::announcer::Announcer;
+use crate::api::server::Server;
 use crate::clock::now_ms;
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
@@ -37,13 +41,16 @@ use crate::net::provider::{self, Provider};
 use crate::net::query;
 use crate::net::status::OwnStatus;
 use crate::net::{Multiaddr, random};
-use crate::output::{announce, note};
+use crate::output::{announce, human_bytes, note};
 use crate::peer_book::Learned;
 use crate::probes;
 use crate::records::SharedRecords;
+use crate::specialists::own_body;
 
 /// Where a node listens unless told otherwise.
-const DEFAULT_PORT: u16 = 4747;
+pub(super) const DEFAULT_PORT: u16 = 4747;
+/// Where its API is.
+pub(super) const DEFAULT_API_PORT: u16 = 4748;
 /// How often the address book is written.
 const NOTES_PAUSE: Duration = Duration::from_secs(300);
 const LISTEN_WAIT: Duration = Duration::from_secs(5);
@@ -53,39 +60,62 @@ const LISTEN_PAUSE: Duration = Duration::from_millis(200);
 #[derive(Args)]
 pub(super) struct ServeArgs {
     /// Where to listen: HOST:PORT for TCP and QUIC, or a multiaddr; may be given again [default: 0.0.0.0:4747]
-    #[arg(long, value_name = "ADDR")]
+    #[arg(long, value_name = "ADDR", env = "CONFRERE_LISTEN", value_delimiter = ',')]
     listen: Vec<String>,
-    /// Where to serve the local HTTP API [default: nowhere]
-    #[arg(long, value_name = "HOST:PORT", value_parser = parse_socket)]
-    api: Option<SocketAddr>,
+    /// Where to serve the HTTP API and the dashboard; off for nowhere [default: 127.0.0.1:4748, or another port if that is taken]
+    #[arg(long, value_name = "HOST:PORT", value_parser = parse_api, env = "CONFRERE_API")]
+    api: Option<ApiAddress>,
+    /// Tokens of the API, one a line. Beyond this machine one is needed [default: one in the data directory, made at the first start]
+    #[arg(long, value_name = "FILE", env = "CONFRERE_API_TOKENS")]
+    pub(super) api_tokens: Option<PathBuf>,
+    /// A name under which the API is called, besides addresses and localhost; may be given again
+    #[arg(long, value_name = "NAME", env = "CONFRERE_API_NAME", value_delimiter = ',')]
+    pub(super) api_name: Vec<String>,
+    /// Load this model at the start, not when it is first asked for
+    #[arg(long, value_name = "MODEL", env = "CONFRERE_MODEL")]
+    pub(super) model: Option<String>,
+    /// Tokens of all requests under way, prompts and answers together [default: 8192, or the context if that is more]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), env = "CONFRERE_KV_TOKENS")]
+    pub(super) kv_tokens: Option<u32>,
     /// A peer to stay connected to; may be given again
-    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address)]
+    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address, env = "CONFRERE_PEER", value_delimiter = ',')]
     peers: Vec<Multiaddr>,
     /// Run experts for a peer: its key, its id, or any; may be given again
     #[arg(long, value_name = "PEER", env = "CONFRERE_EXECUTE_FOR", value_delimiter = ',')]
     execute_for: Vec<Allowed>,
-    /// Threads that run experts for peers [default: all cores]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), env = "CONFRERE_THREADS")]
-    threads: Option<u16>,
     /// Send no more than this a second [default: as much as the line takes]
     #[arg(long, value_name = "SIZE", value_parser = parse_size, env = "CONFRERE_UPLOAD")]
-    upload: Option<u64>,
+    pub(super) upload: Option<u64>,
     /// Stop when standard input closes: for a program that starts a node and must not leave it behind
     #[arg(long, hide = true)]
     until_stdin_closes: bool,
     /// Serve a closed group: only nodes that have the key in this file
     #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
-    private: Option<PathBuf>,
+    pub(super) private: Option<PathBuf>,
     /// Let nodes that cannot be reached from outside be called through this one, which must be reachable itself
-    #[arg(long)]
+    #[arg(long, env = "CONFRERE_RELAY", value_parser = clap::builder::FalseyValueParser::new())]
     relay: bool,
     /// Let nodes on the local network find this one
     #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
     mdns: bool,
+    /// Give up on peers after so many seconds without progress
+    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds, env = "CONFRERE_TIMEOUT")]
+    pub(super) timeout: f64,
+    #[command(flatten)]
+    pub(super) engine: EngineArgs,
+    #[command(flatten)]
+    pub(super) remote: RemoteArgs,
+}
+
+/// Where the API is to be.
+#[derive(Clone, Copy, Debug)]
+enum ApiAddress {
+    Nowhere,
+    At(SocketAddr),
 }
 
 pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> {
-    let open = context.lock()?;
+    let open = Arc::new(context.lock()?);
     let key = open.dir.key()?;
     let models = open.readable_models();
     let mut manifests = HashMap::new();
@@ -117,7 +147,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             records: records.clone(),
         })?;
         let works_for = AllowedPeers::new(&args.execute_for);
-        let threads = args.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
+        let threads = args.engine.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
         let executes = !works_for.is_empty();
         let memory_bytes = if executes { context.memory_max.saturating_sub(process_bytes()) } else { 0 };
         let own_status = OwnStatus {
@@ -130,8 +160,10 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             counted: Mutex::default(),
         };
         provider::start(Provider::new(manifests, listing, own_status), &network, args.upload)?;
+        let executor_bytes = Arc::new(AtomicU64::new(memory_bytes));
         if executes {
-            let options = ExecutorOptions { key: open.dir.key()?, works_for, threads, kernels: Kernels::best(), bytes_max: memory_bytes };
+            let (key, kernels) = (open.dir.key()?, args.engine.kernels.unwrap_or_else(Kernels::best));
+            let options = ExecutorOptions { key, works_for, threads, kernels, bytes_max: Arc::clone(&executor_bytes) };
             executor::start(Arc::clone(&open.store), options, &network)?;
         }
         let bodies = Arc::new(own_bodies(&open, &models));
@@ -150,12 +182,16 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             disk_bytes: context.disk_max,
         };
         tokio::spawn(announcer.run());
-        let api = match args.api {
-            Some(address) => Some(crate::api::serve(address, network.clone()).await?),
-            None => None,
-        };
         let addresses = wait_for_addresses(&network).await?;
         let (first, ticket) = introduce(&addresses, &network, key.id());
+        let front_door = match api_address(args.api).await? {
+            Some(listener) => {
+                let shared = Shared { context, args, open: &open, models: &models, network: &network, group: fingerprint.clone() };
+                Some(FrontDoor::open(&shared, listener, executor_bytes, (&addresses, &ticket))?)
+            }
+            None => None,
+        };
+        let api = front_door.as_ref().map(|door| door.server.address);
         if context.json {
             let all: Vec<_> = addresses.iter().map(ToString::to_string).collect();
             let introduction =
@@ -165,13 +201,21 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             announce(&format!("{first}\n{ticket}\n"));
         }
         note(&format!("serving {} models as {}; on the other device: confrere join TICKET", models.len(), key.id()));
-        api.iter().for_each(|api| note(&format!("API: http://{api}/health")));
+        if let Some(door) = &front_door {
+            note(&door.introduction());
+        }
+        note(&limits(context, args));
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]); // nobody may be waiting for it
         let ended = tokio::select! {
             _ = terminate.recv() => Ok(()),
             () = stdin_closed(), if args.until_stdin_closes => Ok(()),
             _ = tokio::signal::ctrl_c() => Err(Failure::interrupted()),
             never = keep_notes(&network, &open.dir, fingerprint.as_deref()) => match never {},
         };
+        let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
+        if let Some(door) = front_door {
+            door.close().await;
+        }
         take_note(&network.peers.borrow(), &open.dir, fingerprint.as_deref());
         records.save_trust()?;
         records.save_records()?;
@@ -183,7 +227,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
 
 /// The bodies of this node's own profiles.
 fn own_bodies(open: &OpenDataDir, models: &[LocalModel]) -> BTreeMap<ModelId, ProfileBody> {
-    let read = |model: &LocalModel| match experts::own_body(open, model) {
+    let read = |model: &LocalModel| match own_body(open, model) {
         Ok(body) => body.map(|body| (model.id, body)),
         Err(failure) => {
             note(&format!("warning: {failure}; confrere profile build {} makes it anew", model.name));
@@ -274,6 +318,30 @@ fn listen_addresses(texts: &[String], group: Option<GroupKey>) -> Result<Vec<Mul
         addresses.append(&mut parsed);
     }
     Ok(addresses)
+}
+
+fn parse_api(text: &str) -> Result<ApiAddress, String> {
+    if text == "off" { Ok(ApiAddress::Nowhere) } else { parse_socket(text).map(ApiAddress::At) }
+}
+
+/// A socket for the API. Where the user has named none and the usual one is taken, by another node mostly, any will do.
+async fn api_address(asked: Option<ApiAddress>) -> Result<Option<TcpListener>, Failure> {
+    let usual = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_API_PORT));
+    match asked {
+        Some(ApiAddress::Nowhere) => Ok(None),
+        Some(ApiAddress::At(address)) => Server::bind(address).await.map(Some),
+        None => match Server::bind(usual).await {
+            Err(failure) if failure.kind == Kind::Busy => Server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await.map(Some),
+            bound => bound.map(Some),
+        },
+    }
+}
+
+/// What this node may take, in a line.
+fn limits(context: &Context, args: &ServeArgs) -> String {
+    let disk = if context.disk_max == u64::MAX { "no limit".to_owned() } else { human_bytes(context.disk_max) };
+    let upload = args.upload.map_or_else(|| "no limit".to_owned(), |upload| format!("{}/s", human_bytes(upload)));
+    format!("limits: memory {}, disk {disk}, upload {upload}", human_bytes(context.memory_max))
 }
 
 fn parse_socket(text: &str) -> Result<SocketAddr, String> {

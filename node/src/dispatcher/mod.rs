@@ -11,7 +11,7 @@ mod remote;
 mod report;
 mod saver;
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::{Duration, Instant};
@@ -55,7 +55,7 @@ const FETCH_FIRST: Cost = Cost { start: 5.0, each: 50.0 };
 pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
 
 /// Who has sent experts so far, shared with whoever reports it.
-pub(crate) type Providers = Arc<Mutex<BTreeSet<PeerId>>>;
+pub(crate) type Providers = Arc<Mutex<BTreeMap<PeerId, u64>>>;
 
 /// Peers, as a dispatcher uses them.
 #[derive(Clone)]
@@ -341,7 +341,7 @@ impl Dispatcher {
     /// Hands over what a peer has sent.
     fn take(&mut self, Fetched { index, bytes, peer }: Fetched) -> Option<Arrival> {
         let mut request = self.fetching.as_mut()?.requests.get_mut(index)?.take()?;
-        self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+        *self.providers.lock().unwrap_or_else(PoisonError::into_inner).entry(peer).or_default() += 1;
         request.buffer.copy_from_slice(&bytes);
         self.saver.save(request.blob, bytes);
         Some(self.weights(request, Origin::Peer))
@@ -350,7 +350,7 @@ impl Dispatcher {
     /// Hands over what a peer has sent of an expert that moves in.
     fn take_in(&mut self, mut request: ExpertRequest, fetched: Option<Fetched>) -> Arrival {
         let origin = fetched.map(|Fetched { bytes, peer, .. }| {
-            self.providers.lock().unwrap_or_else(PoisonError::into_inner).insert(peer);
+            *self.providers.lock().unwrap_or_else(PoisonError::into_inner).entry(peer).or_default() += 1;
             request.buffer.copy_from_slice(&bytes);
             self.saver.save(request.blob, bytes);
             Origin::Peer

@@ -4,6 +4,7 @@
 //! turns, since each has one request under way.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
@@ -49,7 +50,7 @@ pub(crate) struct ExecutorOptions {
     pub(crate) threads: usize,
     pub(crate) kernels: &'static Kernels,
     /// Bytes of experts that stay in memory.
-    pub(crate) bytes_max: u64,
+    pub(crate) bytes_max: Arc<AtomicU64>,
 }
 
 struct Work {
@@ -63,7 +64,7 @@ pub(crate) fn start(store: Arc<BlobStore>, options: ExecutorOptions, network: &N
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
     let (queue, work) = std_mpsc::sync_channel(QUEUE_MAX);
     let works_for = options.works_for.clone();
-    let experts = Arc::new(HotExperts::new(store, options.bytes_max));
+    let experts = Arc::new(HotExperts::new(store, Arc::clone(&options.bytes_max)));
     let (foretold, ahead) = std_mpsc::sync_channel(FORETOLD_MAX);
     let reading = Arc::clone(&experts);
     std::thread::spawn(move || ahead.into_iter().for_each(|hash| drop(reading.get(hash))));
@@ -198,7 +199,7 @@ impl Worker {
 /// Experts in memory, the least recently used forgotten first; others come from the store.
 struct HotExperts {
     store: Arc<BlobStore>,
-    bytes_max: u64,
+    bytes_max: Arc<AtomicU64>,
     hot: Mutex<Hot>,
     /// Told whenever a read has ended.
     read: Condvar,
@@ -215,7 +216,7 @@ struct Hot {
 }
 
 impl HotExperts {
-    fn new(store: Arc<BlobStore>, bytes_max: u64) -> Self {
+    fn new(store: Arc<BlobStore>, bytes_max: Arc<AtomicU64>) -> Self {
         Self { store, bytes_max, hot: Mutex::default(), read: Condvar::new() }
     }
 
@@ -232,7 +233,7 @@ impl HotExperts {
         let mut hot = lock();
         hot.reading.remove(&hash);
         if let Some(expert) = &expert {
-            hot.insert(hash, Arc::clone(expert), self.bytes_max);
+            hot.insert(hash, Arc::clone(expert), self.bytes_max.load(Ordering::Relaxed));
         }
         drop(hot);
         self.read.notify_all();

@@ -80,6 +80,36 @@ pub(crate) struct Want {
 /// How fast peers have sent, in bytes a second, as last seen; shared with the address book.
 pub(crate) type Rates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
 
+/// What is on its way, for whoever looks.
+pub(crate) type Progress = Arc<Mutex<Option<Transfer>>>;
+
+/// One call's worth of blobs on their way.
+#[derive(Clone, Debug)]
+pub(crate) struct Transfer {
+    /// The name of the first, and how many more there are.
+    pub(crate) name: String,
+    pub(crate) total: u64,
+    pub(crate) peers: usize,
+    before: u64,
+    arrived: Arc<AtomicU64>,
+}
+
+impl Transfer {
+    /// Bytes that have come: of blobs that two peers sent, perhaps more than there are.
+    pub(crate) fn bytes(&self) -> u64 {
+        (self.arrived.load(Ordering::Relaxed) - self.before).min(self.total)
+    }
+}
+
+/// Takes a transfer off the list, however it ends.
+struct Listed(Progress);
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
 /// Fetches from the peers of one network.
 pub(crate) struct Fetcher {
     pub(super) network: Network,
@@ -101,6 +131,7 @@ pub(crate) struct Fetcher {
     kept: VecDeque<(ContentHash, Arc<Assembly>)>,
     arrived: Arc<AtomicU64>, // bytes of blobs from all peers, as they come
     rates: Rates,
+    progress: Progress,
     round: u64,
     /// Peers whose streams broke since they last brought something: asked after a pause.
     pub(super) unsteady: HashMap<PeerId, Unsteady>,
@@ -203,6 +234,7 @@ impl Fetcher {
             kept: VecDeque::new(),
             arrived: Arc::default(),
             rates,
+            progress: Progress::default(),
             round: 0,
             unsteady: HashMap::new(),
             liars: BTreeMap::new(),
@@ -233,11 +265,31 @@ impl Fetcher {
             }
             by_hash.entry(blob.hash).or_default().push(index);
         }
+        let _listed = self.list(&wants, &by_hash);
         let mut round = Round::new(wants, by_hash, self.arrived.load(Ordering::Relaxed));
         let result = self.run(&mut round, results).await;
         self.rates.lock().unwrap_or_else(PoisonError::into_inner).extend(self.machine.rates());
         self.abandon();
         result
+    }
+
+    /// Where it is told what is on its way.
+    pub(crate) fn progress(&self) -> Progress {
+        Arc::clone(&self.progress)
+    }
+
+    fn list(&self, wants: &[Want], by_hash: &HashMap<ContentHash, Vec<usize>>) -> Listed {
+        let first = wants.first().map_or_else(String::new, |want| want.name.clone());
+        let more = by_hash.len().saturating_sub(1);
+        let transfer = Transfer {
+            name: if more > 0 { format!("{first} and {more} more") } else { first },
+            total: by_hash.values().map(|indices| wants[indices[0]].wanted.blob().length).sum(),
+            peers: self.network.peers.borrow().connected.len(),
+            before: self.arrived.load(Ordering::Relaxed),
+            arrived: Arc::clone(&self.arrived),
+        };
+        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(transfer);
+        Listed(Arc::clone(&self.progress))
     }
 
     /// Sorts blobs of a model by how few of the peers say they have them; leaves out what nobody has. Waits until all have said.

@@ -118,3 +118,27 @@ pub(crate) fn json(account: &Account) -> Value {
         "holdings": holdings,
     })
 }
+
+/// What `/api/peers` says of a peer.
+pub(crate) fn account_of(json: &Value) -> Option<Account> {
+    let peer = json["peer"].as_str()?.parse().ok()?;
+    let status = &json["status"];
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    let holding = |held: &Value| {
+        let (experts, of) = (held["experts"].as_u64()? as u32, held["of"].as_u64()? as u32);
+        Some(Holding { name: text(&held["name"])?, model: held["model"].as_str()?.parse().ok()?, experts, of })
+    };
+    let said = || {
+        let said = Status {
+            version: text(&status["version"])?,
+            threads: status["threads"].as_u64()? as u16,
+            memory_bytes: status["memory_bytes"].as_u64()?,
+            stored_bytes: status["stored_bytes"].as_u64()?,
+            room_bytes: status["room_bytes"].as_u64()?,
+            executes: status["executes"].as_bool()?,
+            holdings: status["holdings"].as_array()?.iter().filter_map(holding).collect(),
+        };
+        Some((said, Duration::from_secs_f64(status["round_trip_ms"].as_f64()?.max(0.0) / 1e3)))
+    };
+    Some(Account { peer, said: said() })
+}

@@ -71,7 +71,7 @@ struct Line {
 pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), Failure> {
     let mut open = context.lock()?;
     let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
-    let federation = Federation::connect(&context.runtime, &open.dir, &peers, context.offline)?;
+    let federation = Federation::connect(context.runtime.handle(), &open.dir, &peers, context.offline)?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u16;
     let threads = if args.threads.is_empty() { (0..16).map(|i| 1 << i).filter(|&n| n <= cores).collect() } else { args.threads.clone() };
     let kernels = args.kernels.unwrap_or_else(Kernels::best);

@@ -1,0 +1,113 @@
+//! What goes on, told at most twice a second to whoever listens.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::{Body, Bytes};
+use axum::response::Response;
+use serde_json::json;
+use tokio::sync::broadcast;
+
+use super::experts::{holders, places};
+use super::own::generation_json;
+use super::{Api, openai};
+use crate::clock::now_ms;
+use crate::generation::ModelState;
+
+const PAUSE: Duration = Duration::from_millis(500);
+/// Events that a slow listener may be behind; then it misses some.
+const BEHIND_MAX: usize = 8;
+/// Experts that are told of in one event.
+const USED_MAX: usize = 4096;
+
+/// Events as they are made, for everybody who listens.
+#[derive(Clone)]
+pub(super) struct Events(broadcast::Sender<Bytes>);
+
+impl Events {
+    pub(super) fn start(api: Arc<Api>) -> Self {
+        let (sender, _) = broadcast::channel(BEHIND_MAX);
+        let mut stopping = api.stopping.clone();
+        let made = sender.clone();
+        tokio::spawn(async move {
+            let mut maker = Maker { api, model: None, told: Vec::new() };
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(PAUSE) => {}
+                    _ = stopping.changed() => break,
+                }
+                if made.receiver_count() > 0 {
+                    let _ = made.send(maker.event().await);
+                }
+            }
+        });
+        Self(sender)
+    }
+
+    /// A response that goes on until its client or the node ends.
+    pub(super) fn stream(&self) -> Response {
+        let body = Body::from_stream(futures::stream::unfold(self.0.subscribe(), |mut listener| async {
+            loop {
+                match listener.recv().await {
+                    Ok(event) => return Some((Ok::<_, Infallible>(event), listener)),
+                    Err(broadcast::error::RecvError::Lagged(_)) => {}
+                    Err(broadcast::error::RecvError::Closed) => return None,
+                }
+            }
+        }));
+        openai::event_stream(body)
+    }
+}
+
+/// Makes one event after another.
+struct Maker {
+    api: Arc<Api>,
+    model: Option<protocol::ModelId>,
+    /// Where experts were, as last told.
+    told: Vec<u8>,
+}
+
+impl Maker {
+    async fn event(&mut self) -> Bytes {
+        let state = self.api.generation.model();
+        let found = match &state {
+            ModelState::Ready(ready) => Some(ready.found.clone()),
+            _ => None,
+        };
+        let loading = match &state {
+            ModelState::Loading(found) => Some(found.id),
+            _ => None,
+        };
+        let mut changed = Vec::new();
+        if let Some(found) = &found {
+            let holders = holders(&self.api, found).await.unwrap_or_default();
+            let (api, of) = (Arc::clone(&self.api), found.clone());
+            let now = tokio::task::spawn_blocking(move || places(&api, &of, &holders)).await.unwrap_or_default();
+            if self.model == Some(found.id) {
+                changed = now
+                    .iter()
+                    .zip(&self.told)
+                    .enumerate()
+                    .filter(|(_, (now, told))| now != told)
+                    .map(|(at, (now, _))| (at, *now))
+                    .collect();
+            }
+            self.told = now;
+        }
+        self.model = found.as_ref().map(|found| found.id);
+        let mut used = self.api.generation.activity().lock().take_fresh();
+        used.truncate(USED_MAX);
+        let transfer = self.api.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
+        let transfers: Vec<_> =
+            transfer.iter().map(|one| json!({"name": one.name, "bytes": one.bytes(), "total": one.total, "peers": one.peers})).collect();
+        let store = self.api.open.store.stat().ok().map(|stat| {
+            json!({"bytes": stat.bytes, "bytes_max": (stat.bytes_max < u64::MAX).then_some(stat.bytes_max), "disk_free_bytes": stat.disk_free_bytes})
+        });
+        let event = json!({
+            "time_ms": now_ms(), "model": self.model.or(loading).map(|id| id.to_string()), "generation": generation_json(&self.api), "used": used,
+            "place": changed, "transfers": transfers, "store": store, "peers": self.api.network.peers.borrow().connected.len(),
+        });
+        Bytes::from(format!("event: state\ndata: {event}\n\n"))
+    }
+}

@@ -1,0 +1,166 @@
+//! The HTTP API: OpenAI's endpoints, the node's own, and the dashboard. `docs/api.md` is its contract.
+
+mod access;
+mod body;
+mod dashboard;
+mod error;
+mod events;
+mod experts;
+mod metrics;
+mod openai;
+mod own;
+pub(crate) mod server;
+
+use std::sync::Arc;
+
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request};
+use axum::http::{HeaderValue, Method, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post};
+use axum::{Json, Router};
+use serde_json::{Value, json};
+use tokio::sync::watch;
+
+pub(crate) use self::access::Access;
+pub(crate) use self::body::Intake;
+use self::error::ApiError;
+pub(crate) use self::experts::HoldersCache;
+use crate::data_dir::{LocalModel, OpenDataDir};
+use crate::federation::PeerOptions;
+use crate::generation::{Generation, ModelState};
+use crate::net::fetcher::{Progress, Rates};
+use crate::net::network::Network;
+
+/// Everything that the API asks.
+pub(crate) struct Api {
+    pub(crate) open: Arc<OpenDataDir>,
+    pub(crate) models: Vec<LocalModel>,
+    pub(crate) network: Network,
+    pub(crate) generation: Generation,
+    pub(crate) about: About,
+    /// How to ask peers what they hold.
+    pub(crate) peers: PeerOptions,
+    /// How fast peers have sent, and what is on its way.
+    pub(crate) rates: Rates,
+    pub(crate) progress: Progress,
+    pub(crate) intake: Intake,
+    pub(crate) started_ms: u64,
+    /// Becomes true when the node is about to stop: streams that have no end of their own end then.
+    pub(crate) stopping: watch::Receiver<bool>,
+    pub(crate) holders: HoldersCache,
+}
+
+/// What does not change while the node runs.
+#[derive(Clone, Debug)]
+pub(crate) struct About {
+    pub(crate) addresses: Vec<String>,
+    pub(crate) ticket: String,
+    pub(crate) ram_bytes: u64,
+    pub(crate) disk_bytes: Option<u64>,
+    pub(crate) upload_bytes_per_second: Option<u64>,
+    pub(crate) kv_tokens: u64,
+}
+
+/// All paths, behind the rules of `access`.
+pub(crate) fn router(api: Arc<Api>, access: Access) -> Router {
+    let events = events::Events::start(Arc::clone(&api));
+    Router::new()
+        .route("/v1/models", get(openai::models))
+        .route("/v1/models/{id}", get(openai::model))
+        .route("/v1/chat/completions", post(openai::chat))
+        .route("/v1/completions", post(openai::completions))
+        .route("/health", get(own::health))
+        .route("/metrics", get(metrics::metrics))
+        .route("/openapi.json", get(own::openapi))
+        .route("/api/node", get(own::node))
+        .route("/api/models", get(own::models))
+        .route("/api/models/{id}", get(own::model))
+        .route("/api/peers", get(own::peers))
+        .route("/api/store", get(own::store))
+        .route("/api/records", get(own::records))
+        .route("/api/trust", get(own::trust))
+        .route("/api/trust/{peer}", get(own::trust_in))
+        .route("/api/experts", get(experts::which))
+        .route("/api/experts/map", get(experts::map))
+        .route("/api/experts/{layer}/{expert}", get(experts::one))
+        .route("/api/events", get(move || std::future::ready(events.stream())))
+        .route("/", get(dashboard::page))
+        .route("/dashboard/{file}", get(dashboard::file))
+        .fallback(
+            |request: Request| async move { ApiError::not_found("not_found", format!("there is nothing at {}", request.uri().path())) },
+        )
+        .method_not_allowed_fallback(method_not_allowed)
+        .layer(middleware::from_fn_with_state(access, access::check))
+        .layer(middleware::from_fn(with_headers))
+        .with_state(api)
+}
+
+async fn method_not_allowed(method: Method) -> ApiError {
+    ApiError::with_status(axum::http::StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not for this path"))
+}
+
+/// What every answer says to browsers.
+async fn with_headers(request: Request, next: Next) -> Response {
+    let mut response = next.run(request).await;
+    for (name, value) in [
+        (header::CONTENT_SECURITY_POLICY, "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+    ] {
+        response.headers_mut().insert(name, HeaderValue::from_static(value));
+    }
+    response
+}
+
+/// Finds a model by name, id, or the beginning of an id.
+fn lookup<'a>(models: &'a [LocalModel], name: &str) -> Result<&'a LocalModel, ApiError> {
+    if let Some(found) = models.iter().find(|found| found.name == name) {
+        return Ok(found);
+    }
+    let is_beginning = name.len() >= 4 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
+    let begins = |found: &&LocalModel| is_beginning && found.id.to_string().starts_with(&name.to_ascii_lowercase());
+    let mut matching: Vec<_> = models.iter().filter(begins).collect();
+    matching.dedup_by_key(|found| found.id);
+    if let [found] = &matching[..] {
+        return Ok(found);
+    }
+    let known: Vec<_> = models.iter().map(|found| found.name.as_str()).collect();
+    let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
+    Err(ApiError::not_found("model_not_found", format!("no model is called {name:?} ({known})")).param("model"))
+}
+
+/// The model that was named, the one that is loaded, or the only one.
+fn model_or_default<'a>(api: &'a Api, name: Option<&str>) -> Result<&'a LocalModel, ApiError> {
+    if let Some(name) = name {
+        return lookup(&api.models, name);
+    }
+    let loaded = match api.generation.model() {
+        ModelState::Ready(ready) => Some(ready.found.id),
+        ModelState::Loading(found) => Some(found.id),
+        ModelState::None | ModelState::Failed(..) => None,
+    };
+    match (loaded.and_then(|id| api.models.iter().find(|found| found.id == id)), &api.models[..]) {
+        (Some(found), _) | (None, [found]) => Ok(found),
+        (None, []) => Err(ApiError::not_found("model_not_found", "no model is here yet")),
+        (None, _) => Err(ApiError::invalid("more than one model is here; say which with ?model=").param("model")),
+    }
+}
+
+/// The fields after a question mark.
+type Asked<T> = Result<Query<T>, QueryRejection>;
+
+fn asked<T>(query: Asked<T>) -> Result<T, ApiError> {
+    query.map(|Query(query)| query).map_err(|error| ApiError::invalid(error.body_text()))
+}
+
+fn json_response(value: Value) -> Response {
+    Json(value).into_response()
+}
+
+/// An error in the shape of `/health`.
+fn loading() -> Response {
+    let body = json!({"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}});
+    (axum::http::StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], Json(body)).into_response()
+}

@@ -1,0 +1,106 @@
+//! Connections of the HTTP API: how many, how long they may take over a head or over taking what they asked for, and how they end.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::JoinHandle;
+use tokio_io_timeout::TimeoutStream;
+use tracing::debug;
+
+use crate::failure::{Failure, Kind};
+
+/// Connections at a time.
+const CONNECTIONS_MAX: usize = 512;
+/// From the first byte of a head to its last; also how long a connection may be idle.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client that takes nothing for so long is hung up on.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(20);
+/// Heads with more fields or bytes are refused.
+const FIELDS_MAX: usize = 64;
+const HEAD_BYTES_MAX: usize = 16 << 10;
+/// How long connections may take to end once the node stops.
+const END_PATIENCE: Duration = Duration::from_secs(1);
+
+/// A server at work.
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    stop: watch::Sender<bool>,
+    ended: JoinHandle<()>,
+}
+
+impl Server {
+    /// Binds `address`; requests are answered once there is a router.
+    pub(crate) async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+        let failed = |error: std::io::Error| {
+            let kind = if error.kind() == std::io::ErrorKind::AddrInUse { Kind::Busy } else { Kind::Other };
+            Failure::new(kind, format!("cannot serve the API on {address}: {error}"))
+        };
+        TcpListener::bind(address).await.map_err(failed)
+    }
+
+    /// Answers requests until it is stopped.
+    pub(crate) fn start(listener: TcpListener, router: Router) -> Result<Self, Failure> {
+        let address = listener.local_addr().map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        let (stop, stopped) = watch::channel(false);
+        let ended = tokio::spawn(accept(listener, router, stopped));
+        Ok(Self { address, stop, ended })
+    }
+
+    /// Takes no more requests, and ends when the last answer is out or has had its time.
+    pub(crate) async fn stop(self) {
+        let _ = self.stop.send(true);
+        let _ = self.ended.await;
+    }
+}
+
+async fn accept(listener: TcpListener, router: Router, mut stopped: watch::Receiver<bool>) {
+    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let under_way = GracefulShutdown::new();
+    loop {
+        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { break };
+        let stream = tokio::select! {
+            accepted = listener.accept() => accepted,
+            _ = stopped.changed() => break,
+        };
+        let stream = match stream {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                // Too many open files, mostly: others must end first.
+                debug!(%error, "cannot accept a connection");
+                tokio::time::sleep(HEAD_TIMEOUT / 100).await;
+                continue;
+            }
+        };
+        let connection = under_way.watch(serve(stream, router.clone()));
+        tokio::spawn(async move {
+            let _held = permit;
+            if let Err(error) = connection.await {
+                debug!(%error, "connection ended");
+            }
+        });
+    }
+    let _ = tokio::time::timeout(END_PATIENCE, under_way.shutdown()).await;
+}
+
+type Connection = http1::Connection<TokioIo<Pin<Box<TimeoutStream<TcpStream>>>>, TowerToHyperService<Router>>;
+
+fn serve(stream: TcpStream, router: Router) -> Connection {
+    let _ = stream.set_nodelay(true); // tokens are small, and somebody waits for each
+    let mut stream = TimeoutStream::new(stream);
+    stream.set_write_timeout(Some(WRITE_TIMEOUT));
+    http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEAD_TIMEOUT)
+        .max_headers(FIELDS_MAX)
+        .max_buf_size(HEAD_BYTES_MAX)
+        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
+}

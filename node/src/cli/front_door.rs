@@ -1,0 +1,168 @@
+//! Opening and closing the door through which programs and people ask a node that serves: the engine's thread, the API, its tokens.
+
+use std::fs;
+use std::io::Write as _;
+use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use inference::engine::EngineOptions;
+use protocol::ModelManifest;
+use protocol::ticket::Ticket;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use super::serve::ServeArgs;
+use super::{CONTEXT_DEFAULT, Context};
+use crate::api::server::Server;
+use crate::api::{About, Access, Api, router};
+use crate::clock::now_ms;
+use crate::daemon::Daemon;
+use crate::data_dir::{DataDir, LocalModel, OpenDataDir, io_failure};
+use crate::failure::{Failure, Kind};
+use crate::federation::{Federation, PeerOptions, Publishers};
+use crate::generation::{Generation, GenerationOptions};
+use crate::net::network::Network;
+use crate::net::{Multiaddr, new_secret};
+
+/// The shortest token that is accepted: shorter ones can be guessed.
+const TOKEN_BYTES_MIN: usize = 16;
+
+/// What `serve` has and the API uses.
+pub(super) struct Shared<'a> {
+    pub(super) context: &'a Context,
+    pub(super) args: &'a ServeArgs,
+    pub(super) open: &'a Arc<OpenDataDir>,
+    pub(super) models: &'a [LocalModel],
+    pub(super) network: &'a Network,
+    pub(super) group: Option<String>,
+}
+
+/// The API of a node, with the engine behind it.
+pub(super) struct FrontDoor {
+    pub(super) server: Server,
+    generation: Generation,
+    stopping: watch::Sender<bool>,
+    dir: DataDir,
+    needs_token: bool,
+}
+
+impl FrontDoor {
+    pub(super) fn open(
+        shared: &Shared<'_>,
+        listener: TcpListener,
+        executor_bytes: Arc<AtomicU64>,
+        (addresses, ticket): (&[Multiaddr], &Ticket),
+    ) -> Result<Self, Failure> {
+        let Shared { context, args, open, models, network, group } = shared;
+        let address = listener.local_addr().map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+        let tokens = match &args.api_tokens {
+            Some(file) => Some(read_tokens(file)?),
+            None if Access::needs_tokens(address) => Some(vec![own_token(&open.dir)?]),
+            None => None,
+        };
+        let first = args.model.as_deref().map(|model| open.local(model)).transpose()?;
+        let peers = PeerOptions {
+            peers: Vec::new(),
+            mdns: false,
+            private: args.private.clone(),
+            timeout: Duration::from_secs_f64(args.timeout),
+            publishers: Publishers::Trusted,
+            remote: args.remote.options(),
+        };
+        let federation = Federation::over(context.runtime.handle(), (*network).clone(), &open.dir, group.clone(), &peers);
+        let (rates, progress) = federation.figures();
+        let generation = Generation::start(Arc::clone(open), federation, options(context, args, executor_bytes), first);
+        let (stopping, until_stopping) = watch::channel(false);
+        let api = Api {
+            open: Arc::clone(open),
+            models: models.to_vec(),
+            network: (*network).clone(),
+            generation: generation.clone(),
+            about: About {
+                addresses: addresses.iter().map(ToString::to_string).collect(),
+                ticket: ticket.to_string(),
+                ram_bytes: context.memory_max,
+                disk_bytes: (context.disk_max < u64::MAX).then_some(context.disk_max),
+                upload_bytes_per_second: args.upload,
+                kv_tokens: kv_tokens(args) as u64,
+            },
+            peers,
+            rates,
+            progress,
+            intake: crate::api::Intake::default(),
+            started_ms: now_ms(),
+            stopping: until_stopping,
+            holders: crate::api::HoldersCache::default(),
+        };
+        let access = Access::new(tokens.as_deref(), args.api_name.iter().cloned());
+        let server = Server::start(listener, router(Arc::new(api), access))?;
+        Daemon::at(server.address, tokens.as_ref().and_then(|tokens| tokens.first())).announce(&open.dir)?;
+        Ok(Self { server, generation, stopping, dir: open.dir.clone(), needs_token: tokens.is_some() })
+    }
+
+    /// What the user is told.
+    pub(super) fn introduction(&self) -> String {
+        let token = if self.needs_token { " (with a token)" } else { "" };
+        format!("API http://{address}/v1{token}, dashboard http://{address}/", address = self.server.address)
+    }
+
+    /// Answers no more requests; returns when those under way have ended, one way or the other.
+    pub(super) async fn close(self) {
+        Daemon::forget(&self.dir);
+        let _ = self.stopping.send(true);
+        self.generation.stop().await;
+        self.server.stop().await;
+    }
+}
+
+fn kv_tokens(args: &ServeArgs) -> usize {
+    args.kv_tokens.map_or(CONTEXT_DEFAULT, |tokens| tokens as usize)
+}
+
+fn options(context: &Context, args: &ServeArgs, executor_bytes: Arc<AtomicU64>) -> GenerationOptions {
+    let (engine, kv_tokens, memory_max) = (args.engine.clone(), kv_tokens(args), context.memory_max);
+    let by_model = move |manifest: &ModelManifest| {
+        let options = engine.options(manifest, None);
+        EngineOptions { kv_tokens: kv_tokens.max(options.context), ..options }
+    };
+    // Experts that run for peers and the model that answers here share what there is.
+    let memory_max = move || {
+        let half = executor_bytes.load(Ordering::Relaxed).min(memory_max / 2);
+        executor_bytes.store(half, Ordering::Relaxed);
+        memory_max - half
+    };
+    GenerationOptions { engine: Box::new(by_model), memory_max: Box::new(memory_max) }
+}
+
+fn read_tokens(file: &Path) -> Result<Vec<String>, Failure> {
+    let mode = fs::metadata(file).map_err(|error| io_failure("read", file, &error))?.permissions().mode();
+    if mode & 0o077 != 0 {
+        return Err(Failure::new(Kind::Refused, format!("{} may be read by others; run: chmod 600 {0}", file.display())));
+    }
+    let text = fs::read_to_string(file).map_err(|error| io_failure("read", file, &error))?;
+    let tokens: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect();
+    match tokens.iter().find(|token| token.len() < TOKEN_BYTES_MIN) {
+        _ if tokens.is_empty() => Err(Failure::new(Kind::Usage, format!("{} has no token", file.display()))),
+        Some(_) => Err(Failure::new(Kind::Usage, format!("{}: a token has {TOKEN_BYTES_MIN} characters or more", file.display()))),
+        None => Ok(tokens),
+    }
+}
+
+/// The token in the data directory, made at first use.
+fn own_token(dir: &DataDir) -> Result<String, Failure> {
+    let path = dir.path().join("api-token");
+    if path.exists() {
+        return Ok(read_tokens(&path)?.remove(0));
+    }
+    let token = protocol::hash::to_hex(&new_secret());
+    let write = || -> std::io::Result<()> {
+        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
+        writeln!(file, "{token}")?;
+        file.sync_all()
+    };
+    write().map_err(|error| io_failure("write", &path, &error))?;
+    Ok(token)
+}

@@ -1,0 +1,85 @@
+//! Who is next: a bounded queue in which users take turns.
+
+use std::collections::VecDeque;
+
+/// Things that wait, by user. The user in front has waited longest for a turn.
+#[derive(Debug)]
+pub(crate) struct FairQueue<T> {
+    users: VecDeque<(String, VecDeque<T>)>,
+    length: usize,
+    max: usize,
+    of_one_max: usize,
+}
+
+impl<T> FairQueue<T> {
+    /// An empty queue of at most `max` things, of one user at most `of_one_max`.
+    pub(crate) fn new(max: usize, of_one_max: usize) -> Self {
+        Self { users: VecDeque::new(), length: 0, max, of_one_max }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// Adds something at the end of a user's own; gives it back when there is no room for it.
+    pub(crate) fn push(&mut self, user: &str, thing: T) -> Result<(), T> {
+        if self.length >= self.max {
+            return Err(thing);
+        }
+        let at = self.users.iter().position(|(known, _)| known == user).unwrap_or_else(|| {
+            self.users.push_back((user.to_owned(), VecDeque::new()));
+            self.users.len() - 1
+        });
+        let own = &mut self.users[at].1;
+        if own.len() >= self.of_one_max {
+            return Err(thing);
+        }
+        own.push_back(thing);
+        self.length += 1;
+        Ok(())
+    }
+
+    /// Takes the oldest of the user whose turn it is; who has more goes to the end of the line.
+    pub(crate) fn pop(&mut self) -> Option<T> {
+        let (user, mut own) = self.users.pop_front()?;
+        let thing = own.pop_front();
+        self.length -= usize::from(thing.is_some());
+        if !own.is_empty() {
+            self.users.push_back((user, own));
+        }
+        thing
+    }
+
+    /// Lets go of everything that `keep` refuses.
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+        self.users.iter_mut().for_each(|(_, own)| own.retain(&mut keep));
+        self.users.retain(|(_, own)| !own.is_empty());
+        self.length = self.users.iter().map(|(_, own)| own.len()).sum();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn users_take_turns_and_keep_their_own_order() {
+        let mut queue = FairQueue::new(8, 4);
+        for (user, thing) in [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)] {
+            assert_eq!(queue.push(user, thing), Ok(()));
+        }
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        assert_eq!((order, queue.len()), (vec![1, 4, 5, 2, 6, 3], 0));
+    }
+
+    #[test]
+    fn is_bounded_for_one_and_for_all() {
+        let mut queue = FairQueue::new(5, 3);
+        let refused: Vec<_> = (0..5).filter_map(|thing| queue.push("a", thing).err()).collect();
+        assert_eq!(refused, [3, 4]);
+        let refused: Vec<_> = (0..3).filter_map(|thing| queue.push("b", thing).err()).collect();
+        assert_eq!(refused, [2]);
+        queue.retain(|thing| *thing != 0);
+        assert_eq!((queue.len(), queue.pop(), queue.pop(), queue.len()), (3, Some(1), Some(1), 1));
+    }
+}

@@ -1,0 +1,86 @@
+//! Which experts a request used, and where they were; by what the engine noted of a pass.
+
+use std::collections::BTreeSet;
+
+use inference::activation_log::ActivationLog;
+use inference::experts::{Experts, Whence};
+use serde::Serialize;
+
+use crate::net::PeerId;
+use crate::places::Places;
+
+/// Uses of experts, by where each was.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub(crate) struct Whereabouts {
+    pub(crate) ram: u64,
+    pub(crate) disk: u64,
+    pub(crate) remote: u64,
+    pub(crate) fetched: u64,
+}
+
+impl Whereabouts {
+    pub(super) fn add(&mut self, whence: Whence) {
+        match whence {
+            Whence::Memory => self.ram += 1,
+            Whence::Disk => self.disk += 1,
+            Whence::Remote => self.remote += 1,
+            Whence::Fetched => self.fetched += 1,
+        }
+    }
+
+    pub(crate) fn all(&self) -> u64 {
+        self.ram + self.disk + self.remote + self.fetched
+    }
+}
+
+/// The distinct experts that one request's tokens used, by where each was when they first did.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Tally {
+    used: Vec<bool>,
+    pub(crate) first: Whereabouts,
+    /// Who sent or ran some of them.
+    pub(crate) peers: BTreeSet<PeerId>,
+}
+
+impl Tally {
+    pub(crate) fn new(experts: usize) -> Self {
+        Self { used: vec![false; experts], first: Whereabouts::default(), peers: BTreeSet::new() }
+    }
+
+    /// Notes a use of the expert at `place`.
+    pub(crate) fn add(&mut self, place: usize, whence: Whence) {
+        if !std::mem::replace(&mut self.used[place], true) {
+            self.first.add(whence);
+        }
+    }
+}
+
+/// Goes through the uses that a pass has logged: for each, the row of the pass, the expert's place, and where it was.
+pub(crate) fn uses(log: &ActivationLog, places: &Places, experts: &Experts, mut each: impl FnMut(usize, usize, Whence)) {
+    let (mut layer, mut row) = (None, 0);
+    for entry in log.entries() {
+        // The rows of one layer stand together, in order.
+        row = if layer == Some(entry.layer) { row + 1 } else { 0 };
+        layer = Some(entry.layer);
+        for choice in entry.choices {
+            if let Some(place) = places.place(entry.layer, choice.expert) {
+                each(row, place, experts.whence(place));
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_expert_counts_once_and_where_it_first_was() {
+        let mut tally = Tally::new(3);
+        for (place, whence) in [(0, Whence::Disk), (0, Whence::Memory), (2, Whence::Remote), (1, Whence::Fetched), (2, Whence::Fetched)] {
+            tally.add(place, whence);
+        }
+        assert_eq!(tally.first, Whereabouts { ram: 0, disk: 1, remote: 1, fetched: 1 });
+        assert_eq!(tally.first.all(), 3);
+    }
+}

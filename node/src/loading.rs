@@ -1,0 +1,126 @@
+//! Making a model ready to run: its trunk fetched, verified and loaded, memory divided, experts within reach.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError};
+
+use inference::aligned::AlignedBytes;
+use inference::cache_policy::PolicyKind;
+use inference::chat::ChatTemplate;
+use inference::engine::{Engine, EngineOptions};
+use inference::experts::Experts;
+use inference::memory::plan_memory;
+use inference::model::Model;
+use inference::session::Session;
+use inference::tokenizer::Tokenizer;
+use protocol::BlobRef;
+use store::BlobStore;
+
+use crate::clock::now_ms;
+use crate::data_dir::{LocalModel, OpenDataDir};
+use crate::dispatcher::{Dispatcher, DispatcherOptions, Providers, RemoteReport, SharedReport};
+use crate::failure::{Failure, Kind};
+use crate::federation::{Federation, no_peer, trunk_parts};
+use crate::memory::{process_bytes, resident_bytes};
+use crate::net::PeerId;
+use crate::output::{human_bytes, note};
+use crate::prompt::ModelText;
+
+/// A model ready to run.
+pub(crate) struct Loaded {
+    pub(crate) engine: Engine,
+    pub(crate) text: Arc<ModelText>,
+    providers: Providers,
+    report: SharedReport,
+    /// Memory that the process had before the model was loaded.
+    process: u64,
+}
+
+impl Loaded {
+    /// Memory that we count as taken, with the keys and values of `session`.
+    pub(crate) fn counted_bytes(&mut self, session: &Session) -> u64 {
+        self.process + self.engine.bytes() + session.bytes()
+    }
+
+    /// The same, as it goes on.
+    pub(crate) fn shared_report(&self) -> SharedReport {
+        self.report.clone()
+    }
+
+    /// The peers that have sent experts or run some, with how often: whoever's number grows has just helped.
+    pub(crate) fn helpers(&self) -> BTreeMap<PeerId, u64> {
+        let mut helpers = self.providers();
+        for (peer, count) in self.report.lock().book.counts() {
+            *helpers.entry(*peer).or_default() += count.used;
+        }
+        helpers
+    }
+
+    /// What running experts at peers came to so far.
+    pub(crate) fn remote_report(&self) -> RemoteReport {
+        self.report.snapshot()
+    }
+
+    /// The peers that have sent experts, with how many.
+    pub(crate) fn providers(&self) -> BTreeMap<PeerId, u64> {
+        self.providers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+impl Federation {
+    /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach.
+    pub(crate) fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, options: EngineOptions) -> Result<Loaded, Failure> {
+        let manifest = &found.manifest;
+        // Before anything is fetched: no budget is large enough by what only the process itself would save.
+        plan_memory(manifest, &options, 0, memory_max)?;
+        let fetched = self.bring(&open.store, &trunk_parts(manifest), "trunk")?;
+        if fetched > 0 {
+            note(&format!("fetched the trunk, {}", human_bytes(fetched)));
+        }
+        let text = |blob: BlobRef| -> Result<String, Failure> {
+            let bytes = self.read_part(&open.store, blob)?.to_vec();
+            String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Integrity, format!("{} is not UTF-8", blob.hash)))
+        };
+        let tokenizer = manifest.tokenizer.map(|blob| {
+            let bytes = self.read_part(&open.store, blob)?;
+            Tokenizer::from_bytes(&bytes).map_err(|error| Failure::new(Kind::Integrity, error.to_string()))
+        });
+        let chat = manifest.chat.template.map(|blob| {
+            let (bos_token, eos_token) = (manifest.chat.bos_token.clone(), manifest.chat.eos_token.clone());
+            Ok::<_, Failure>(ChatTemplate { source: text(blob)?, bos_token, eos_token })
+        });
+        let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
+        let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
+        let process = resident_bytes();
+        let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
+        let providers = self.new_providers();
+        let report = SharedReport::new(self.remote().audit);
+        let dispatching = DispatcherOptions {
+            shape: manifest.config.expert_shape(manifest.expert_precision),
+            kernels: options.kernels,
+            remote: self.remote().clone(),
+            report: report.clone(),
+            evidence: open.dir.evidence(),
+        };
+        let source = Dispatcher::new(Arc::clone(&open.store), self.dispatcher_peers(), Arc::clone(&providers), dispatching);
+        let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
+        let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
+        Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), providers, report, process })
+    }
+
+    /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
+    fn read_part(&self, store: &Arc<BlobStore>, blob: BlobRef) -> Result<AlignedBytes, Failure> {
+        let mut bytes = AlignedBytes::zeroed(blob.length as usize);
+        let read = store.read_into(&blob.hash, &mut bytes, now_ms());
+        match read {
+            Ok(true) => return Ok(bytes),
+            Ok(false) | Err(store::StoreError::Damaged { .. }) if self.has_peers() => {}
+            Ok(false) => return Err(no_peer(&blob.hash.to_string())),
+            Err(error) => return Err(error.into()),
+        }
+        self.bring(store, &[(blob, blob.hash.to_string())], "trunk")?;
+        if store.read_into(&blob.hash, &mut bytes, now_ms())? {
+            return Ok(bytes);
+        }
+        Err(Failure::new(Kind::Other, format!("{} has gone from the store again", blob.hash)))
+    }
+}

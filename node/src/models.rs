@@ -1,0 +1,52 @@
+//! The models and blobs in a data directory, as they are told to people and programs.
+
+use protocol::{BlobRef, ModelManifest, Precision};
+use serde_json::{Value, json};
+use store::StoreStat;
+
+use crate::data_dir::{LocalModel, OpenDataDir};
+
+/// A model in short.
+pub(crate) fn summary(open: &OpenDataDir, found: &LocalModel) -> Value {
+    json!({
+        "name": found.name, "id": found.id.to_string(), "publisher": found.publisher.to_string(),
+        "precision": found.manifest.expert_precision.name(), "context": found.manifest.config.max_position_embeddings,
+        "experts": {"have": found.experts_present(&open.store), "all": found.manifest.experts.len()},
+        "bytes": found.bytes_present(&open.store), "total_bytes": found.manifest.total_bytes(),
+        "profile": open.dir.profile(found.id).is_ok_and(|profile| profile.is_some()),
+    })
+}
+
+/// What a model is made of; with `blobs`, down to every tensor and expert.
+pub(crate) fn details(open: &OpenDataDir, found: &LocalModel, blobs: bool) -> Value {
+    let LocalModel { name, id, manifest, publisher } = found;
+    let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
+    let mut about = json!({
+        "name": name, "id": id.to_string(), "publisher": publisher.to_string(), "parent": manifest.parent.map(|id| id.to_string()),
+        "config": manifest.config, "precision": manifest.expert_precision.name(),
+        "experts": {"have": found.experts_present(&open.store), "all": manifest.experts.len(), "bytes_each": manifest.experts.first().map(|blob| blob.length)},
+        "trunk_bytes": trunk, "bytes": found.bytes_present(&open.store), "total_bytes": manifest.total_bytes(),
+        "tokenizer": manifest.tokenizer.map(|blob| blob.hash.to_string()), "chat_template": manifest.chat.template.is_some(),
+    });
+    if blobs {
+        let listed = |(name, precision, blob): (String, Precision, BlobRef)| json!({"name": name, "precision": precision.name(), "hash": blob.hash.to_string(), "bytes": blob.length});
+        about["blobs"] = all_blobs(manifest).map(listed).collect();
+    }
+    about
+}
+
+/// Every tensor of the trunk, then every expert, layer by layer.
+fn all_blobs(manifest: &ModelManifest) -> impl Iterator<Item = (String, Precision, BlobRef)> {
+    let trunk = manifest.trunk.iter().map(|tensor| (tensor.name.clone(), tensor.precision, tensor.blob));
+    let slots = manifest.config.expert_slots().zip(&manifest.experts);
+    trunk.chain(slots.map(|(slot, blob)| (slot.to_string(), manifest.expert_precision, *blob)))
+}
+
+/// The store, counted.
+pub(crate) fn stat_json(stat: &StoreStat) -> Value {
+    json!({
+        "blobs": stat.blobs, "bytes": stat.bytes, "bytes_max": (stat.bytes_max < u64::MAX).then_some(stat.bytes_max),
+        "disk_free_bytes": stat.disk_free_bytes, "quarantined": stat.quarantined, "unverified": stat.unverified,
+        "oldest_verified_at_ms": (stat.oldest_verified_at_ms > 0).then_some(stat.oldest_verified_at_ms),
+    })
+}
