@@ -15,8 +15,9 @@ use protocol::{ModelId, NodeId, NodeKey};
 use tracing::{debug, warn};
 
 use crate::clock::now_ms;
-use crate::data_dir::{DataDir, LocalModel};
+use crate::data_dir::DataDir;
 use crate::failure::Failure;
+use crate::library::Library;
 use crate::net::PeerId;
 use crate::net::address::{is_loopback, is_relayed, node_id, peer_id};
 use crate::net::ask::{self, Answered};
@@ -42,7 +43,7 @@ pub(crate) struct Announcer {
     pub(crate) network: Network,
     pub(crate) dir: DataDir,
     pub(crate) key: NodeKey,
-    pub(crate) models: Vec<LocalModel>,
+    pub(crate) library: Arc<Library>,
     /// The bodies of finished profiles, by model.
     pub(crate) bodies: Arc<BTreeMap<ModelId, ProfileBody>>,
     pub(crate) memory_bytes: u64,
@@ -156,7 +157,7 @@ impl Announcer {
         if said.node.as_ref().is_some_and(|(at_ms, last)| *last == addresses && now_ms.abs_diff(*at_ms) < RENEW_AFTER_MS) {
             return Ok(());
         }
-        let mut models: Vec<_> = self.models.iter().map(|model| model.id).collect();
+        let mut models: Vec<_> = self.library.models().iter().map(|model| model.id).collect();
         models.sort_unstable();
         models.dedup();
         models.truncate(MODELS_MAX);

@@ -15,13 +15,14 @@ use tokio::sync::mpsc;
 
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
-use crate::failure::Failure;
+use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
 use crate::net::fetcher::{Fetched, Want, Wanted};
 use crate::net::network::Network;
 use crate::net::query;
 use crate::net::random;
 use crate::records::RecordKind;
+use crate::specialists::no_such_domain;
 
 /// For peers to turn up, and for each to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -77,6 +78,30 @@ pub(crate) struct Claims {
     pub(crate) missing: Vec<(NodeId, String)>,
     /// Domains that peers know.
     pub(crate) domains: Vec<String>,
+}
+
+/// What came of checking, for people.
+pub(crate) fn check_text(check: &Check) -> String {
+    match check {
+        Check::Own => "measured here".to_owned(),
+        Check::Holds => "measured again: it holds".to_owned(),
+        Check::Not(why) => format!("not measured again: {why}"),
+        Check::Refuted(why) => format!("does not hold: {why}"),
+    }
+}
+
+/// Why nothing can be said of a domain.
+pub(crate) fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
+    if known.is_empty() || known.iter().any(|known| known == name) {
+        let held = claims.held.iter().map(|claim| (&claim.node, check_text(&claim.check)));
+        let void = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| (node, why.clone()));
+        let why: Vec<_> = held.chain(void).map(|(node, why)| format!("; {node}: {why}")).collect();
+        return Failure::new(
+            Kind::NotFound,
+            format!("no peer has a profile of this model that says anything of {name} and counts{}", why.concat()),
+        );
+    }
+    no_such_domain(name, known)
 }
 
 /// Asks the peers who says what of a model's experts in a domain; fetches what they point to.

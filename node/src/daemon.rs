@@ -67,7 +67,15 @@ impl Daemon {
 
     /// Asks for something.
     pub(crate) async fn get(&self, path: &str) -> Result<Value, Failure> {
-        let response = self.ask(Method::GET, path, None).await?;
+        Self::read(self.ask(Method::GET, path, None).await?).await
+    }
+
+    /// Has something done.
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+        Self::read(self.ask(Method::POST, path, Some(body)).await?).await
+    }
+
+    async fn read(response: Response<Incoming>) -> Result<Value, Failure> {
         let body = response.into_body().collect().await.map_err(|error| broken(&error))?.to_bytes();
         serde_json::from_slice(&body).map_err(|error| Failure::new(Kind::Other, format!("the node that serves answers no JSON: {error}")))
     }

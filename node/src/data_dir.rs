@@ -20,7 +20,7 @@ use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::is_model_name;
@@ -171,7 +171,7 @@ impl DataDir {
         let manifests = self.root.join("manifests");
         fs::create_dir_all(&manifests).map_err(|error| io_failure("create", &manifests, &error))?;
         let names = self.model_names()?;
-        let mut open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names, _lock: lock };
+        let open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names: Mutex::new(names), _lock: lock };
         open.adopt_unnamed()?;
         Ok(open)
     }
@@ -196,7 +196,7 @@ impl DataDir {
 pub(crate) struct OpenDataDir {
     pub(crate) dir: DataDir,
     pub(crate) store: Arc<BlobStore>,
-    names: BTreeMap<String, ModelId>,
+    names: Mutex<BTreeMap<String, ModelId>>,
     _lock: DataDirLock,
 }
 
@@ -238,19 +238,19 @@ pub(crate) enum Resolved {
 impl OpenDataDir {
     /// All models, by name; fails when the manifest of one cannot be read.
     pub(crate) fn models(&self) -> Result<Vec<LocalModel>, Failure> {
-        self.names.iter().map(|(name, &id)| self.load(name.clone(), id)).collect()
+        self.names().into_iter().map(|(name, id)| self.load(name, id)).collect()
     }
 
     /// All models whose manifests can be read; the user is told of the others.
     pub(crate) fn readable_models(&self) -> Vec<LocalModel> {
-        let load = |(name, &id): (&String, &ModelId)| match self.load(name.clone(), id) {
+        let load = |(name, id): (String, ModelId)| match self.load(name.clone(), id) {
             Ok(model) => Some(model),
             Err(failure) => {
                 note(&format!("warning: {failure}; confrere rm {name} removes it, a peer or another import can replace it"));
                 None
             }
         };
-        self.names.iter().filter_map(load).collect()
+        self.names().into_iter().filter_map(load).collect()
     }
 
     /// Finds MODEL: a name, an id or a unique prefix of one.
@@ -264,12 +264,13 @@ impl OpenDataDir {
 
     /// Finds the name and id of a model that is named here, whether its manifest can be read or not.
     pub(crate) fn identify(&self, model: &str) -> Result<Option<(String, ModelId)>, Failure> {
-        if let Some(&id) = self.names.get(model) {
+        let names = self.names();
+        if let Some(&id) = names.get(model) {
             return Ok(Some((model.to_owned(), id)));
         }
         let hexadecimal = model.len() >= 4 && model.chars().all(|c| c.is_ascii_hexdigit());
         let begins = |id: &ModelId| hexadecimal && id.to_string().starts_with(&model.to_lowercase());
-        let matching: BTreeMap<_, _> = self.names.iter().filter(|(_, id)| begins(id)).map(|(name, id)| (*id, name)).collect();
+        let matching: BTreeMap<_, _> = names.iter().filter(|(_, id)| begins(id)).map(|(name, id)| (*id, name)).collect();
         match matching.len() {
             0 | 1 => Ok(matching.into_iter().next().map(|(id, name)| (name.clone(), id))),
             count => Err(Failure::new(Kind::NotFound, format!("{model} is the beginning of {count} models' ids"))),
@@ -285,9 +286,9 @@ impl OpenDataDir {
     }
 
     /// Keeps a signed manifest under a local name. A name that another model has is refused.
-    pub(crate) fn keep(&mut self, name: Option<&str>, manifest: ModelManifest, envelope: &SignedEnvelope) -> Result<LocalModel, Failure> {
+    pub(crate) fn keep(&self, name: Option<&str>, manifest: ModelManifest, envelope: &SignedEnvelope) -> Result<LocalModel, Failure> {
         let id = ModelId(ContentHash::of(envelope.payload()));
-        let known = self.names.iter().find(|(_, known)| **known == id).map(|(name, _)| name.clone());
+        let known = self.names().into_iter().find(|(_, known)| *known == id).map(|(name, _)| name);
         let name = match (name, known) {
             (Some(name), _) => name.to_owned(),
             (None, Some(name)) => name,
@@ -295,8 +296,9 @@ impl OpenDataDir {
         };
         self.check_name(&name, Some(id))?;
         self.dir.write(&format!("manifests/{id}"), envelope.as_bytes())?;
-        self.names.insert(name.clone(), id);
-        self.save_names()?;
+        self.change_names(|names| {
+            names.insert(name.clone(), id);
+        })?;
         Ok(LocalModel { name, id, manifest: Arc::new(manifest), publisher: envelope.signer() })
     }
 
@@ -309,7 +311,7 @@ impl OpenDataDir {
         if name.parse::<ModelId>().is_ok() {
             return Err(Failure::new(Kind::Usage, format!("{name} cannot name a model: it reads as an id")));
         }
-        match self.names.get(name) {
+        match self.names().get(name) {
             Some(&other) if id.is_some_and(|id| id != other) => Err(Failure::new(
                 Kind::Usage,
                 format!("the name {name} belongs to model {other}; choose another or remove that model first"),
@@ -319,9 +321,8 @@ impl OpenDataDir {
     }
 
     /// Forgets a model's names and manifest. Its blobs stay until the next collection.
-    pub(crate) fn forget(&mut self, id: ModelId) -> Result<(), Failure> {
-        self.names.retain(|_, known| *known != id);
-        self.save_names()?;
+    pub(crate) fn forget(&self, id: ModelId) -> Result<(), Failure> {
+        self.change_names(|names| names.retain(|_, known| *known != id))?;
         self.dir.forget_profile(id);
         let path = self.manifest_path(id);
         match fs::remove_file(&path) {
@@ -367,25 +368,34 @@ impl OpenDataDir {
     }
 
     /// Gives a name to every manifest that has none: names are a convenience and may be lost, models are not.
-    fn adopt_unnamed(&mut self) -> Result<(), Failure> {
+    fn adopt_unnamed(&self) -> Result<(), Failure> {
         let ids = self.dir.model_ids();
-        let named: BTreeSet<_> = self.names.values().copied().collect();
+        let named: BTreeSet<_> = self.names().into_values().collect();
         if ids.is_subset(&named) {
             return Ok(());
         }
-        self.names.extend(ids.difference(&named).map(|id| (id.to_string()[..12].to_owned(), *id)));
-        self.save_names()
+        self.change_names(|names| names.extend(ids.difference(&named).map(|id| (id.to_string()[..12].to_owned(), *id))))
     }
 
-    fn save_names(&self) -> Result<(), Failure> {
-        let names: BTreeMap<_, _> = self.names.iter().map(|(name, id)| (name, id.to_string())).collect();
-        let mut text = serde_json::to_vec_pretty(&names).expect("a map of texts is JSON");
+    fn names(&self) -> BTreeMap<String, ModelId> {
+        self.names.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Changes the names, on the disk first of all.
+    fn change_names(&self, change: impl FnOnce(&mut BTreeMap<String, ModelId>)) -> Result<(), Failure> {
+        let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = names.clone();
+        change(&mut changed);
+        let text: BTreeMap<_, _> = changed.iter().map(|(name, id)| (name, id.to_string())).collect();
+        let mut text = serde_json::to_vec_pretty(&text).expect("a map of texts is JSON");
         text.push(b'\n');
-        self.dir.write("models.json", &text)
+        self.dir.write("models.json", &text)?;
+        *names = changed;
+        Ok(())
     }
 
     fn unknown(&self, model: &str) -> Failure {
-        let known: Vec<_> = self.names.keys().map(String::as_str).collect();
+        let known: Vec<_> = self.names().into_keys().collect();
         let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
         Failure::new(Kind::NotFound, format!("no model is called {model} ({known})"))
     }

@@ -10,7 +10,7 @@ use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
 use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
 use store::BlobStore;
 use tokio::runtime::Handle;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
 use crate::clock::{now_ms, until_interrupted};
@@ -58,6 +58,8 @@ pub(crate) struct Federation {
     publishers: Publishers,
     remote: RemoteOptions,
     acquaintance: Option<Acquaintance>,
+    /// Whoever waits for what is done; nobody, when it may be given up.
+    client: Option<watch::Receiver<()>>,
 }
 
 /// The peers of a command, who are remembered when it ends.
@@ -89,7 +91,14 @@ impl Federation {
     fn connect_with(runtime: &Handle, dir: &DataDir, options: PeerOptions, book: Vec<Multiaddr>, offline: bool) -> Result<Self, Failure> {
         let (peers, publishers) = (options.peers.clone(), options.publishers);
         if offline || (peers.is_empty() && book.is_empty() && !options.mdns) {
-            return Ok(Self { runtime: runtime.clone(), fetcher: None, publishers, remote: options.remote, acquaintance: None });
+            return Ok(Self {
+                runtime: runtime.clone(),
+                fetcher: None,
+                publishers,
+                remote: options.remote,
+                acquaintance: None,
+                client: None,
+            });
         }
         let key = dir.key()?;
         let group = options.private.as_deref().map(GroupKey::read).transpose()?;
@@ -122,7 +131,13 @@ impl Federation {
             publishers: options.publishers,
             remote: options.remote.clone(),
             acquaintance: Some(Acquaintance { network, dir: dir.clone(), group, useful: Mutex::default(), rates, progress }),
+            client: None,
         }
+    }
+
+    /// Gives up what it waits for when the sender of `client` is gone.
+    pub(crate) fn for_client(self, client: watch::Receiver<()>) -> Self {
+        Self { client: Some(client), ..self }
     }
 
     /// Has the peers asked who else has a model.
@@ -164,7 +179,7 @@ impl Federation {
     }
 
     /// Finds MODEL here or, by its id, at a peer; refuses a publisher whom the user does not trust.
-    pub(crate) fn find(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
+    pub(crate) fn find(&self, open: &OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
         let found = self.find_manifest(open, model, name)?;
         self.follow(&found);
         Ok(found)
@@ -180,7 +195,7 @@ impl Federation {
         }
     }
 
-    fn find_manifest(&self, open: &mut OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
+    fn find_manifest(&self, open: &OpenDataDir, model: &str, name: Option<&str>) -> Result<LocalModel, Failure> {
         if let Some(name) = name {
             open.check_name(name, None)?;
         }
@@ -208,7 +223,7 @@ impl Federation {
     }
 
     /// Takes a manifest from a peer and keeps it.
-    pub(crate) fn fetch_manifest(&self, open: &mut OpenDataDir, id: ModelId, name: Option<&str>) -> Result<LocalModel, Failure> {
+    pub(crate) fn fetch_manifest(&self, open: &OpenDataDir, id: ModelId, name: Option<&str>) -> Result<LocalModel, Failure> {
         let fetcher = self.fetcher.as_ref().ok_or_else(|| no_peer(&format!("manifest of model {id}")))?;
         let what = format!("manifest of model {id}");
         // Read before anybody is asked: what is wrong with our own files is not a peer's fault.
@@ -349,8 +364,17 @@ impl Federation {
             tokio::select! {
                 result = work => result,
                 () = until_interrupted() => Err(Failure::interrupted()),
+                () = gone(self.client.clone()) => Err(Failure::interrupted()),
             }
         })
+    }
+}
+
+/// Returns when a client has gone.
+async fn gone(client: Option<watch::Receiver<()>>) {
+    match client {
+        Some(mut client) => while client.changed().await.is_ok() {},
+        None => std::future::pending().await,
     }
 }
 

@@ -35,6 +35,12 @@ pub(crate) fn details(open: &OpenDataDir, found: &LocalModel, blobs: bool) -> Va
     about
 }
 
+/// What a pull has come to.
+pub(crate) fn pulled_json(open: &OpenDataDir, found: &LocalModel, bytes: u64) -> Value {
+    let experts = json!({"have": found.experts_present(&open.store), "all": found.manifest.experts.len()});
+    json!({"name": found.name, "id": found.id.to_string(), "experts": experts, "bytes_fetched": bytes})
+}
+
 /// Every tensor of the trunk, then every expert, layer by layer.
 fn all_blobs(manifest: &ModelManifest) -> impl Iterator<Item = (String, Precision, BlobRef)> {
     let trunk = manifest.trunk.iter().map(|tensor| (tensor.name.clone(), tensor.precision, tensor.blob));

@@ -357,6 +357,29 @@ fn commands_ask_the_node_that_has_the_data_directory() {
 }
 
 #[test]
+fn a_node_that_serves_joins_and_pulls() {
+    let a = Door::open("q8", &[]);
+    let expected = a.answer("/v1/completions", &completion(PROMPTS[0], &json!({"temperature": 0.0})));
+    let b = Door::of(Node::new(), a.id.clone(), &[]);
+    let joined = b.node.json(&["join", &a.serving.ticket]);
+    assert_eq!(joined["models"], json!([{"name": "m", "id": a.id}]), "{joined}");
+    let pulled = b.node.json(&["pull", "m", "--experts", "2MB"]);
+    let some = pulled["experts"]["have"].as_u64().expect("a count");
+    assert!(some > 0 && some < 192 && pulled["bytes_fetched"].as_u64() > Some(2_000_000), "{pulled}");
+    assert_eq!(tokens(&b.answer("/v1/completions", &completion(PROMPTS[0], &json!({"temperature": 0.0})))), tokens(&expected));
+    assert_eq!(b.node.json(&["pull", "m"])["experts"], json!({"have": 192, "all": 192}));
+    assert_eq!(b.node.run(&["pull", &"0".repeat(64)]).code, Some(4));
+    assert_eq!(b.node.run(&["join", &b.serving.ticket]).code, Some(2));
+    // What has come is offered to others at once.
+    let c = Node::new();
+    c.trust(&a.node);
+    let Door { serving, .. } = a;
+    drop(serving);
+    let from_b = c.run(&["pull", &b.id, "--peer", &b.serving.address]);
+    assert_eq!(from_b.code, Some(0), "{}", from_b.err);
+}
+
+#[test]
 fn a_node_with_nothing_answers_by_what_it_fetches() {
     let a = Door::open("q8", &[]);
     let expected = a.answer("/v1/completions", &completion(PROMPTS[0], &json!({"temperature": 0.0})));
@@ -364,7 +387,7 @@ fn a_node_with_nothing_answers_by_what_it_fetches() {
     let joined = node.run(&["join", &a.serving.ticket]);
     assert_eq!(joined.code, Some(0), "{}", joined.err);
     assert_eq!(node.run(&["pull", &a.id, "--trunk"]).code, Some(0));
-    let b = Door::of(node, a.id.clone(), &["--peer", &a.serving.address]);
+    let b = Door::of(node, a.id.clone(), &[]); // it knows whom it has joined
     let mut asked = completion(PROMPTS[0], &json!({"temperature": 0.0}));
     asked["model"] = json!(a.id[..8]);
     let answer = b.answer("/v1/completions", &asked);

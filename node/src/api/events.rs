@@ -98,15 +98,12 @@ impl Maker {
         self.model = found.as_ref().map(|found| found.id);
         let mut used = self.api.generation.activity().lock().take_fresh();
         used.truncate(USED_MAX);
-        let transfer = self.api.progress.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
-        let transfers: Vec<_> =
-            transfer.iter().map(|one| json!({"name": one.name, "bytes": one.bytes(), "total": one.total, "peers": one.peers})).collect();
-        let store = self.api.open.store.stat().ok().map(|stat| {
+        let store = self.api.library.open.store.stat().ok().map(|stat| {
             json!({"bytes": stat.bytes, "bytes_max": (stat.bytes_max < u64::MAX).then_some(stat.bytes_max), "disk_free_bytes": stat.disk_free_bytes})
         });
         let event = json!({
             "time_ms": now_ms(), "model": self.model.or(loading).map(|id| id.to_string()), "generation": generation_json(&self.api), "used": used,
-            "place": changed, "transfers": transfers, "store": store, "peers": self.api.network.peers.borrow().connected.len(),
+            "place": changed, "transfers": self.api.transfers.json(), "store": store, "peers": self.api.network.peers.borrow().connected.len(),
         });
         Bytes::from(format!("event: state\ndata: {event}\n\n"))
     }

@@ -54,12 +54,12 @@ pub(super) struct ModelQuery {
 
 pub(super) async fn which(State(api): State<Arc<Api>>, query: Asked<WhichQuery>) -> Result<Json<Value>, ApiError> {
     let query = asked(query)?;
-    let found = model_or_default(&api, query.model.as_deref())?.clone();
+    let found = model_or_default(&api, query.model.as_deref())?;
     let top = query.top.unwrap_or(TOP_DEFAULT);
     if top == 0 {
         return Err(ApiError::invalid("top must be at least 1").param("top"));
     }
-    let json = reading(&api, move |api| Ok(domain_json(&api.open, &found, &query.domain, query.layer, top)?)).await?;
+    let json = reading(&api, move |api| Ok(domain_json(&api.library.open, &found, &query.domain, query.layer, top)?)).await?;
     Ok(Json(json))
 }
 
@@ -74,11 +74,11 @@ async fn reading<T: Send + 'static>(
 }
 
 pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -> Result<Json<Value>, ApiError> {
-    let found = model_or_default(&api, asked(query)?.model.as_deref())?.clone();
+    let found = model_or_default(&api, asked(query)?.model.as_deref())?;
     let holders = holders(&api, &found).await?;
     let json = reading(&api, move |api| {
-        let mut map = map_json(&api.open, &found)?;
-        let mut usage = api.open.dir.usage(found.id)?;
+        let mut map = map_json(&api.library.open, &found)?;
+        let mut usage = api.library.open.dir.usage(found.id)?;
         usage.resize(found.manifest.experts.len(), 0);
         map["place"] = json!(places(api, &found, &holders));
         map["holders"] = holders.iter().map(Vec::len).collect();
@@ -96,7 +96,7 @@ pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> 
     let place = |(number, blob): (usize, &protocol::BlobRef)| {
         if in_memory.get(number) == Some(&true) {
             IN_MEMORY
-        } else if api.open.store.contains(&blob.hash) {
+        } else if api.library.open.store.contains(&blob.hash) {
             ON_DISK
         } else if holders.get(number).is_some_and(|holders| !holders.is_empty()) {
             AT_PEERS
@@ -134,7 +134,7 @@ pub(super) async fn one(
     query: Asked<ModelQuery>,
 ) -> Result<Json<Value>, ApiError> {
     let Path((layer, expert)) = path.map_err(|error| ApiError::invalid(error.body_text()))?;
-    let found = model_or_default(&api, asked(query)?.model.as_deref())?.clone();
+    let found = model_or_default(&api, asked(query)?.model.as_deref())?;
     let slot = ExpertSlot { layer, expert };
     check_layer(&found, Some(layer)).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
     let number = found.manifest.config.expert_slots().position(|known| known == slot);
@@ -143,7 +143,7 @@ pub(super) async fn one(
     let holders = holders(&api, &found).await?;
     let json = reading(&api, move |api| {
         let blob = found.manifest.experts[number];
-        let domains = match own_body(&api.open, &found)? {
+        let domains = match own_body(&api.library.open, &found)? {
             None => Vec::new(),
             Some(body) => {
                 let of = |domain: usize| ranking(&body, domain).into_iter().find(|one| one.expert == number);
@@ -153,7 +153,7 @@ pub(super) async fn one(
         };
         let holding: Vec<_> =
             holders[number].iter().map(|peer| json!({"peer": peer.to_string(), "trust": api.network.trust_in_bytes(*peer)})).collect();
-        let uses = api.open.dir.usage(found.id)?.get(number).copied().unwrap_or(0);
+        let uses = api.library.open.dir.usage(found.id)?.get(number).copied().unwrap_or(0);
         Ok(json!({
             "model": found.id.to_string(), "layer": layer, "expert": expert, "hash": blob.hash.to_string(), "bytes": blob.length,
             "precision": found.manifest.expert_precision.name(), "place": places(api, &found, &holders)[number], "uses": uses,

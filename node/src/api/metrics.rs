@@ -37,7 +37,7 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Response {
             counts.bytes_fetched as f64,
         );
     }
-    if let Ok(stat) = api.open.store.stat() {
+    if let Ok(stat) = api.library.open.store.stat() {
         gauge(&mut text, "confrere_store_bytes", "Bytes of blobs in the store.", stat.bytes as f64);
         gauge(&mut text, "confrere_store_blobs", "Blobs in the store.", stat.blobs as f64);
         gauge(&mut text, "confrere_store_quarantined", "Blobs that were found damaged.", stat.quarantined as f64);

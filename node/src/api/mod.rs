@@ -6,12 +6,13 @@ mod dashboard;
 mod error;
 mod events;
 mod experts;
+mod fetching;
 mod metrics;
 mod openai;
 mod own;
 pub(crate) mod server;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request};
@@ -27,29 +28,55 @@ pub(crate) use self::access::Access;
 pub(crate) use self::body::Intake;
 use self::error::ApiError;
 pub(crate) use self::experts::HoldersCache;
-use crate::data_dir::{LocalModel, OpenDataDir};
+use crate::data_dir::LocalModel;
 use crate::federation::PeerOptions;
 use crate::generation::{Generation, ModelState};
+use crate::library::Library;
 use crate::net::fetcher::{Progress, Rates};
 use crate::net::network::Network;
 
 /// Everything that the API asks.
 pub(crate) struct Api {
-    pub(crate) open: Arc<OpenDataDir>,
-    pub(crate) models: Vec<LocalModel>,
+    pub(crate) library: Arc<Library>,
     pub(crate) network: Network,
     pub(crate) generation: Generation,
     pub(crate) about: About,
     /// How to ask peers what they hold.
     pub(crate) peers: PeerOptions,
+    /// The closed group that the node is in, by its fingerprint.
+    pub(crate) group: Option<String>,
     /// How fast peers have sent, and what is on its way.
     pub(crate) rates: Rates,
-    pub(crate) progress: Progress,
+    pub(crate) transfers: Transfers,
     pub(crate) intake: Intake,
     pub(crate) started_ms: u64,
     /// Becomes true when the node is about to stop: streams that have no end of their own end then.
     pub(crate) stopping: watch::Receiver<bool>,
     pub(crate) holders: HoldersCache,
+}
+
+/// What is on its way: for answers, and for those who pull.
+#[derive(Clone, Default, Debug)]
+pub(crate) struct Transfers(Arc<Mutex<Vec<Progress>>>);
+
+impl Transfers {
+    pub(crate) fn new(first: Progress) -> Self {
+        Self(Arc::new(Mutex::new(vec![first])))
+    }
+
+    fn add(&self, progress: Progress) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(progress);
+    }
+
+    fn remove(&self, progress: &Progress) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| !Arc::ptr_eq(known, progress));
+    }
+
+    fn json(&self) -> Value {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let now = all.iter().filter_map(|one| one.lock().unwrap_or_else(PoisonError::into_inner).clone());
+        now.map(|one| json!({"name": one.name, "bytes": one.bytes(), "total": one.total, "peers": one.peers})).collect()
+    }
 }
 
 /// What does not change while the node runs.
@@ -77,6 +104,8 @@ pub(crate) fn router(api: Arc<Api>, access: Access) -> Router {
         .route("/api/node", get(own::node))
         .route("/api/models", get(own::models))
         .route("/api/models/{id}", get(own::model))
+        .route("/api/join", post(fetching::join))
+        .route("/api/pull", post(fetching::pull))
         .route("/api/peers", get(own::peers))
         .route("/api/store", get(own::store))
         .route("/api/records", get(own::records))
@@ -115,16 +144,17 @@ async fn with_headers(request: Request, next: Next) -> Response {
 }
 
 /// Finds a model by name, id, or the beginning of an id.
-fn lookup<'a>(models: &'a [LocalModel], name: &str) -> Result<&'a LocalModel, ApiError> {
+fn lookup(api: &Api, name: &str) -> Result<LocalModel, ApiError> {
+    let models = api.library.models();
     if let Some(found) = models.iter().find(|found| found.name == name) {
-        return Ok(found);
+        return Ok(found.clone());
     }
     let is_beginning = name.len() >= 4 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
     let begins = |found: &&LocalModel| is_beginning && found.id.to_string().starts_with(&name.to_ascii_lowercase());
     let mut matching: Vec<_> = models.iter().filter(begins).collect();
     matching.dedup_by_key(|found| found.id);
-    if let [found] = &matching[..] {
-        return Ok(found);
+    if let [found] = matching[..] {
+        return Ok(found.clone());
     }
     let known: Vec<_> = models.iter().map(|found| found.name.as_str()).collect();
     let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
@@ -132,19 +162,20 @@ fn lookup<'a>(models: &'a [LocalModel], name: &str) -> Result<&'a LocalModel, Ap
 }
 
 /// The model that was named, the one that is loaded, or the only one.
-fn model_or_default<'a>(api: &'a Api, name: Option<&str>) -> Result<&'a LocalModel, ApiError> {
+fn model_or_default(api: &Api, name: Option<&str>) -> Result<LocalModel, ApiError> {
     if let Some(name) = name {
-        return lookup(&api.models, name);
+        return lookup(api, name);
     }
-    let loaded = match api.generation.model() {
-        ModelState::Ready(ready) => Some(ready.found.id),
-        ModelState::Loading(found) => Some(found.id),
-        ModelState::None | ModelState::Failed(..) => None,
-    };
-    match (loaded.and_then(|id| api.models.iter().find(|found| found.id == id)), &api.models[..]) {
-        (Some(found), _) | (None, [found]) => Ok(found),
-        (None, []) => Err(ApiError::not_found("model_not_found", "no model is here yet")),
-        (None, _) => Err(ApiError::invalid("more than one model is here; say which with ?model=").param("model")),
+    match api.generation.model() {
+        ModelState::Ready(ready) => return Ok(ready.found.clone()),
+        ModelState::Loading(found) => return Ok(found),
+        ModelState::None | ModelState::Failed(..) => {}
+    }
+    let mut models = api.library.models();
+    match models.len() {
+        1 => Ok(models.remove(0)),
+        0 => Err(ApiError::not_found("model_not_found", "no model is here yet")),
+        _ => Err(ApiError::invalid("more than one model is here; say which with ?model=").param("model")),
     }
 }
 

@@ -81,11 +81,11 @@ pub(super) async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
         _ => None,
     };
     let one = |found: &LocalModel| {
-        let mut summary = summary(&api.open, found);
+        let mut summary = summary(&api.library.open, found);
         summary["loaded"] = json!(loaded == Some(found.id));
         summary
     };
-    Json(api.models.iter().map(one).collect())
+    Json(api.library.models().iter().map(one).collect())
 }
 
 #[derive(Deserialize)]
@@ -101,7 +101,7 @@ pub(super) async fn model(
     query: Asked<DetailsQuery>,
 ) -> Result<Json<Value>, ApiError> {
     let query = asked(query)?;
-    Ok(Json(details(&api.open, lookup(&api.models, &name)?, query.blobs)))
+    Ok(Json(details(&api.library.open, &lookup(&api, &name)?, query.blobs)))
 }
 
 /// Who is connected, and what they say of themselves.
@@ -130,7 +130,7 @@ pub(super) async fn peers(State(api): State<Arc<Api>>) -> Json<Value> {
 }
 
 pub(super) async fn store(State(api): State<Arc<Api>>) -> Result<Json<Value>, ApiError> {
-    let stat = api.open.store.stat().map_err(crate::failure::Failure::from)?;
+    let stat = api.library.open.store.stat().map_err(crate::failure::Failure::from)?;
     Ok(Json(stat_json(&stat)))
 }
 

@@ -79,7 +79,7 @@ pub(super) fn demo(runtime: &Runtime, args: &DemoArgs, as_json: bool) -> Result<
 
     note(&format!("node A imports {} …", checkpoint.display()));
     let (rich, poor) = (DataDir::open(&workplace.path.join("a"))?, DataDir::open(&workplace.path.join("b"))?);
-    let model = import_into(&mut rich.lock(u64::MAX)?, &checkpoint, Some("demo"), Target::default())?;
+    let model = import_into(&rich.lock(u64::MAX)?, &checkpoint, Some("demo"), Target::default())?;
     let experts = model.manifest.experts.len();
 
     note("node A answers alone, for comparison …");
@@ -127,7 +127,7 @@ fn generate_all(
     tokens_max: usize,
     show: Show,
 ) -> Result<Vec<Row>, Failure> {
-    let mut open = dir.lock(u64::MAX)?;
+    let open = dir.lock(u64::MAX)?;
     let options = PeerOptions {
         peers: peer.into_iter().collect(),
         mdns: false,
@@ -137,7 +137,7 @@ fn generate_all(
         remote: RemoteOptions::default(),
     };
     let federation = Federation::connect(runtime.handle(), dir, &options, false)?;
-    let found = federation.find(&mut open, &model.to_string(), Some("demo"))?;
+    let found = federation.find(&open, &model.to_string(), Some("demo"))?;
     let options = EngineArgs::default().options(&found.manifest, None);
     let mut loaded = federation.load(&open, &found, default_memory(), options)?;
     let prompts = if loaded.text.tokenizer.is_some() { PROMPTS } else { ID_PROMPTS };

@@ -76,9 +76,9 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
     if tokens.is_empty() {
         return Err(Failure::new(Kind::Usage, format!("{} has no tokens", args.tokens.display())));
     }
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let found = federation.find(&mut open, &args.model, None)?;
+    let found = federation.find(&open, &args.model, None)?;
     let vocab_size = found.manifest.config.vocab_size as usize;
     let values = if args.reference {
         let mut read = |blob: protocol::BlobRef| {
@@ -115,9 +115,9 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
 fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     let text =
         String::from_utf8(read(&args.file)?).map_err(|_| Failure::new(Kind::Usage, format!("{} is not UTF-8", args.file.display())))?;
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let found = federation.find(&mut open, &args.model, None)?;
+    let found = federation.find(&open, &args.model, None)?;
     let window = found.manifest.config.max_position_embeddings.min(WINDOW_DEFAULT) as usize;
     let options = args.engine.options(&found.manifest, Some(window));
     let mut loaded = federation.load(&open, &found, context.memory_max, options)?;

@@ -10,9 +10,9 @@ use protocol::record::is_domain_name;
 use serde_json::{Value, json};
 
 use super::map::Map;
-use super::profile::{Measuring, SETTLE, check_text, parse_time};
+use super::profile::{Measuring, parse_time};
 use super::{Context, EngineArgs, Held, PeerArgs, encoded};
-use crate::claims::{self, Check, Claim, Claims, Sample};
+use crate::claims::{self, Check, Claim, Claims, Sample, check_text, unknown_domain};
 use crate::clock::{check_interrupted, instant, interrupted};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
@@ -22,7 +22,8 @@ use crate::net::network::Network;
 use crate::output::{note, print_json, print_line};
 use crate::probes;
 use crate::profiles::Step;
-use crate::specialists::{check_layer, domain_json, map_json, model_of, no_profile, no_such_domain, own_body, row_json};
+use crate::pulling::SETTLE;
+use crate::specialists::{check_layer, domain_json, map_json, model_of, no_profile, own_body, row_json};
 
 const HEADING: &str = "layer expert   lift             95%        q  routed  trials helps at least";
 /// Providers of an expert that are named.
@@ -129,10 +130,10 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
 
 /// What the federation says: claims of peers, measured again as far as that can be done here, and who has the experts.
 fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| only_model(&open), Ok)?;
-    let found = federation.find(&mut open, &model, None)?;
+    let found = federation.find(&open, &model, None)?;
     check_layer(&found, args.layer)?;
     let network = federation.settle(SETTLE)?.ok_or_else(|| no_peer(context))?;
     if !is_domain_name(domain) {
@@ -273,19 +274,6 @@ fn by_node(whys: &[(protocol::NodeId, String)]) -> Vec<Value> {
     whys.iter().map(|(node, why)| json!({"node": node.to_string(), "why": why})).collect()
 }
 
-pub(super) fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> Failure {
-    if known.is_empty() || known.iter().any(|known| known == name) {
-        let held = claims.held.iter().map(|claim| (&claim.node, check_text(&claim.check)));
-        let void = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| (node, why.clone()));
-        let why: Vec<_> = held.chain(void).map(|(node, why)| format!("; {node}: {why}")).collect();
-        return Failure::new(
-            Kind::NotFound,
-            format!("no peer has a profile of this model that says anything of {name} and counts{}", why.concat()),
-        );
-    }
-    no_such_domain(name, known)
-}
-
 /// The beginning of a long name.
 fn short(name: &str) -> String {
     let end = name.char_indices().nth(14).map_or(name.len(), |(at, _)| at);
@@ -311,10 +299,10 @@ fn row_text(row: &Value) -> String {
 
 /// The experts that a text uses, by how much likelier that is than in the mean of the profile's domains.
 fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = match &args.model {
-        Some(model) => federation.find(&mut open, model, None)?,
+        Some(model) => federation.find(&open, model, None)?,
         None => model_of(&open, None)?,
     };
     check_layer(&found, args.layer)?;

@@ -17,13 +17,14 @@ use tokio::sync::watch;
 use super::serve::ServeArgs;
 use super::{CONTEXT_DEFAULT, Context};
 use crate::api::server::Server;
-use crate::api::{About, Access, Api, router};
+use crate::api::{About, Access, Api, Transfers, router};
 use crate::clock::now_ms;
 use crate::daemon::Daemon;
-use crate::data_dir::{DataDir, LocalModel, OpenDataDir, io_failure};
+use crate::data_dir::{DataDir, io_failure};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, PeerOptions, Publishers};
 use crate::generation::{Generation, GenerationOptions};
+use crate::library::Library;
 use crate::net::network::Network;
 use crate::net::{Multiaddr, new_secret};
 
@@ -34,8 +35,7 @@ const TOKEN_BYTES_MIN: usize = 16;
 pub(super) struct Shared<'a> {
     pub(super) context: &'a Context,
     pub(super) args: &'a ServeArgs,
-    pub(super) open: &'a Arc<OpenDataDir>,
-    pub(super) models: &'a [LocalModel],
+    pub(super) library: &'a Arc<Library>,
     pub(super) network: &'a Network,
     pub(super) group: Option<String>,
 }
@@ -56,7 +56,8 @@ impl FrontDoor {
         executor_bytes: Arc<AtomicU64>,
         (addresses, ticket): (&[Multiaddr], &Ticket),
     ) -> Result<Self, Failure> {
-        let Shared { context, args, open, models, network, group } = shared;
+        let Shared { context, args, library, network, group } = shared;
+        let open = &library.open;
         let address = listener.local_addr().map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
         let tokens = match &args.api_tokens {
             Some(file) => Some(read_tokens(file)?),
@@ -77,8 +78,7 @@ impl FrontDoor {
         let generation = Generation::start(Arc::clone(open), federation, options(context, args, executor_bytes), first);
         let (stopping, until_stopping) = watch::channel(false);
         let api = Api {
-            open: Arc::clone(open),
-            models: models.to_vec(),
+            library: Arc::clone(library),
             network: (*network).clone(),
             generation: generation.clone(),
             about: About {
@@ -90,8 +90,9 @@ impl FrontDoor {
                 kv_tokens: kv_tokens(args) as u64,
             },
             peers,
+            group: group.clone(),
             rates,
-            progress,
+            transfers: Transfers::new(progress),
             intake: crate::api::Intake::default(),
             started_ms: now_ms(),
             stopping: until_stopping,

@@ -51,20 +51,20 @@ pub(super) struct RequantizeArgs {
 }
 
 pub(super) fn import(context: &Context, args: &ImportArgs) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let target = Target { experts: args.precision, trunk: args.trunk_precision.or(args.precision) };
-    let model = import_into(&mut open, &args.path, args.name.as_deref(), target)?;
+    let model = import_into(&open, &args.path, args.name.as_deref(), target)?;
     report(context, &open, &model)
 }
 
 /// `confrere requantize`: a model that is here becomes another, of narrower weights.
 pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     if let Some(name) = &args.name {
         open.check_name(name, None)?;
     }
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let found = federation.find(&mut open, &args.model, None)?;
+    let found = federation.find(&open, &args.model, None)?;
     let manifest = Arc::clone(&found.manifest);
     let parts = [trunk_parts(&manifest), expert_parts(&manifest)].concat();
     federation.bring(&open.store, &parts, "model")?;
@@ -76,7 +76,7 @@ pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(),
     };
     let suggested = Some(format!("{}-{}", found.name, args.precision));
     let made = |sink: &dyn BlobSink| convert::requantize(&manifest, target, &read, sink).map_err(Failure::from);
-    let model = make_model(&mut open, (args.name.as_deref(), suggested), manifest.total_bytes(), "requantize", made)?;
+    let model = make_model(&open, (args.name.as_deref(), suggested), manifest.total_bytes(), "requantize", made)?;
     report(context, &open, &model)
 }
 
@@ -91,7 +91,7 @@ fn report(context: &Context, open: &OpenDataDir, model: &LocalModel) -> Result<(
 }
 
 /// Imports the checkpoint at `path`. One that is refused leaves nothing behind; one that is interrupted can go on.
-pub(super) fn import_into(open: &mut OpenDataDir, path: &Path, name: Option<&str>, target: Target) -> Result<LocalModel, Failure> {
+pub(super) fn import_into(open: &OpenDataDir, path: &Path, name: Option<&str>, target: Target) -> Result<LocalModel, Failure> {
     if let Some(name) = name {
         open.check_name(name, None)?;
     }
@@ -113,7 +113,7 @@ pub(super) fn import_into(open: &mut OpenDataDir, path: &Path, name: Option<&str
 /// Makes a model of new blobs and keeps it under the name that is wanted, else under the one suggested if that is free. When it fails, the
 /// blobs go; when it is interrupted, they stay.
 fn make_model(
-    open: &mut OpenDataDir,
+    open: &OpenDataDir,
     (name, suggested): (Option<&str>, Option<String>),
     bytes: u64,
     what: &str,

@@ -74,7 +74,7 @@ pub(super) fn show(context: &Context, model: &str, blobs: bool) -> Result<(), Fa
 }
 
 pub(super) fn rm(context: &Context, model: &str) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let Some((name, id)) = open.identify(model)? else {
         return Err(open.local(model).err().unwrap_or_else(|| Failure::new(Kind::NotFound, format!("no model is called {model}"))));
     };

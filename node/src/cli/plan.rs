@@ -52,9 +52,9 @@ struct Way {
 }
 
 pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let found = federation.find(&mut open, &args.model, None)?;
+    let found = federation.find(&open, &args.model, None)?;
     let manifest = &*found.manifest;
     let memory = args.memory.unwrap_or(context.memory_max);
     let trace = args.trace.as_ref().map(|file| read_trace(file)).transpose()?;

@@ -13,7 +13,7 @@ use protocol::{ContentHash, ModelId};
 use serde_json::{Value, json};
 
 use super::{Context, EngineArgs, PeerArgs, experts};
-use crate::claims::{self, Check, Sample};
+use crate::claims::{self, Check, Sample, check_text};
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
@@ -22,10 +22,9 @@ use crate::loading::Loaded;
 use crate::output::{count_bar, note, print_json, print_line};
 use crate::probes;
 use crate::profiles::{Journal, Profile, Step};
+use crate::pulling::SETTLE;
 use crate::records::parse_peer;
 
-/// For peers to turn up.
-pub(super) const SETTLE: Duration = Duration::from_secs(3);
 /// For measuring a domain again.
 const PER_DOMAIN: Duration = Duration::from_secs(600);
 
@@ -155,9 +154,9 @@ pub(super) fn build_profile(options: &EngineOptions) -> ContentHash {
 
 fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let set = args.probes.as_deref().map_or_else(|| Ok(probes::shipped()), probes::read)?;
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let found = federation.find(&mut open, &args.model, None)?;
+    let found = federation.find(&open, &args.model, None)?;
     let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
     let mut journal = measuring.resume(&open, &found, &set)?;
     if open.dir.profile(found.id)?.is_some_and(|profile| profile.probes != set.hash()) {
@@ -271,10 +270,10 @@ fn model_without_lock(context: &Context, model: &str) -> Result<(ModelId, String
 
 fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let peer = parse_peer(&args.peer)?;
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| experts::only_model(&open), Ok)?;
-    let found = federation.find(&mut open, &model, None)?;
+    let found = federation.find(&open, &model, None)?;
     let set = probes::shipped();
     let any = set.domains().keys().next().expect("a probe set has domains").clone();
     let network = federation.settle(SETTLE)?.ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR)"))?;
@@ -327,16 +326,6 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
         note(&format!("trust of {peer} in profiles, from what was seen here: {trust:.3}"));
     }
     refuted.map_or(Ok(()), |why| Err(Failure::new(Kind::Refused, format!("what {peer} says does not hold: {why}"))))
-}
-
-/// What came of checking, for people.
-pub(super) fn check_text(check: &Check) -> String {
-    match check {
-        Check::Own => "measured here".to_owned(),
-        Check::Holds => "measured again: it holds".to_owned(),
-        Check::Not(why) => format!("not measured again: {why}"),
-        Check::Refuted(why) => format!("does not hold: {why}"),
-    }
 }
 
 /// Says what a profile comes to.

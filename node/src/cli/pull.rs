@@ -1,17 +1,16 @@
 //! `confrere pull`: a model, or part of it, from peers into the store.
 
 use clap::Args;
-use protocol::BlobRef;
-use serde_json::json;
+use indicatif::ProgressBar;
+use serde_json::{Value, json};
 
-use super::profile::SETTLE;
-use super::{Context, PeerArgs, experts, parse_size};
-use crate::claims::{self, Claims};
-use crate::data_dir::{LocalModel, OpenDataDir};
+use super::{Context, Held, PeerArgs, parse_size};
+use crate::daemon::{self, Daemon};
 use crate::failure::Failure;
-use crate::federation::{Federation, expert_parts, trunk_parts};
-use crate::output::{human_bytes, note, print_json, print_line};
-use crate::specialists::own_body;
+use crate::federation::Federation;
+use crate::models::pulled_json;
+use crate::output::{byte_bar, human_bytes, note, print_json, print_line};
+use crate::pulling::{self, Part};
 
 #[derive(Args)]
 pub(super) struct PullArgs {
@@ -37,50 +36,51 @@ pub(super) struct PullArgs {
 }
 
 pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
-    let mut open = context.lock()?;
-    let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let model = federation.find(&mut open, &args.model, args.name.as_deref())?;
-    let mut bytes = federation.bring(&open.store, &trunk_parts(&model.manifest), "trunk")?;
-    if let Some(domain) = &args.domain {
-        bytes += federation.bring(&open.store, &of_domain(context, args, (&open, &federation, &model), domain)?, "experts")?;
-    } else if let Some(bytes_max) = args.experts {
-        bytes += federation.bring(&open.store, &federation.rarest(&open.store, &model.manifest, bytes_max)?, "experts")?;
-    } else if !args.trunk {
-        bytes += federation.bring(&open.store, &expert_parts(&model.manifest), "experts")?;
-    }
-    note(&format!("{}: fetched {}", model.name, human_bytes(bytes)));
-    if context.json {
-        let experts = json!({"have": model.experts_present(&open.store), "all": model.manifest.experts.len()});
-        return print_json(&json!({"name": model.name, "id": model.id.to_string(), "experts": experts, "bytes_fetched": bytes}));
-    }
-    print_line(&model.id.to_string())
+    let pulled = match context.open()? {
+        Held::Here(open) => {
+            let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
+            let model = federation.find(&open, &args.model, args.name.as_deref())?;
+            let bytes = pulling::pull(&federation, &open, &model, &args.part(), context.disk_max)?;
+            pulled_json(&open, &model, bytes)
+        }
+        Held::Daemon(daemon) => ask(context, args, &daemon)?,
+    };
+    let name = pulled["name"].as_str().unwrap_or_default();
+    note(&format!("{name}: fetched {}", human_bytes(pulled["bytes_fetched"].as_u64().unwrap_or(0))));
+    if context.json { print_json(&pulled) } else { print_line(pulled["id"].as_str().unwrap_or_default()) }
 }
 
-/// The experts that a domain uses most, by what is measured here or, failing that, by what the peer says who is trusted most; as many as fit.
-fn of_domain(
-    context: &Context,
-    args: &PullArgs,
-    (open, federation, model): (&OpenDataDir, &Federation, &LocalModel),
-    domain: &str,
-) -> Result<Vec<(BlobRef, String)>, Failure> {
-    let mut claims = Claims::default();
-    if let (Some(body), Some(profile)) = (own_body(open, model)?, open.dir.profile(model.id)?) {
-        claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
-    } else if let Some(network) = federation.settle(SETTLE)? {
-        claims = claims::collect(federation, (open, &network), model, domain, None)?;
+/// Has the node that serves pull, and shows how far it is.
+fn ask(context: &Context, args: &PullArgs, daemon: &Daemon) -> Result<Value, Failure> {
+    let request = json!({
+        "model": args.model, "name": args.name, "trunk": args.trunk.then_some(true), "experts_bytes": args.experts, "domain": args.domain,
+    });
+    let (mut bar, mut pulled) = (None::<(String, ProgressBar)>, Value::Null);
+    let on_event = |event: Value| {
+        if event["id"].is_string() {
+            pulled = event;
+            return Ok(());
+        }
+        let name = event["name"].as_str().unwrap_or_default();
+        if bar.as_ref().is_none_or(|(known, _)| known != name) {
+            let (_, old) = bar.replace((name.to_owned(), byte_bar(event["total"].as_u64().unwrap_or(0), name))).unzip();
+            old.iter().for_each(ProgressBar::finish_and_clear);
+        }
+        bar.iter().for_each(|(_, bar)| bar.set_position(event["bytes"].as_u64().unwrap_or(0)));
+        Ok(())
+    };
+    let ended = daemon::wait(&context.runtime, daemon.stream("/api/pull", &request, on_event));
+    bar.iter().for_each(|(_, bar)| bar.finish_and_clear());
+    ended.map(|()| pulled)
+}
+
+impl PullArgs {
+    fn part(&self) -> Part {
+        match (&self.domain, self.experts) {
+            (Some(domain), bytes_max) => Part::Domain(domain.clone(), bytes_max),
+            (None, Some(bytes_max)) => Part::Rarest(bytes_max),
+            (None, None) if self.trunk => Part::Trunk,
+            (None, None) => Part::All,
+        }
     }
-    let order = claims.by_use(domain);
-    if order.is_empty() {
-        claims.domains.extend(claims.held.iter().flat_map(|claim| claim.body.domains.iter().map(|of| of.name.clone())));
-        claims.domains.sort();
-        claims.domains.dedup();
-        return Err(experts::unknown_domain(domain, &claims.domains, &claims));
-    }
-    let stat = open.store.stat()?;
-    let parts = expert_parts(&model.manifest);
-    let here = parts.iter().filter(|(blob, _)| open.store.contains(&blob.hash)).map(|(blob, _)| blob.length).sum();
-    let of_experts = args.experts.map_or(u64::MAX, |most| most.saturating_sub(here));
-    let mut left = of_experts.min(context.disk_max.saturating_sub(stat.bytes));
-    let mut fits = |blob: &BlobRef| open.store.contains(&blob.hash) || left.checked_sub(blob.length).inspect(|now| left = *now).is_some();
-    Ok(order.into_iter().map(|number| parts[number].clone()).filter(|(blob, _)| fits(blob)).collect())
 }

@@ -73,13 +73,13 @@ pub(super) struct RunArgs {
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
-    let mut open = match context.open()? {
+    let open = match context.open()? {
         Held::Here(open) => open,
         Held::Daemon(daemon) => return asked::run(context, args, &daemon),
     };
     let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &peers, context.offline)?;
-    let found = federation.find(&mut open, &args.model, None)?;
+    let found = federation.find(&open, &args.model, None)?;
     let defaults = &found.manifest.generation;
     let prompt = match &args.prompt {
         Some(prompt) => Some(prompt.clone()),

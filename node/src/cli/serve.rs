@@ -1,6 +1,6 @@
 //! `confrere serve`: a node that others fetch from, until it is told to stop.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::num::NonZero;
 use std::path::PathBuf;
@@ -11,7 +11,6 @@ use std::time::Duration;
 use clap::Args;
 use inference::kernels::Kernels;
 use protocol::ModelId;
-use protocol::message::{LISTING_MODELS_MAX, Listing};
 use protocol::profile::ProfileBody;
 use protocol::profile::lift::ranking;
 use protocol::query::{ATTESTATIONS_MAX, HEADS_MAX, Query, QueryAnswer};
@@ -31,6 +30,7 @@ use crate::clock::now_ms;
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::remember;
+use crate::library::Library;
 use crate::memory::{network_memory, process_bytes};
 use crate::net::address::{is_loopback, is_relayed, is_tcp, parse_address, parse_listen};
 use crate::net::allowed::{Allowed, AllowedPeers};
@@ -117,18 +117,16 @@ enum ApiAddress {
 pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> {
     let open = Arc::new(context.lock()?);
     let key = open.dir.key()?;
-    let models = open.readable_models();
-    let mut manifests = HashMap::new();
-    for model in &models {
-        manifests.insert(model.id, Arc::new(open.envelope(model.id)?));
-    }
-    let listing = Listing { models: models.iter().take(LISTING_MODELS_MAX).map(|model| (model.name.clone(), model.id)).collect() };
-    let listing = protocol::codec::to_bytes(&listing);
+    let library = Arc::new(Library::new(Arc::clone(&open)));
+    let models = library.models();
     let group = args.private.as_deref().map(GroupKey::read).transpose()?;
     let listen = listen_addresses(&args.listen, group)?;
     let fingerprint = group.map(|group| group.fingerprint());
-    let (peers, book) =
-        if context.offline { (Vec::new(), Vec::new()) } else { (args.peers.clone(), open.dir.book(fingerprint.as_deref())?.plan(random)) };
+    let (peers, book) = if context.offline {
+        (Vec::new(), Vec::new())
+    } else {
+        (known_peers(args, &open.dir)?, open.dir.book(fingerprint.as_deref())?.plan(random))
+    };
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
         let records = SharedRecords::load(&open.dir, [probes::shipped().hash()])?;
@@ -151,15 +149,14 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         let executes = !works_for.is_empty();
         let memory_bytes = if executes { context.memory_max.saturating_sub(process_bytes()) } else { 0 };
         let own_status = OwnStatus {
-            store: Arc::clone(&open.store),
-            models: models.clone(),
+            library: Arc::clone(&library),
             records: records.clone(),
             works_for: works_for.clone(),
             threads: threads as u16,
             memory_bytes,
             counted: Mutex::default(),
         };
-        provider::start(Provider::new(manifests, listing, own_status), &network, args.upload)?;
+        provider::start(Provider::new(own_status), &network, args.upload)?;
         let executor_bytes = Arc::new(AtomicU64::new(memory_bytes));
         if executes {
             let (key, kernels) = (open.dir.key()?, args.engine.kernels.unwrap_or_else(Kernels::best));
@@ -176,7 +173,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             network: network.clone(),
             dir: open.dir.clone(),
             key: open.dir.key()?,
-            models: models.clone(),
+            library: Arc::clone(&library),
             bodies: Arc::clone(&bodies),
             memory_bytes,
             disk_bytes: context.disk_max,
@@ -186,7 +183,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         let (first, ticket) = introduce(&addresses, &network, key.id());
         let front_door = match api_address(args.api).await? {
             Some(listener) => {
-                let shared = Shared { context, args, open: &open, models: &models, network: &network, group: fingerprint.clone() };
+                let shared = Shared { context, args, library: &library, network: &network, group: fingerprint.clone() };
                 Some(FrontDoor::open(&shared, listener, executor_bytes, (&addresses, &ticket))?)
             }
             None => None,
@@ -223,6 +220,17 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     })?;
     open.store.flush();
     Ok(())
+}
+
+/// Peers to stay connected to: those named now, and those joined before.
+fn known_peers(args: &ServeArgs, dir: &DataDir) -> Result<Vec<Multiaddr>, Failure> {
+    let mut peers = args.peers.clone();
+    for address in dir.peers()? {
+        if !peers.contains(&address) {
+            peers.push(address);
+        }
+    }
+    Ok(peers)
 }
 
 /// The bodies of this node's own profiles.

@@ -110,6 +110,12 @@ impl Finder {
         Self { telling, tell_at: None, told_at: None, search: None, hosts: HashSet::new(), tellers: HashMap::new() }
     }
 
+    /// Tells of other models from now on.
+    pub(super) fn offer(&mut self, models: &[ModelId]) {
+        self.telling = models.iter().take(MODELS_PER_PEER_MAX).map(|&model| key(model)).collect();
+        self.tell_soon();
+    }
+
     pub(super) fn is_busy(&self) -> bool {
         self.search.is_some() || self.tell_at.is_some()
     }

@@ -124,6 +124,8 @@ pub(super) enum Command {
     Drop(PeerId),
     Admit(PeerId),
     LookFor(ModelId, oneshot::Sender<()>),
+    Stay(Vec<Multiaddr>),
+    Offer(Vec<ModelId>),
     Tell(RecordKind, Vec<u8>, oneshot::Sender<bool>),
 }
 
@@ -159,6 +161,16 @@ impl Network {
     pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) -> bool {
         let (told, wait) = oneshot::channel();
         self.commands.send(Command::Tell(kind, bytes, told)).await.is_ok() && wait.await.unwrap_or(false)
+    }
+
+    /// Stays connected to a peer at one of these addresses, as to one that the user named at the start.
+    pub(crate) async fn stay_with(&self, addresses: Vec<Multiaddr>) {
+        let _ = self.commands.send(Command::Stay(addresses)).await;
+    }
+
+    /// Tells others that these models are served here; it replaces what was told before.
+    pub(crate) async fn offer(&self, models: Vec<ModelId>) {
+        let _ = self.commands.send(Command::Offer(models)).await;
     }
 
     /// Begins to look for peers who have a model, by asking those who are connected. Once this returns, it has begun.

@@ -31,8 +31,6 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 /// What a node offers.
 pub(crate) struct Provider {
     pub(super) store: Arc<BlobStore>,
-    manifests: HashMap<ModelId, Arc<Vec<u8>>>,
-    listing: Arc<Vec<u8>>,
     own_status: OwnStatus,
     /// The records, and when they were put together.
     told: Mutex<Option<(Instant, Arc<Vec<u8>>)>>,
@@ -42,12 +40,10 @@ pub(crate) struct Provider {
 }
 
 impl Provider {
-    /// Offers the blobs of a node's store, some signed manifests and a list of models.
-    pub(crate) fn new(manifests: HashMap<ModelId, Arc<Vec<u8>>>, listing: Vec<u8>, own_status: OwnStatus) -> Self {
+    /// Offers the models of a library and the blobs of its store.
+    pub(crate) fn new(own_status: OwnStatus) -> Self {
         Self {
-            store: Arc::clone(&own_status.store),
-            manifests,
-            listing: Arc::new(listing),
+            store: Arc::clone(&own_status.library.open.store),
             own_status,
             told: Mutex::default(),
             blobs: Mutex::default(),
@@ -74,7 +70,7 @@ impl Provider {
         if let Some(blobs) = known.get(&model) {
             return Some(Arc::clone(blobs));
         }
-        let (manifest, _) = ModelManifest::open(model, self.manifests.get(&model)?.to_vec()).ok()?;
+        let (manifest, _) = ModelManifest::open(model, self.own_status.library.envelope(model)?.to_vec()).ok()?;
         let blobs = Arc::new(manifest.blobs().map(|blob| blob.hash).collect());
         known.insert(model, Arc::clone(&blobs));
         Some(blobs)
@@ -168,8 +164,8 @@ async fn write(stream: &mut Stream, head: &[u8], bytes: &[u8]) -> std::io::Resul
 
 fn answer(provider: &Provider, peer: &PeerId, request: Request) -> (Answer, Vec<u8>) {
     let whole = match request.subject {
-        Subject::Manifest(id) => provider.manifests.get(&id).cloned(),
-        Subject::Listing => Some(Arc::clone(&provider.listing)),
+        Subject::Manifest(id) => provider.own_status.library.envelope(id),
+        Subject::Listing => Some(Arc::new(provider.own_status.library.listing())),
         Subject::Status => Some(Arc::new(provider.own_status.for_peer(peer).to_bytes())),
         Subject::Records => Some(provider.records()),
     };

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use store::BlobStore;
 
 use crate::data_dir::LocalModel;
+use crate::library::Library;
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
 use crate::net::ask::{Answered, Asking};
@@ -19,23 +20,25 @@ use crate::records::SharedRecords;
 /// Answers of which the quickest counts: the others had other things on their way.
 const ANSWERS: u32 = 3;
 
+/// The store's generation and the number of models, and what was counted then.
+type Counted = ((u64, usize), Vec<Holding>);
+
 /// This node, as it describes itself.
 pub(crate) struct OwnStatus {
-    pub(crate) store: Arc<BlobStore>,
-    pub(crate) models: Vec<LocalModel>,
+    pub(crate) library: Arc<Library>,
     pub(crate) records: SharedRecords,
     pub(crate) works_for: AllowedPeers,
     pub(crate) threads: u16,
     /// For experts that run for others.
     pub(crate) memory_bytes: u64,
-    /// Which experts are here, counted when the store was of this generation.
-    pub(crate) counted: Mutex<Option<(u64, Vec<Holding>)>>,
+    /// Which experts are here, counted when the store was of this generation and there were so many models.
+    pub(crate) counted: Mutex<Option<Counted>>,
 }
 
 impl OwnStatus {
     /// For one peer, since not everybody may have experts run here.
     pub(crate) fn for_peer(&self, peer: &PeerId) -> Status {
-        let (stored_bytes, room_bytes) = self.store.stat().map_or((0, 0), |stat| {
+        let (stored_bytes, room_bytes) = self.store().stat().map_or((0, 0), |stat| {
             let quota = stat.bytes_max.saturating_sub(stat.bytes);
             (stat.bytes, quota.min(stat.disk_free_bytes))
         });
@@ -50,9 +53,14 @@ impl OwnStatus {
         }
     }
 
+    fn store(&self) -> &BlobStore {
+        &self.library.open.store
+    }
+
     /// Counted anew only when something has come or gone, however often somebody asks.
     fn holdings(&self) -> Vec<Holding> {
-        let generation = self.store.generation();
+        let models = self.library.models();
+        let generation = (self.store().generation(), models.len());
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, holdings)) = counted.as_ref().filter(|(at, _)| *at == generation) {
             return holdings.clone();
@@ -60,10 +68,10 @@ impl OwnStatus {
         let holding = |model: &LocalModel| Holding {
             name: model.name.clone(),
             model: model.id,
-            experts: model.experts_present(&self.store) as u32,
+            experts: model.experts_present(self.store()) as u32,
             of: model.manifest.experts.len() as u32,
         };
-        let holdings: Vec<_> = self.models.iter().map(holding).collect();
+        let holdings: Vec<_> = models.iter().map(holding).collect();
         *counted = Some((generation, holdings.clone()));
         holdings
     }

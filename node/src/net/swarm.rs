@@ -178,6 +178,13 @@ impl SwarmTask {
                     Some(Command::Drop(peer)) => self.drop_peer(peer),
                     Some(Command::Admit(peer)) => self.admit(peer),
                     Some(Command::Tell(kind, bytes, told)) => drop(told.send(self.tell_record(kind, bytes))),
+                    Some(Command::Stay(addresses)) => {
+                        for address in addresses.iter().filter(|address| !self.named.contains(address)).cloned().collect::<Vec<_>>() {
+                            self.want(&address);
+                            self.named.push(address);
+                        }
+                    }
+                    Some(Command::Offer(models)) => self.finder.offer(&models),
                     Some(Command::LookFor(model, begun)) => {
                         self.look_for(model);
                         self.look_around();

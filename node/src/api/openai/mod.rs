@@ -34,12 +34,12 @@ const STATUS_PATIENCE: Duration = Duration::from_secs(2);
 const PING_PAUSE: Duration = Duration::from_secs(5);
 
 pub(super) async fn models(State(api): State<Arc<Api>>) -> impl IntoResponse {
-    Json(json!({"object": "list", "data": api.models.iter().map(|found| model_json(&api, found)).collect::<Vec<_>>()}))
+    Json(json!({"object": "list", "data": api.library.models().iter().map(|found| model_json(&api, found)).collect::<Vec<_>>()}))
 }
 
 pub(super) async fn model(State(api): State<Arc<Api>>, Path(name): Path<String>) -> Result<Json<Value>, ApiError> {
-    let found = lookup(&api.models, &name)?;
-    Ok(Json(model_json(&api, found)))
+    let found = lookup(&api, &name)?;
+    Ok(Json(model_json(&api, &found)))
 }
 
 fn model_json(api: &Api, found: &LocalModel) -> Value {
@@ -68,12 +68,12 @@ struct Asked {
 
 async fn answer(api: Arc<Api>, asker: Asker, endpoint: Endpoint, request: Request) -> Result<Response, ApiError> {
     let ask = api.intake.read(request, move |fields| Ask::parse(endpoint, fields)).await?;
-    let found = lookup(&api.models, &ask.model)?;
+    let found = lookup(&api, &ask.model)?;
     let user = match asker {
         Asker::Token(number) => format!("token {number}"),
         Asker::Local => format!("user {}", ask.user),
     };
-    let model = api.generation.ready(found, &user, LOAD_PATIENCE).await?;
+    let model = api.generation.ready(&found, &user, LOAD_PATIENCE).await?;
     let (ask, model, request) = api.intake.work(move || with_tokens(ask, model)).await?;
     let prompt_tokens = request.prompt.len();
     let mut events = api.generation.ask(&model, &user, request)?;

@@ -69,7 +69,7 @@ struct Line {
 }
 
 pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), Failure> {
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &peers, context.offline)?;
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u16;
@@ -85,7 +85,7 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
             memory.max / 1e9
         ));
         for model in &args.models {
-            let found = federation.find(&mut open, model, None)?;
+            let found = federation.find(&open, model, None)?;
             let most = (args.prefill).max(args.depth + args.decode) + 1;
             let own = EngineOptions::for_model(&found.manifest);
             let kv = args.kv.unwrap_or(own.kv);

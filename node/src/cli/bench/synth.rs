@@ -78,7 +78,7 @@ pub(in crate::cli) fn synth(context: &Context, args: &SynthArgs) -> Result<(), F
     let Shape::Qwen3 = args.shape;
     let config = qwen3_30b_a3b(args);
     config.validate().map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
-    let mut open = context.lock()?;
+    let open = context.lock()?;
     let name = args.name.clone().unwrap_or_else(|| format!("synth-qwen3-30b-a3b-{}", args.precision));
     open.check_name(&name, None)?;
     let specs = config.trunk_tensors();

@@ -1,0 +1,56 @@
+//! The models that a node which serves offers, and the bytes of their manifests; it grows when a model comes by a join or a pull.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use protocol::ModelId;
+use protocol::message::{LISTING_MODELS_MAX, Listing};
+
+use crate::data_dir::{LocalModel, OpenDataDir};
+use crate::failure::Failure;
+
+/// Shared by all who speak of the node's models.
+pub(crate) struct Library {
+    pub(crate) open: Arc<OpenDataDir>,
+    models: RwLock<Vec<LocalModel>>,
+    /// Signed manifests, as they were asked for.
+    envelopes: Mutex<HashMap<ModelId, Arc<Vec<u8>>>>,
+}
+
+impl Library {
+    pub(crate) fn new(open: Arc<OpenDataDir>) -> Self {
+        let models = RwLock::new(open.readable_models());
+        Self { open, models, envelopes: Mutex::default() }
+    }
+
+    pub(crate) fn models(&self) -> Vec<LocalModel> {
+        self.models.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Looks again which models are here.
+    pub(crate) fn refresh(&self) {
+        let models = self.open.readable_models();
+        *self.models.write().unwrap_or_else(PoisonError::into_inner) = models;
+    }
+
+    /// The signed manifest of a model, if it is offered.
+    pub(crate) fn envelope(&self, id: ModelId) -> Option<Arc<Vec<u8>>> {
+        if !self.models.read().unwrap_or_else(PoisonError::into_inner).iter().any(|found| found.id == id) {
+            return None;
+        }
+        let mut envelopes = self.envelopes.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(bytes) = envelopes.get(&id) {
+            return Some(Arc::clone(bytes));
+        }
+        let read: Result<_, Failure> = self.open.envelope(id);
+        let bytes = Arc::new(read.ok()?);
+        envelopes.insert(id, Arc::clone(&bytes));
+        Some(bytes)
+    }
+
+    /// The list that is told to peers.
+    pub(crate) fn listing(&self) -> Vec<u8> {
+        let models = self.models().into_iter().take(LISTING_MODELS_MAX).map(|found| (found.name, found.id)).collect();
+        protocol::codec::to_bytes(&Listing { models })
+    }
+}
