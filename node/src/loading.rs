@@ -17,7 +17,7 @@ use store::BlobStore;
 
 use crate::clock::now_ms;
 use crate::data_dir::{LocalModel, OpenDataDir};
-use crate::dispatcher::{Dispatcher, DispatcherOptions, Providers, RemoteReport, SharedReport};
+use crate::dispatcher::{Dispatcher, DispatcherOptions, Interest, Providers, RemoteReport, SharedReport};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, no_peer, trunk_parts};
 use crate::memory::{process_bytes, resident_bytes};
@@ -29,6 +29,8 @@ use crate::prompt::ModelText;
 pub(crate) struct Loaded {
     pub(crate) engine: Engine,
     pub(crate) text: Arc<ModelText>,
+    /// Whether somebody still wants what it is at work on.
+    pub(crate) interest: Interest,
     providers: Providers,
     report: SharedReport,
     /// Memory that the process had before the model was loaded.
@@ -94,17 +96,19 @@ impl Federation {
         let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
         let providers = self.new_providers();
         let report = SharedReport::new(self.remote().audit);
+        let interest = Interest::default();
         let dispatching = DispatcherOptions {
             shape: manifest.config.expert_shape(manifest.expert_precision),
             kernels: options.kernels,
             remote: self.remote().clone(),
             report: report.clone(),
             evidence: open.dir.evidence(),
+            interest: interest.clone(),
         };
         let source = Dispatcher::new(Arc::clone(&open.store), self.dispatcher_peers(), Arc::clone(&providers), dispatching);
         let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
         let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
-        Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), providers, report, process })
+        Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), interest, providers, report, process })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.

@@ -262,7 +262,10 @@ struct Context {
 impl Context {
     /// Takes the data directory for this command alone.
     fn lock(&self) -> Result<OpenDataDir, Failure> {
-        self.dir.lock(self.disk_max)
+        self.dir.lock(self.disk_max).map_err(|failure| match failure.kind {
+            Kind::Busy => Failure { message: format!("{}, and this needs it for itself", failure.message), ..failure },
+            _ => failure,
+        })
     }
 }
 

@@ -57,6 +57,23 @@ pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
 /// Who has sent experts so far, shared with whoever reports it.
 pub(crate) type Providers = Arc<Mutex<BTreeMap<PeerId, u64>>>;
 
+/// Whether anybody still wants what the model is at work on.
+#[derive(Clone, Default)]
+pub(crate) struct Interest(Arc<Mutex<Option<IsWanted>>>);
+
+type IsWanted = Box<dyn Fn() -> bool + Send>;
+
+impl Interest {
+    /// From now on, what is awaited is given up when `is_wanted` says no.
+    pub(crate) fn set(&self, is_wanted: impl Fn() -> bool + Send + 'static) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(is_wanted));
+    }
+
+    fn is_gone(&self) -> bool {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|is_wanted| !is_wanted())
+    }
+}
+
 /// Peers, as a dispatcher uses them.
 #[derive(Clone)]
 pub(crate) struct DispatcherPeers {
@@ -88,6 +105,7 @@ pub(crate) struct DispatcherOptions {
     pub(crate) report: SharedReport,
     /// Where evidence against peers goes.
     pub(crate) evidence: PathBuf,
+    pub(crate) interest: Interest,
 }
 
 /// The experts of one model.
@@ -95,6 +113,7 @@ pub(crate) struct Dispatcher {
     store: Arc<BlobStore>,
     peers: Option<DispatcherPeers>,
     remote: Option<Remote>,
+    interest: Interest,
     mover: Option<Mover>,
     hurry: Hurry,
     hidden_size: usize,
@@ -156,7 +175,7 @@ impl Dispatcher {
     pub(crate) fn new(store: Arc<BlobStore>, peers: Option<DispatcherPeers>, providers: Providers, options: DispatcherOptions) -> Self {
         let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
         let (reads, readers) = reader::start(&store, &happening);
-        let DispatcherOptions { shape, kernels, remote, report, evidence } = options;
+        let DispatcherOptions { shape, kernels, remote, report, evidence, interest } = options;
         let runs = shape.precision.is_packed() && !remote.execute_at.is_empty();
         let (hurry, hurried) = Hurry::new();
         let remote = peers.as_ref().filter(|_| runs).map(|peers| {
@@ -186,6 +205,7 @@ impl Dispatcher {
             hidden_size: shape.hidden_size,
             saver,
             providers,
+            interest,
             report,
             reads,
             happened,
@@ -294,7 +314,7 @@ impl Dispatcher {
             }
             let event = match self.happened.recv_timeout(self.patience()) {
                 Ok((round, event)) if round == self.round || matches!(event, Event::Told(..)) => event,
-                Err(_) if interrupted() => return Err(source_error(Failure::interrupted())),
+                Err(_) if interrupted() || self.interest.is_gone() => return Err(source_error(Failure::interrupted())),
                 Ok(_) => continue,
                 Err(_) => {
                     self.hurry();

@@ -10,7 +10,7 @@ use inference::session::Session;
 
 use super::activity::Activity;
 use super::tally::{Tally, uses};
-use super::{Done, Event, Job, Stopped, TOGETHER_MAX};
+use super::{Done, Event, Job, Stopped, TOGETHER_MAX, TOGETHER_OF_ONE_MAX};
 use crate::clock::instant;
 use crate::loading::Loaded;
 use crate::net::PeerId;
@@ -73,6 +73,8 @@ enum Course {
 }
 
 struct Kept {
+    /// Whose it is: how fast an answer begins must not tell what others have asked.
+    user: String,
     session: Session,
     tokens: Vec<u32>,
 }
@@ -114,6 +116,11 @@ impl<'a> Batch<'a> {
         self.places.count()
     }
 
+    /// Whether a user may have another request taken up now.
+    pub(super) fn admits(&self, user: &str) -> bool {
+        self.active.iter().filter(|active| active.job.user == user).count() < TOGETHER_OF_ONE_MAX
+    }
+
     /// Whether a request can be taken up now.
     pub(super) fn fits(&self, request: &GenerateRequest) -> bool {
         let most = TOGETHER_MAX.min(self.loaded.engine.options().batch_tokens);
@@ -133,7 +140,7 @@ impl<'a> Batch<'a> {
             return;
         }
         let bytes = self.bytes_of(&job.request);
-        let (session, cached) = self.begin(&job.request.prompt);
+        let (session, cached) = self.begin(&job);
         let taken: u64 = self.active.iter().map(|active| active.bytes).sum();
         while taken + bytes + self.kept.iter().map(|kept| kept.session.bytes()).sum::<u64>() > self.room && self.kept.pop_front().is_some()
         {
@@ -155,10 +162,11 @@ impl<'a> Batch<'a> {
         self.count_active();
     }
 
-    /// A sequence with as much of the prompt in it as one that was kept has.
-    fn begin(&mut self, prompt: &[u32]) -> (Session, usize) {
+    /// A sequence with as much of the prompt in it as one that was kept for the user has.
+    fn begin(&mut self, job: &Job) -> (Session, usize) {
+        let prompt = &job.request.prompt;
         // The last token of a prompt is always taken in: the answer's first token follows from it.
-        let same = |kept: &Kept| kept.tokens.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
+        let same = |kept: &Kept| if kept.user == job.user { same_tokens(kept, prompt) } else { 0 };
         let best = (0..self.kept.len()).max_by_key(|&at| same(&self.kept[at]));
         if let Some(at) = best.filter(|&at| same(&self.kept[at]) >= SAME_TOKENS_MIN) {
             let mut kept = self.kept.remove(at).expect("it is there");
@@ -185,6 +193,9 @@ impl<'a> Batch<'a> {
         self.take_in_piece();
         self.decode();
         self.settle();
+        if self.active.is_empty() {
+            self.work_for(&[]); // senders that are held for nobody keep streams from ending
+        }
         self.update_map();
     }
 
@@ -219,6 +230,7 @@ impl<'a> Batch<'a> {
         }
         self.turn = self.turn.wrapping_add(1);
         let at = waiting[self.turn % waiting.len()];
+        self.work_for(&[at]);
         let Active { session, answer, .. } = &mut self.active[at];
         let (done, prompt) = (session.tokens(), &answer.request().prompt);
         let upto = (done + self.piece).min(prompt.len());
@@ -267,7 +279,14 @@ impl<'a> Batch<'a> {
         }
     }
 
+    /// Says for whom the next pass is: what it waits for is given up when they have all gone.
+    fn work_for(&self, requests: &[usize]) {
+        let events: Vec<_> = requests.iter().map(|&request| self.active[request].job.events.clone()).collect();
+        self.loaded.interest.set(move || events.iter().any(|events| !events.is_closed()));
+    }
+
     fn pass(&mut self, rows: &[usize]) -> Result<(), GenerateError> {
+        self.work_for(rows);
         let engine = &mut self.loaded.engine;
         let tokens: Vec<_> = rows.iter().map(|&row| [self.active[row].pending.expect("it has a token to take in")]).collect();
         let mut together = self.active.iter_mut().enumerate().filter(|(at, _)| rows.contains(at)).map(|(_, active)| active);
@@ -343,6 +362,11 @@ impl<'a> Batch<'a> {
     }
 }
 
+/// How many tokens at the beginning of a prompt a sequence has; never all of them.
+fn same_tokens(kept: &Kept, prompt: &[u32]) -> usize {
+    kept.tokens.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count()
+}
+
 impl Active<'_> {
     fn wants_prompt(&self) -> bool {
         self.state == Course::GoesOn && self.pending.is_none()
@@ -382,7 +406,7 @@ impl Active<'_> {
             decode: instant() - prefilled,
         };
         let _ = job.events.try_send(Event::Done(Box::new(done)));
-        Kept { session, tokens }
+        Kept { user: job.user, session, tokens }
     }
 
     fn fail(&mut self, error: GenerateError) {

@@ -27,6 +27,8 @@ use crate::prompt::ModelText;
 
 /// Requests that are decoded together at most.
 pub(crate) const TOGETHER_MAX: usize = LOGITS_TOKENS;
+/// Of those, requests of one user, who may not keep all others waiting.
+pub(crate) const TOGETHER_OF_ONE_MAX: usize = 12;
 /// Requests that wait at most, …
 pub(crate) const QUEUE_MAX: usize = 64;
 /// … and of one user.
@@ -73,6 +75,7 @@ struct Item {
 
 /// A request on its way.
 struct Job {
+    user: String,
     request: GenerateRequest,
     events: mpsc::Sender<Event>,
     asked: Instant,
@@ -192,7 +195,7 @@ impl Generation {
     pub(crate) fn ask(&self, model: &ReadyModel, user: &str, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, Stopped> {
         // Room for the whole answer: whoever reads slowly does not hold up the others.
         let (events, receiver) = mpsc::channel(request.tokens_max.saturating_add(EVENTS_MORE));
-        let job = Job { request, events, asked: instant() };
+        let job = Job { user: user.to_owned(), request, events, asked: instant() };
         self.push(user, Item { found: model.found.clone(), job: Some(job) })?;
         Ok(receiver)
     }
@@ -226,9 +229,9 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What is next, if anything is.
-    fn next(&self) -> Option<Item> {
-        self.lock().queue.pop()
+    /// What is next of the users whom `may` lets, if anything is.
+    fn next(&self, may: impl Fn(&str) -> bool) -> Option<Item> {
+        self.lock().queue.pop(may)
     }
 
     /// Waits for what is next; returns nothing once the node is to stop.
@@ -238,7 +241,7 @@ impl Shared {
             if state.stopping.is_some() {
                 return None;
             }
-            if let Some(item) = state.queue.pop() {
+            if let Some(item) = state.queue.pop(|_| true) {
                 return Some(item);
             }
             state = self.news.wait(state).unwrap_or_else(PoisonError::into_inner);

@@ -39,9 +39,10 @@ impl<T> FairQueue<T> {
         Ok(())
     }
 
-    /// Takes the oldest of the user whose turn it is; who has more goes to the end of the line.
-    pub(crate) fn pop(&mut self) -> Option<T> {
-        let (user, mut own) = self.users.pop_front()?;
+    /// Takes the oldest of the user whose turn it is, of those whom `may` lets; who has more goes to the end of the line.
+    pub(crate) fn pop(&mut self, may: impl Fn(&str) -> bool) -> Option<T> {
+        let at = self.users.iter().position(|(user, _)| may(user))?;
+        let (user, mut own) = self.users.remove(at)?;
         let thing = own.pop_front();
         self.length -= usize::from(thing.is_some());
         if !own.is_empty() {
@@ -68,7 +69,7 @@ mod tests {
         for (user, thing) in [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)] {
             assert_eq!(queue.push(user, thing), Ok(()));
         }
-        let order: Vec<_> = std::iter::from_fn(|| queue.pop()).collect();
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop(|_| true)).collect();
         assert_eq!((order, queue.len()), (vec![1, 4, 5, 2, 6, 3], 0));
     }
 
@@ -80,6 +81,6 @@ mod tests {
         let refused: Vec<_> = (0..3).filter_map(|thing| queue.push("b", thing).err()).collect();
         assert_eq!(refused, [2]);
         queue.retain(|thing| *thing != 0);
-        assert_eq!((queue.len(), queue.pop(), queue.pop(), queue.len()), (3, Some(1), Some(1), 1));
+        assert_eq!((queue.len(), queue.pop(|user| user != "a"), queue.pop(|_| true), queue.len()), (3, Some(1), Some(1), 1));
     }
 }

@@ -43,7 +43,7 @@ impl Worker {
                 break;
             }
         }
-        next.into_iter().chain(std::iter::from_fn(|| self.shared.next())).for_each(|item| item.fail(Stopped::Stopping));
+        next.into_iter().chain(std::iter::from_fn(|| self.shared.next(|_| true))).for_each(|item| item.fail(Stopped::Stopping));
         self.shared.model.send_replace(ModelState::None);
     }
 
@@ -64,7 +64,7 @@ impl Worker {
         let mut written = (instant(), vec![0; batch.experts()]);
         let mut next = Some(first);
         loop {
-            while let Some(item) = next.take().or_else(|| self.shared.next()) {
+            while let Some(item) = next.take().or_else(|| self.shared.next(|user| batch.admits(user))) {
                 let fits = item.found.id == found.id && item.job.as_ref().is_none_or(|job| batch.fits(&job.request));
                 if !fits && !item.is_abandoned() {
                     next = Some(item);
