@@ -1,6 +1,6 @@
 //! Text to tokens and back, by the checkpoint's own `tokenizer.json`.
 
-use tokenizers::DecoderWrapper;
+use tokenizers::{DecoderWrapper, NormalizerWrapper};
 
 /// Tokens after which what is no character yet counts as broken; four bytes make any character, and stray ones may precede.
 const UNFINISHED_TOKENS_MAX: usize = 8;
@@ -9,6 +9,8 @@ const UNFINISHED_TOKENS_MAX: usize = 8;
 #[derive(Debug)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    /// Bytes of text that one token can come from at most, where that is known.
+    token_bytes_max: Option<usize>,
 }
 
 /// A tokenizer that cannot be used, or a text that it cannot take.
@@ -32,7 +34,25 @@ impl Tokenizer {
         // A text goes in whole: cutting and filling up are not this tokenizer's to decide.
         inner.with_truncation(None).map_err(|error| TokenizerError(error.to_string()))?;
         inner.with_padding(None);
-        Ok(Self { inner })
+        let shrinks = match inner.get_normalizer() {
+            None => Some(1),
+            // Composition turns up to nine bytes into three (Hangul syllables).
+            Some(NormalizerWrapper::NFC(_)) => Some(3),
+            Some(_) => None,
+        };
+        let tokenizer = Self { inner, token_bytes_max: None };
+        let longest = (0..tokenizer.inner.get_vocab_size(true) as u32).map(|token| tokenizer.piece_bytes(token)).max();
+        Ok(Self { token_bytes_max: shrinks.zip(longest).map(|(shrinks, longest)| shrinks * longest.max(1)), ..tokenizer })
+    }
+
+    /// The longest text, in bytes, that can become no more than `tokens` tokens; a longer one need not be looked at.
+    pub fn text_bytes_max(&self, tokens: usize) -> usize {
+        self.token_bytes_max.map_or(usize::MAX, |most| most.saturating_mul(tokens))
+    }
+
+    /// An upper bound of the bytes of a token's text: of a byte-level piece, every character is one of them or more.
+    fn piece_bytes(&self, token: u32) -> usize {
+        self.inner.id_to_token(token).map_or(0, |piece| piece.len())
     }
 
     /// Returns the tokens of `text`.
@@ -151,6 +171,15 @@ mod tests {
             }
             assert_eq!(streamed + &stream.finish().expect("it decodes"), text);
         }
+    }
+
+    #[test]
+    fn no_text_within_the_bound_is_too_long_and_none_beyond_it_fits() {
+        let tokenizer = bytes();
+        // One token a byte; pieces of up to two bytes spell them.
+        assert_eq!(tokenizer.text_bytes_max(100), 200);
+        let tokens = tokenizer.encode(&"a".repeat(201), SpecialTokens::AsWritten).expect("it encodes");
+        assert!(tokens.len() > 100);
     }
 
     #[test]

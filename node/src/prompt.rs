@@ -32,14 +32,20 @@ pub(crate) fn default_sampling(defaults: &GenerationDefaults, seed: u64) -> Samp
 }
 
 impl ModelText {
-    /// What is to be generated.
+    /// What is to be generated. A text that cannot fit into `context` tokens is refused before it is looked at.
     pub(crate) fn request(
         &self,
         prompt: &Prompt<'_>,
-        tokens_max: usize,
+        (context, tokens_max): (usize, usize),
         sampling: Sampling,
         defaults: &GenerationDefaults,
     ) -> Result<GenerateRequest, Failure> {
+        let encode = |tokenizer: &Tokenizer, text: &str, special| {
+            if text.len() > tokenizer.text_bytes_max(context) {
+                return Err(too_long(text.len(), context));
+            }
+            Ok(tokenizer.encode(text, special)?)
+        };
         let mut stop_strings = defaults.stop_strings.clone();
         let prompt = match (&self.tokenizer, prompt, &self.chat) {
             (_, Prompt::Tokens(tokens), _) => tokens.clone(),
@@ -47,13 +53,17 @@ impl ModelText {
             (Some(tokenizer), Prompt::Conversation(messages, _), Some(chat)) => {
                 let text = chat.prompt(messages).map_err(|error| Failure::of(Kind::Other, &error))?;
                 stop_strings.extend(chat.next_turn());
-                tokenizer.encode(&text, SpecialTokens::AsWritten)?
+                encode(tokenizer, &text, SpecialTokens::AsWritten)?
             }
-            (Some(tokenizer), Prompt::Raw(text) | Prompt::Conversation(_, text), _) => tokenizer.encode(text, SpecialTokens::Add)?,
+            (Some(tokenizer), Prompt::Raw(text) | Prompt::Conversation(_, text), _) => encode(tokenizer, text, SpecialTokens::Add)?,
         };
         let eos_token_ids = defaults.eos_token_ids.clone();
         Ok(GenerateRequest { prompt, tokens_max, sampling, eos_token_ids, stop_strings, top_logprobs: None })
     }
+}
+
+fn too_long(bytes: usize, context: usize) -> Failure {
+    Failure::new(Kind::Usage, format!("the prompt has {bytes} bytes, which cannot be {context} tokens, the model's context"))
 }
 
 /// Reads token ids: a JSON array, or numbers with commas or spaces between.

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use axum::extract::{Request, State};
 use axum::http::{HeaderMap, Uri, header};
 use axum::middleware::Next;
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 
+use super::body::refuse_unread;
 use super::error::ApiError;
 
 /// The rules of one API.
@@ -105,7 +106,7 @@ pub(crate) async fn check(State(access): State<Access>, mut request: Request, ne
             request.extensions_mut().insert(asker);
             next.run(request).await
         }
-        Err(error) => error.into_response(),
+        Err(error) => refuse_unread(error, request).await,
     }
 }
 

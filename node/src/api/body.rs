@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use axum::body::{Body, HttpBody as _};
 use axum::extract::Request;
-use axum::http::{StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
 use futures::StreamExt as _;
 use serde_json::{Map, Value};
 use tokio::sync::Semaphore;
@@ -15,10 +16,15 @@ use super::error::ApiError;
 /// Longest body, in bytes.
 pub(crate) const BODY_BYTES_MAX: usize = 1 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// For the rest of a body that is of no use.
+const UNREAD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of bodies that may be on their way together, in units of a KiB.
 const ROOM_KIB: usize = 16 << 10;
 /// Bodies that are turned into values and tokens at a time: a value can be many times as large as its text.
 const WORKED_ON_MAX: usize = 2;
+
+/// Objects and lists in a body: each takes many times the memory of its text.
+const PARTS_MAX: usize = 8192;
 
 /// Room for bodies on their way.
 #[derive(Clone, Debug)]
@@ -39,14 +45,20 @@ impl Intake {
         &self,
         request: Request,
         work: impl FnOnce(Fields) -> Result<T, ApiError> + Send + 'static,
-    ) -> Result<T, ApiError> {
+    ) -> Result<T, Response> {
         let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
         if !kind.split(';').next().unwrap_or_default().trim().eq_ignore_ascii_case("application/json") {
-            return Err(ApiError::with_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, "the body must be application/json"));
+            let error = ApiError::with_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, "the body must be application/json");
+            return Err(refuse_unread(error, request).await);
         }
         let bytes = tokio::time::timeout(BODY_TIMEOUT, self.collect(request.into_body())).await;
-        let bytes = bytes.map_err(|_| ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the body took too long"))??;
-        self.work(move || work(Fields::parse(&bytes)?)).await
+        let bytes = bytes.unwrap_or_else(|_| Err(ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the body took too long")));
+        let bytes = bytes.map_err(|error| {
+            let mut response = error.into_response();
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response
+        })?;
+        self.work(move || work(Fields::parse(&bytes)?)).await.map_err(ApiError::into_response)
     }
 
     /// Does something with what a client sent, on a thread on which that may take its time; few do at a time.
@@ -77,6 +89,27 @@ impl Intake {
     }
 }
 
+/// A refusal of a request whose body nobody has read: what there is of it is read now, so that the connection can go on, or it is said that it ends.
+pub(crate) async fn refuse_unread(error: ApiError, request: Request) -> Response {
+    let mut pieces = request.into_body().into_data_stream();
+    let drained = async {
+        let mut bytes = 0;
+        while let Some(Ok(piece)) = pieces.next().await {
+            bytes += piece.len();
+            if bytes > BODY_BYTES_MAX {
+                return false;
+            }
+        }
+        true
+    };
+    let is_drained = tokio::time::timeout(UNREAD_TIMEOUT, drained).await.unwrap_or(false);
+    let mut response = error.into_response();
+    if !is_drained {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
 /// The fields of an object. Each is taken out; what is left at the end is unknown.
 #[derive(Debug)]
 pub(crate) struct Fields {
@@ -87,6 +120,9 @@ pub(crate) struct Fields {
 
 impl Fields {
     fn parse(bytes: &[u8]) -> Result<Self, ApiError> {
+        if parts(bytes) > PARTS_MAX {
+            return Err(ApiError::invalid(format!("the body has more than {PARTS_MAX} objects and lists")).code("invalid_json"));
+        }
         let value = serde_json::from_slice(bytes)
             .map_err(|error| ApiError::invalid(format!("the body is no JSON that can be read: {error}")).code("invalid_json"))?;
         Self::of(value, "").map_err(|_| ApiError::invalid("the body must be a JSON object").code("invalid_json"))
@@ -179,9 +215,38 @@ impl Fields {
     }
 }
 
+/// How many objects and lists a JSON text has: what opens one, outside of strings.
+fn parts(bytes: &[u8]) -> usize {
+    let (mut count, mut in_string, mut escaped) = (0, false, false);
+    for byte in bytes {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'{' | b'[' if !in_string => count += 1,
+            _ => {}
+        }
+    }
+    count
+}
+
 /// A field that is not what it should be.
 pub(crate) fn wrong(path: &str, rule: &str, value: &Value) -> ApiError {
     let text = value.to_string();
     let shown: String = if text.chars().count() > 40 { text.chars().take(40).chain("…".chars()).collect() } else { text };
     ApiError::invalid(format!("{path} must be {rule}, not {shown}")).param(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parts_are_counted_outside_of_strings() {
+        for (text, count) in [("{}", 1), (r#"{"a": [{"b": "{[\"{"}, []]}"#, 4), (r#""\\" [""#, 1), ("", 0)] {
+            assert_eq!(parts(text.as_bytes()), count, "{text}");
+        }
+        let many = format!("{{\"a\": [{}0]}}", "[],".repeat(PARTS_MAX));
+        assert!(Fields::parse(many.as_bytes()).is_err());
+    }
 }

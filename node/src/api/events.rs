@@ -19,7 +19,7 @@ const PAUSE: Duration = Duration::from_millis(500);
 /// Events that a slow listener may be behind; then it misses some.
 const BEHIND_MAX: usize = 8;
 /// Experts that are told of in one event.
-const USED_MAX: usize = 4096;
+const USED_MAX: usize = 8192;
 
 /// Events as they are made, for everybody who listens.
 #[derive(Clone)]

@@ -7,7 +7,7 @@ use std::time::Duration;
 use axum::Json;
 use axum::body::{Body, Bytes};
 use axum::extract::{Request, State};
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
 use protocol::ticket::Ticket;
 use serde_json::{Value, json};
@@ -42,7 +42,7 @@ async fn offer(api: &Api) {
     api.network.offer(api.library.models().iter().map(|found| found.id).collect()).await;
 }
 
-pub(super) async fn join(State(api): State<Arc<Api>>, request: Request) -> Result<Json<Value>, ApiError> {
+pub(super) async fn join(State(api): State<Arc<Api>>, request: Request) -> Result<Json<Value>, Response> {
     let ticket: Ticket = api
         .intake
         .read(request, |mut fields| {
@@ -52,7 +52,11 @@ pub(super) async fn join(State(api): State<Arc<Api>>, request: Request) -> Resul
             ticket.parse().map_err(|error| ApiError::invalid(format!("{error}")).param("ticket"))
         })
         .await?;
-    let Introduced { node, peer, addresses } = introduce(&api.library.open.dir, &ticket)?;
+    join_by(&api, &ticket).await.map(Json).map_err(ApiError::into_response)
+}
+
+async fn join_by(api: &Api, ticket: &Ticket) -> Result<Value, ApiError> {
+    let Introduced { node, peer, addresses } = introduce(&api.library.open.dir, ticket)?;
     api.network.stay_with(addresses).await;
     let mut peers = api.network.peers.clone();
     let connected = tokio::time::timeout(JOIN_PATIENCE, peers.wait_for(|peers| peers.connected.contains(&peer))).await;
@@ -72,14 +76,14 @@ pub(super) async fn join(State(api): State<Arc<Api>>, request: Request) -> Resul
         Err(why) => (Vec::new(), Some(why)),
         Ok(listing) => {
             let (_client, waiting) = watch::channel(());
-            let (federation, library) = (federation(&api, waiting), Arc::clone(&api.library));
+            let (federation, library) = (federation(api, waiting), Arc::clone(&api.library));
             let learnt = spawn_blocking(move || learn(&library.open, &federation, listing)).await;
             (learnt.map_err(|_| ApiError::server("the models could not be learnt"))??, None)
         }
     };
-    offer(&api).await;
+    offer(api).await;
     let models: Vec<_> = models.iter().map(|model| json!({"name": model.name, "id": model.id.to_string()})).collect();
-    Ok(Json(json!({"node": node.to_string(), "models": models, "silent": silent})))
+    Ok(json!({"node": node.to_string(), "models": models, "silent": silent}))
 }
 
 /// What is to be pulled.
@@ -105,7 +109,7 @@ impl Pull {
     }
 }
 
-pub(super) async fn pull(State(api): State<Arc<Api>>, request: Request) -> Result<Response, ApiError> {
+pub(super) async fn pull(State(api): State<Arc<Api>>, request: Request) -> Result<Response, Response> {
     let pull = api.intake.read(request, Pull::parse).await?;
     let (events, told) = mpsc::channel::<Bytes>(4);
     tokio::spawn(async move {

@@ -16,7 +16,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, Request};
-use axum::http::{HeaderValue, Method, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
@@ -26,6 +26,7 @@ use tokio::sync::watch;
 
 pub(crate) use self::access::Access;
 pub(crate) use self::body::Intake;
+use self::body::refuse_unread;
 use self::error::ApiError;
 pub(crate) use self::experts::HoldersCache;
 use crate::data_dir::LocalModel;
@@ -117,17 +118,20 @@ pub(crate) fn router(api: Arc<Api>, access: Access) -> Router {
         .route("/api/events", get(move || std::future::ready(events.stream())))
         .route("/", get(dashboard::page))
         .route("/dashboard/{file}", get(dashboard::file))
-        .fallback(
-            |request: Request| async move { ApiError::not_found("not_found", format!("there is nothing at {}", request.uri().path())) },
-        )
+        .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(access, access::check))
         .layer(middleware::from_fn(with_headers))
         .with_state(api)
 }
 
-async fn method_not_allowed(method: Method) -> ApiError {
-    ApiError::with_status(axum::http::StatusCode::METHOD_NOT_ALLOWED, format!("{method} is not for this path"))
+async fn not_found(request: Request) -> Response {
+    refuse_unread(ApiError::not_found("not_found", format!("there is nothing at {}", request.uri().path())), request).await
+}
+
+async fn method_not_allowed(request: Request) -> Response {
+    let error = ApiError::with_status(StatusCode::METHOD_NOT_ALLOWED, format!("{} is not for this path", request.method()));
+    refuse_unread(error, request).await
 }
 
 /// What every answer says to browsers.
@@ -193,5 +197,5 @@ fn json_response(value: Value) -> Response {
 /// An error in the shape of `/health`.
 fn loading() -> Response {
     let body = json!({"error": {"message": "Loading model", "type": "unavailable_error", "code": 503}});
-    (axum::http::StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], Json(body)).into_response()
+    (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, "5")], Json(body)).into_response()
 }

@@ -154,7 +154,8 @@ fn generate_one(
 ) -> Result<Row, Failure> {
     check_interrupted()?;
     let defaults = &found.manifest.generation;
-    let request = loaded.text.request(&Prompt::Raw(prompt), tokens_max, default_sampling(defaults, SEED), defaults)?;
+    let request =
+        loaded.text.request(&Prompt::Raw(prompt), (loaded.engine.context(), tokens_max), default_sampling(defaults, SEED), defaults)?;
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
     if show == Show::Everything {

@@ -101,7 +101,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
     let messages = [Message { role: "user", content: prompt.clone() }];
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
-    let request = loaded.text.request(&prompt, args.max_tokens, sampling, defaults)?;
+    let request = loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)?;
     let mut session = loaded.engine.session();
     let entries =
         args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.config.num_hidden_layers as usize);
@@ -386,7 +386,7 @@ impl Conversation {
         messages.push(Message { role: "user", content: line.to_owned() });
         let text = format!("{}{line}", self.text);
         let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
-        let request = loaded.text.request(&prompt, args.max_tokens, sampling, defaults)?;
+        let request = loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)?;
         let tokens = &request.prompt;
         // The beginning that is the same as last time need not be taken in again; the last token always is.
         let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));

@@ -35,10 +35,12 @@ export function startExperts() {
   listenToKeys();
 }
 
-/** Loads the map anew; without a model says what to do. */
+/** Loads the map of the model that is loaded, or of the first; without a model says what to do. */
 export async function loadMap() {
-  try {
-    const fresh = await getJson("/api/experts/map");
+  const models = await getJson("/api/models");
+  const model = models.find(({ loaded }) => loaded) ?? models[0];
+  if (model) {
+    const fresh = await getJson(`/api/experts/map?model=${model.id}`);
     const { place, layers, experts_per_layer: perLayer, ...rest } = fresh;
     const another = map?.model !== fresh.model;
     map = { ...rest, places: place, layers, perLayer, usesMax: usesMax(fresh.uses), letters: lettersOf(fresh.domains) };
@@ -47,8 +49,7 @@ export async function loadMap() {
     if (another) startAnew();
     showTexts();
     showLegend();
-  } catch (error) {
-    if (error.status !== 400 && error.status !== 404) throw error;
+  } else {
     map = null;
     byId("map").hidden = true;
     showEmpty(NO_MODEL);

@@ -11,9 +11,9 @@ use crate::failure::{Failure, Kind};
 use crate::generation::ReadyModel;
 use crate::prompt::{Prompt, default_sampling};
 
-/// Stop strings that a client may give, and their length in bytes.
+/// Stop strings that a client may give, and the characters of each.
 const STOPS_MAX: usize = 4;
-const STOP_BYTES_MAX: usize = 1024;
+const STOP_CHARS_MAX: usize = 256;
 /// Tokens of an answer in `/v1/completions` unless told otherwise, as OpenAI has it.
 const COMPLETION_TOKENS: usize = 16;
 
@@ -120,11 +120,15 @@ impl Ask {
         };
         let refused = |failure: Failure| match failure.kind {
             // The template is the model's, but what it cannot take is the client's.
+            Kind::Usage if failure.message.ends_with("the model's context") => {
+                ApiError::invalid(failure.message).param(field).code("context_length_exceeded")
+            }
             Kind::Usage | Kind::Other => ApiError::invalid(failure.message).param(field),
             _ => failure.into(),
         };
         let tokens_max = self.tokens_max.unwrap_or(usize::MAX);
-        let mut request = model.text.request(&prompt, tokens_max, sampling, &manifest.generation).map_err(refused)?;
+        let lengths = (model.context, tokens_max);
+        let mut request = model.text.request(&prompt, lengths, sampling, &manifest.generation).map_err(refused)?;
         let vocab_size = manifest.config.vocab_size;
         if let Some(token) = request.prompt.iter().find(|&&token| token >= vocab_size) {
             let message = format!("token {token} is beyond the model's vocabulary of {vocab_size}");
@@ -218,7 +222,7 @@ fn seed(value: Option<Value>) -> Result<Option<u64>, ApiError> {
 }
 
 fn stops(value: Option<Value>) -> Result<Vec<String>, ApiError> {
-    let rule = format!("a text or up to {STOPS_MAX} of them, none empty or longer than {STOP_BYTES_MAX} bytes");
+    let rule = format!("a text or up to {STOPS_MAX} of them, none empty or longer than {STOP_CHARS_MAX} characters");
     let list = match value {
         None => Vec::new(),
         Some(Value::Array(list)) if list.len() <= STOPS_MAX => list,
@@ -226,7 +230,7 @@ fn stops(value: Option<Value>) -> Result<Vec<String>, ApiError> {
         Some(other) => return Err(wrong("stop", &rule, &other)),
     };
     let text = |value| match value {
-        Value::String(text) if !text.is_empty() && text.len() <= STOP_BYTES_MAX => Ok(text),
+        Value::String(text) if !text.is_empty() && text.chars().count() <= STOP_CHARS_MAX => Ok(text),
         other => Err(wrong("stop", &rule, &other)),
     };
     list.into_iter().map(text).collect()

@@ -46,7 +46,7 @@ fn model_json(api: &Api, found: &LocalModel) -> Value {
     json!({"id": found.name, "object": "model", "created": api.started_ms / 1000, "owned_by": found.publisher.to_string(), "root": found.id.to_string()})
 }
 
-pub(super) async fn chat(State(api): State<Arc<Api>>, Extension(asker): Extension<Asker>, request: Request) -> Result<Response, ApiError> {
+pub(super) async fn chat(State(api): State<Arc<Api>>, Extension(asker): Extension<Asker>, request: Request) -> Result<Response, Response> {
     answer(api, asker, Endpoint::Chat, request).await
 }
 
@@ -54,7 +54,7 @@ pub(super) async fn completions(
     State(api): State<Arc<Api>>,
     Extension(asker): Extension<Asker>,
     request: Request,
-) -> Result<Response, ApiError> {
+) -> Result<Response, Response> {
     answer(api, asker, Endpoint::Completions, request).await
 }
 
@@ -66,8 +66,12 @@ struct Asked {
     events: mpsc::Receiver<Event>,
 }
 
-async fn answer(api: Arc<Api>, asker: Asker, endpoint: Endpoint, request: Request) -> Result<Response, ApiError> {
+async fn answer(api: Arc<Api>, asker: Asker, endpoint: Endpoint, request: Request) -> Result<Response, Response> {
     let ask = api.intake.read(request, move |fields| Ask::parse(endpoint, fields)).await?;
+    answer_to(api, asker, ask).await.map_err(ApiError::into_response)
+}
+
+async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, ApiError> {
     let found = lookup(&api, &ask.model)?;
     let user = match asker {
         Asker::Token(number) => format!("token {number}"),
@@ -180,10 +184,6 @@ impl Streaming {
                 Event::Again => self.again = Some(0),
                 Event::Failed(stopped) => return Err(Ended::Failed(stopped.into())),
                 Event::Done(done) => {
-                    if !self.unsent.tokens.is_empty() && ask.token_ids {
-                        let unsent = std::mem::take(&mut self.unsent);
-                        self.data(&reply.piece_chunk(&unsent)).await?;
-                    }
                     self.data(&reply.last_chunk(done.reason)).await?;
                     if ask.include_usage {
                         let tokens = self.sent.iter().filter(|step| step.token.is_some()).count();
@@ -225,8 +225,9 @@ impl Streaming {
         }
         self.sent.push(step.clone());
         self.unsent.add(step);
-        // Text is held back while it may become a stop string, or half a character.
-        if self.unsent.text.is_empty() && (ask.top_logprobs.is_none() || self.unsent.tokens.is_empty()) {
+        // Text is held back while it may become a stop string, or half a character; what was asked for of each token is not.
+        let of_tokens = (ask.token_ids || ask.top_logprobs.is_some()) && !self.unsent.tokens.is_empty();
+        if self.unsent.text.is_empty() && !of_tokens {
             return Ok(());
         }
         let piece = std::mem::take(&mut self.unsent);
