@@ -50,7 +50,7 @@ def look_at_events(serving):
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 120))
+    sys.exit(main(int(sys.argv[1]) if len(sys.argv) > 1 else 125))
 else:
     import schemathesis
 

@@ -416,8 +416,23 @@ fn a_node_with_nothing_answers_by_what_it_fetches() {
     let places = map["place"].as_array().expect("places");
     assert!(places.iter().any(|place| *place == 1) && places.iter().any(|place| *place == 3), "{places:?}");
     assert!(map["holders"].as_array().is_some_and(|holders| holders.iter().all(|count| *count == 1)));
-    // The peer goes, and with it what nobody else has.
+    // It stalls again, and a node that is told to stop does not wait for it longer than for any other answer.
     drop(b);
+    let d = trunk_of_a();
+    api_json(&d.api, "/api/experts/map");
+    signal_process(a.serving.pid(), "STOP");
+    let client = send(&d.api, "/v1/completions", &asked);
+    std::thread::sleep(Duration::from_millis(500));
+    assert_eq!(d.active(), 1, "it waits for the peer");
+    signal_process(d.serving.pid(), "TERM");
+    let told = Instant::now();
+    let response = Response::read(client);
+    assert_eq!((response.status, &response.json()["error"]["type"]), (503, &json!("service_unavailable_error")), "{}", response.body);
+    let Door { serving, .. } = d;
+    assert_eq!(serving.stop(), Some(0));
+    println!("stopped after {:?}, though a peer stalls", told.elapsed());
+    signal_process(a.serving.pid(), "CONT");
+    // The peer goes, and with it what nobody else has.
     let Door { serving, .. } = a;
     drop(serving);
     let response = c.post("/v1/completions", &asked);

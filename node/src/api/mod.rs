@@ -33,8 +33,9 @@ use crate::data_dir::LocalModel;
 use crate::federation::PeerOptions;
 use crate::generation::{Generation, ModelState};
 use crate::library::Library;
-use crate::net::fetcher::{Progress, Rates};
+use crate::net::fetcher::Rates;
 use crate::net::network::Network;
+use crate::net::progress::Progress;
 
 /// Everything that the API asks.
 pub(crate) struct Api {

@@ -5,6 +5,7 @@
 
 mod auditor;
 mod choice;
+mod interest;
 mod mover;
 mod reader;
 mod remote;
@@ -28,6 +29,7 @@ use tokio::task::JoinHandle;
 
 use self::auditor::{Auditor, AuditorParts};
 use self::choice::{Cost, Way, Ways};
+pub(crate) use self::interest::Interest;
 use self::mover::{Hurry, Mover, Quiet};
 use self::reader::Read;
 use self::remote::{Came, Lateness, LayerRows, Remote};
@@ -56,23 +58,6 @@ pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
 
 /// Who has sent experts so far, shared with whoever reports it.
 pub(crate) type Providers = Arc<Mutex<BTreeMap<PeerId, u64>>>;
-
-/// Whether anybody still wants what the model is at work on.
-#[derive(Clone, Default)]
-pub(crate) struct Interest(Arc<Mutex<Option<IsWanted>>>);
-
-type IsWanted = Box<dyn Fn() -> bool + Send>;
-
-impl Interest {
-    /// From now on, what is awaited is given up when `is_wanted` says no.
-    pub(crate) fn set(&self, is_wanted: impl Fn() -> bool + Send + 'static) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(is_wanted));
-    }
-
-    fn is_gone(&self) -> bool {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).as_ref().is_some_and(|is_wanted| !is_wanted())
-    }
-}
 
 /// Peers, as a dispatcher uses them.
 #[derive(Clone)]

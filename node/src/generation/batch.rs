@@ -1,6 +1,7 @@
 //! The requests that are answered together, pass by pass: first a piece of one's prompt, then the next token of each.
 
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use inference::activation_log::ActivationLog;
@@ -8,9 +9,8 @@ use inference::engine::{Engine, Sequence};
 use inference::generate::{Answer, GenerateError, GenerateRequest, StopReason};
 use inference::session::Session;
 
-use super::activity::Activity;
 use super::tally::{Tally, uses};
-use super::{Done, Event, Job, Stopped, TOGETHER_MAX, TOGETHER_OF_ONE_MAX};
+use super::{Done, Event, Job, Shared, Stopped, TOGETHER_MAX, TOGETHER_OF_ONE_MAX};
 use crate::clock::instant;
 use crate::loading::Loaded;
 use crate::net::PeerId;
@@ -31,7 +31,7 @@ const MAP_PAUSE: Duration = Duration::from_millis(250);
 pub(super) struct Batch<'a> {
     loaded: &'a mut Loaded,
     text: &'a ModelText,
-    activity: &'a Activity,
+    shared: &'a Arc<Shared>,
     places: Places,
     active: Vec<Active<'a>>,
     /// Sequences whose answers are complete, the oldest first: the next request often goes on from there.
@@ -80,31 +80,18 @@ struct Kept {
 }
 
 impl<'a> Batch<'a> {
-    pub(super) fn new(loaded: &'a mut Loaded, text: &'a ModelText, activity: &'a Activity) -> Self {
+    pub(super) fn new(loaded: &'a mut Loaded, text: &'a ModelText, shared: &'a Arc<Shared>) -> Self {
         let engine = &mut loaded.engine;
         let config = engine.model().manifest.config.clone();
         let places = Places::of(&config);
         let rows = engine.options().batch_tokens.max(TOGETHER_MAX);
         engine.log = Some(ActivationLog::new(rows * config.num_hidden_layers as usize));
-        activity.lock().begin_model(places.count());
+        shared.activity.lock().begin_model(places.count());
         let room = engine.session_bytes(engine.options().kv_tokens.max(engine.context()));
         let piece = PIECE_TOKENS.min(engine.options().batch_tokens);
         let wrong = loaded.shared_report().lock().wrong_peers();
         let helpers = loaded.helpers();
-        Self {
-            loaded,
-            text,
-            activity,
-            places,
-            active: Vec::new(),
-            kept: VecDeque::new(),
-            room,
-            piece,
-            turn: 0,
-            wrong,
-            helpers,
-            mapped: None,
-        }
+        Self { loaded, text, shared, places, active: Vec::new(), kept: VecDeque::new(), room, piece, turn: 0, wrong, helpers, mapped: None }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -136,7 +123,7 @@ impl<'a> Batch<'a> {
     /// Takes up a request that fits.
     pub(super) fn admit(&mut self, job: Job) {
         if job.events.is_closed() {
-            self.activity.lock().abandoned += 1;
+            self.shared.activity.lock().abandoned += 1;
             return;
         }
         let bytes = self.bytes_of(&job.request);
@@ -146,7 +133,7 @@ impl<'a> Batch<'a> {
         {
         }
         let answer = Answer::new(job.request.clone(), self.text.tokenizer.as_ref());
-        self.activity.lock().prompt_tokens += (job.request.prompt.len() - cached) as u64;
+        self.shared.activity.lock().prompt_tokens += (job.request.prompt.len() - cached) as u64;
         self.active.push(Active {
             answer,
             session,
@@ -181,7 +168,7 @@ impl<'a> Batch<'a> {
     pub(super) fn fail_all(&mut self, why: &Stopped) {
         for active in self.active.drain(..) {
             let _ = active.job.events.try_send(Event::Failed(why.clone()));
-            self.activity.lock().failed += 1;
+            self.shared.activity.lock().failed += 1;
         }
         self.count_active();
     }
@@ -203,7 +190,7 @@ impl<'a> Batch<'a> {
     fn let_go(&mut self) {
         let before = self.active.len();
         self.active.retain(|active| !active.job.events.is_closed());
-        self.activity.lock().abandoned += (before - self.active.len()) as u64;
+        self.shared.activity.lock().abandoned += (before - self.active.len()) as u64;
         self.count_active();
     }
 
@@ -243,7 +230,7 @@ impl<'a> Batch<'a> {
             Ok(()) if upto == active.answer.request().prompt.len() => {
                 active.prefilled = Some(instant());
                 active.advance(&mut self.loaded.engine, 0);
-                let mut counts = self.activity.lock();
+                let mut counts = self.shared.activity.lock();
                 counts.first_token_came(instant() - active.job.asked);
                 counts.tokens_came(1);
             }
@@ -279,10 +266,11 @@ impl<'a> Batch<'a> {
         }
     }
 
-    /// Says for whom the next pass is: what it waits for is given up when they have all gone.
+    /// Says for whom the next pass is: what it waits for is given up when they have all gone, or must end.
     fn work_for(&self, requests: &[usize]) {
         let events: Vec<_> = requests.iter().map(|&request| self.active[request].job.events.clone()).collect();
-        self.loaded.interest.set(move || events.iter().any(|events| !events.is_closed()));
+        let shared = Arc::clone(self.shared);
+        self.loaded.interest.set(move || events.iter().any(|events| !events.is_closed()) && !shared.must_stop());
     }
 
     fn pass(&mut self, rows: &[usize]) -> Result<(), GenerateError> {
@@ -299,7 +287,7 @@ impl<'a> Batch<'a> {
         for (number, &row) in rows.iter().enumerate() {
             self.active[row].advance(&mut self.loaded.engine, number);
         }
-        self.activity.lock().tokens_came(rows.len() as u64);
+        self.shared.activity.lock().tokens_came(rows.len() as u64);
         self.count_uses(rows);
         Ok(())
     }
@@ -307,7 +295,7 @@ impl<'a> Batch<'a> {
     /// Counts the experts that the last pass used, for the requests whose rows it had; a prompt's piece has all rows of one.
     fn count_uses(&mut self, requests: &[usize]) {
         let Some(mut log) = self.loaded.engine.log.take() else { return };
-        let mut counts = self.activity.lock();
+        let mut counts = self.shared.activity.lock();
         let mut came = false;
         uses(&log, &self.places, self.loaded.engine.experts(), |row, place, whence| {
             let request = if requests.len() == 1 { requests[0] } else { requests[row] };
@@ -331,7 +319,7 @@ impl<'a> Batch<'a> {
     /// Takes leave of what has ended, and keeps its sequences.
     fn settle(&mut self) {
         let one = self.loaded.engine.model().manifest.experts.first().map_or(0, |blob| blob.length);
-        let mut counts = self.activity.lock();
+        let mut counts = self.shared.activity.lock();
         let (ended, active) = std::mem::take(&mut self.active).into_iter().partition(|active| active.state != Course::GoesOn);
         self.active = active;
         for active in Vec::<Active<'_>>::into_iter(ended) {
@@ -347,7 +335,7 @@ impl<'a> Batch<'a> {
     }
 
     fn count_active(&self) {
-        self.activity.lock().active = self.active.len();
+        self.shared.activity.lock().active = self.active.len();
     }
 
     /// Notes which experts are in memory, now and then.
@@ -357,7 +345,7 @@ impl<'a> Batch<'a> {
         }
         self.mapped = Some(instant());
         let experts = self.loaded.engine.experts();
-        let mut counts = self.activity.lock();
+        let mut counts = self.shared.activity.lock();
         (0..self.places.count()).for_each(|place| counts.in_memory[place] = experts.is_in_memory(place));
     }
 }

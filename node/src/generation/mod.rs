@@ -65,6 +65,8 @@ struct State {
     queue: FairQueue<Item>,
     /// When the node was told to stop.
     stopping: Option<Instant>,
+    /// Gone when it was: then nobody waits for a model to be loaded any more.
+    loading: Option<watch::Sender<()>>,
 }
 
 /// Something to do for a model; without a job, to load it.
@@ -144,8 +146,10 @@ impl Generation {
         if let Some(found) = first {
             assert!(queue.push("", Item { found, job: None }).is_ok(), "an empty queue has room");
         }
+        let (loading, waiting) = watch::channel(());
+        let federation = federation.for_client(waiting);
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { queue, stopping: None }),
+            state: Mutex::new(State { queue, stopping: None, loading: Some(loading) }),
             news: Condvar::new(),
             model: watch::Sender::new(state),
             activity: Activity::default(),
@@ -215,7 +219,11 @@ impl Generation {
 
     /// Answers no more requests; returns when those under way are answered, or have failed since they took too long.
     pub(crate) async fn stop(&self) {
-        self.shared.lock().stopping.get_or_insert_with(instant);
+        {
+            let mut state = self.shared.lock();
+            state.stopping.get_or_insert_with(instant);
+            state.loading = None;
+        }
         self.shared.news.notify_one();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(thread) = thread {

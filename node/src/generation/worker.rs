@@ -60,7 +60,7 @@ impl Worker {
         let text = Arc::clone(&loaded.text);
         let ready = Arc::new(ReadyModel { found: found.clone(), text: Arc::clone(&text), context: loaded.engine.context() });
         self.shared.model.send_replace(ModelState::Ready(Arc::clone(&ready)));
-        let mut batch = Batch::new(loaded, &text, &self.shared.activity);
+        let mut batch = Batch::new(loaded, &text, &self.shared);
         let mut written = (instant(), vec![0; batch.experts()]);
         let mut next = Some(first);
         loop {

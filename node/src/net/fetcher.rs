@@ -23,6 +23,7 @@ use crate::failure::{Failure, Kind};
 use crate::net::assembly::{Assembly, Done, Sink, WORK_MAX, Work, start_verifiers};
 use crate::net::link::{Heard, Link, What};
 use crate::net::network::Network;
+use crate::net::progress::{Listed, Progress, Transfer};
 
 const HEARD_MAX: usize = 16;
 const PREPARED_MAX: usize = 64;
@@ -79,36 +80,6 @@ pub(crate) struct Want {
 
 /// How fast peers have sent, in bytes a second, as last seen; shared with the address book.
 pub(crate) type Rates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
-
-/// What is on its way, for whoever looks.
-pub(crate) type Progress = Arc<Mutex<Option<Transfer>>>;
-
-/// One call's worth of blobs on their way.
-#[derive(Clone, Debug)]
-pub(crate) struct Transfer {
-    /// The name of the first, and how many more there are.
-    pub(crate) name: String,
-    pub(crate) total: u64,
-    pub(crate) peers: usize,
-    before: u64,
-    arrived: Arc<AtomicU64>,
-}
-
-impl Transfer {
-    /// Bytes that have come: of blobs that two peers sent, perhaps more than there are.
-    pub(crate) fn bytes(&self) -> u64 {
-        (self.arrived.load(Ordering::Relaxed) - self.before).min(self.total)
-    }
-}
-
-/// Takes a transfer off the list, however it ends.
-struct Listed(Progress);
-
-impl Drop for Listed {
-    fn drop(&mut self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = None;
-    }
-}
 
 /// Fetches from the peers of one network.
 pub(crate) struct Fetcher {
@@ -288,8 +259,7 @@ impl Fetcher {
             before: self.arrived.load(Ordering::Relaxed),
             arrived: Arc::clone(&self.arrived),
         };
-        *self.progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(transfer);
-        Listed(Arc::clone(&self.progress))
+        Listed::new(&self.progress, transfer)
     }
 
     /// Sorts blobs of a model by how few of the peers say they have them; leaves out what nobody has. Waits until all have said.

@@ -16,6 +16,7 @@ mod hope;
 mod judged;
 pub(crate) mod link;
 pub(crate) mod network;
+pub(crate) mod progress;
 pub(crate) mod provider;
 pub(crate) mod query;
 mod relaying;
