@@ -21,18 +21,23 @@ use crate::failure::{Failure, Kind};
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Daemon {
     pub(crate) address: SocketAddr,
-    pub(crate) token: Option<String>,
+    pub(crate) token: String,
 }
 
 impl Daemon {
-    /// A node whose API listens on `address`: from this machine, it is reached by loopback where it listens everywhere.
-    pub(crate) fn at(address: SocketAddr, token: Option<&String>) -> Self {
+    /// A node whose API listens on `address`, and a token of whoever owns the data directory.
+    pub(crate) fn at(address: SocketAddr, token: String) -> Self {
+        Self { address: Self::reached_at(address), token }
+    }
+
+    /// Where it is reached from this machine: by loopback where it listens everywhere.
+    pub(crate) fn reached_at(address: SocketAddr) -> SocketAddr {
         let ip = match address.ip() {
             IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
             IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
             ip => ip,
         };
-        Self { address: SocketAddr::new(ip, address.port()), token: token.cloned() }
+        SocketAddr::new(ip, address.port())
     }
 
     /// Leaves word in the data directory; its owner alone may read it.
@@ -113,9 +118,7 @@ impl Daemon {
         let (mut sender, connection) = handshake(TokioIo::new(stream)).await.map_err(|error| broken(&error))?;
         tokio::spawn(connection);
         let mut request = Request::builder().method(method).uri(path).header(header::HOST, self.address.to_string());
-        if let Some(token) = &self.token {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
-        }
+        request = request.header(header::AUTHORIZATION, format!("Bearer {}", self.token));
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }

@@ -18,7 +18,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -46,7 +46,8 @@ pub(crate) struct DataDir {
 impl DataDir {
     /// Opens a data directory, creating it where needed.
     pub(crate) fn open(root: &Path) -> Result<Self, Failure> {
-        fs::create_dir_all(root).map_err(|error| io_failure("create", root, &error))?;
+        let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(root); // what is in it is its owner's alone
+        made.map_err(|error| io_failure("create", root, &error))?;
         Ok(Self { root: root.to_owned() })
     }
 

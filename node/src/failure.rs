@@ -49,7 +49,13 @@ impl Failure {
         let mut message = error.to_string();
         let mut source = error.source();
         while let Some(cause) = source {
-            message = format!("{message}: {cause}");
+            let cause_text = cause.to_string();
+            // Some errors say nothing of their own, or repeat what caused them.
+            if message.is_empty() {
+                message = cause_text;
+            } else if !cause_text.is_empty() && !message.ends_with(&cause_text) {
+                message = format!("{message}: {cause_text}");
+            }
             source = cause.source();
         }
         Self { kind, message }

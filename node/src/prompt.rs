@@ -25,6 +25,34 @@ pub(crate) enum Prompt<'a> {
     Tokens(Vec<u32>),
 }
 
+/// Why a prompt cannot be answered.
+#[derive(Debug)]
+pub(crate) enum PromptError {
+    /// By its bytes alone it cannot fit.
+    TooLong {
+        bytes: usize,
+        context: usize,
+    },
+    Failed(Failure),
+}
+
+impl<E: Into<Failure>> From<E> for PromptError {
+    fn from(error: E) -> Self {
+        Self::Failed(error.into())
+    }
+}
+
+impl PromptError {
+    pub(crate) fn into_failure(self) -> Failure {
+        match self {
+            Self::TooLong { bytes, context } => {
+                Failure::new(Kind::Usage, format!("the prompt has {bytes} bytes, too many for {context} tokens, the model's context"))
+            }
+            Self::Failed(failure) => failure,
+        }
+    }
+}
+
 /// How the checkpoint's authors sample.
 pub(crate) fn default_sampling(defaults: &GenerationDefaults, seed: u64) -> Sampling {
     let GenerationDefaults { temperature, top_p, repetition_penalty, .. } = *defaults;
@@ -39,12 +67,12 @@ impl ModelText {
         (context, tokens_max): (usize, usize),
         sampling: Sampling,
         defaults: &GenerationDefaults,
-    ) -> Result<GenerateRequest, Failure> {
+    ) -> Result<GenerateRequest, PromptError> {
         let encode = |tokenizer: &Tokenizer, text: &str, special| {
             if text.len() > tokenizer.text_bytes_max(context) {
-                return Err(too_long(text.len(), context));
+                return Err(PromptError::TooLong { bytes: text.len(), context });
             }
-            Ok(tokenizer.encode(text, special)?)
+            tokenizer.encode(text, special).map_err(PromptError::from)
         };
         let mut stop_strings = defaults.stop_strings.clone();
         let prompt = match (&self.tokenizer, prompt, &self.chat) {
@@ -60,10 +88,6 @@ impl ModelText {
         let eos_token_ids = defaults.eos_token_ids.clone();
         Ok(GenerateRequest { prompt, tokens_max, sampling, eos_token_ids, stop_strings, top_logprobs: None })
     }
-}
-
-fn too_long(bytes: usize, context: usize) -> Failure {
-    Failure::new(Kind::Usage, format!("the prompt has {bytes} bytes, which cannot be {context} tokens, the model's context"))
 }
 
 /// Reads token ids: a JSON array, or numbers with commas or spaces between.

@@ -78,8 +78,8 @@ pub(crate) struct Introduced {
     pub(crate) addresses: Vec<Multiaddr>,
 }
 
-/// Trusts a ticket's key and keeps its addresses; where the node has moved, the new ones replace the old.
-pub(crate) fn introduce(dir: &DataDir, ticket: &Ticket) -> Result<Introduced, Failure> {
+/// Trusts a ticket's key and keeps its addresses and `more`; where the node has moved, the new ones replace the old.
+pub(crate) fn introduce(dir: &DataDir, ticket: &Ticket, more: &[Multiaddr]) -> Result<Introduced, Failure> {
     let node = ticket.node;
     if node == dir.key()?.id() {
         return Err(Failure::new(Kind::Usage, "this is the node's own ticket; it is for the other devices"));
@@ -89,7 +89,8 @@ pub(crate) fn introduce(dir: &DataDir, ticket: &Ticket) -> Result<Introduced, Fa
         let address: Multiaddr = text.parse().map_err(|error| Failure::new(Kind::Usage, format!("the ticket names {text:?}: {error}")))?;
         Ok(with_peer(address, peer))
     });
-    let addresses: Vec<_> = addresses.collect::<Result<_, Failure>>()?;
+    let mut addresses: Vec<_> = addresses.collect::<Result<_, Failure>>()?;
+    addresses.extend(more.iter().map(|address| with_peer(address.clone(), peer)));
     let _editing = dir.exclusive()?;
     let mut publishers = dir.publishers()?;
     publishers.insert(node);

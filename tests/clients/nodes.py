@@ -144,6 +144,10 @@ class Serving:
         self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
         wait_for(lambda: self.http.get("/health").status_code == 200, "/health does not become 200", 60)
 
+    def token(self):
+        """What whoever owns the data directory can read."""
+        return json.loads((self.node.directory / "api.json").read_text())["token"]
+
     def said(self):
         self.log.seek(0)
         return self.log.read().decode(errors="replace")[-6000:]

@@ -24,6 +24,8 @@ def example(url):
 
 def join_by_the_api(serving, ticket):
     """What `join` and `pull --trunk` do, asked of a node that serves."""
+    assert serving.http.post("/api/join", json={"ticket": ticket}).status_code == 401, "what changes the node needs the owner's token"
+    serving.http.headers["Authorization"] = f"Bearer {serving.token()}"
     joined = serving.http.post("/api/join", json={"ticket": ticket}).raise_for_status().json()
     assert [model["name"] for model in joined["models"]] == ["tiny"] and joined["silent"] is None, joined
     with serving.http.stream("POST", "/api/pull", json={"model": "tiny", "trunk": True}) as pulled:

@@ -23,7 +23,7 @@ def main(cases):
         command = [
             Path(sys.executable).with_name("schemathesis"), "run", f"{serving.url}/openapi.json", "--max-examples", str(cases), "--no-color",
             "--exclude-path", "/api/events", "--checks", ",".join(CHECKS), "--phases", "examples,coverage,fuzzing", "--request-timeout", "30",
-            "--continue-on-failure", "--suppress-health-check", "all", "--generation-database", "none",
+            "--header", f"Authorization: Bearer {serving.token()}", "--continue-on-failure", "--suppress-health-check", "all", "--generation-database", "none",
         ]
         environment = {**os.environ, "SCHEMATHESIS_HOOKS": "schema", "PYTHONPATH": str(HERE)}
         ended = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=serving.node.directory.parent, check=False)

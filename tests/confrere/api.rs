@@ -270,6 +270,10 @@ fn strangers_and_their_pages_are_refused_everywhere() {
         let origin = format!("{}\r\nOrigin: http://evil.example", door.api);
         assert!(http_get(&door.api, path, &origin).starts_with("HTTP/1.1 403"), "{path}");
     }
+    // Other users of this machine may ask, and change nothing.
+    for path in ["/api/join", "/api/pull"] {
+        assert_eq!(door.post(path, &json!({"ticket": "x", "model": "m"})).status, 401, "{path}");
+    }
     // Everywhere but on this machine alone, a token is needed; the node makes one.
     let node = Node::new();
     let port = free_port();
@@ -353,6 +357,12 @@ fn commands_ask_the_node_that_has_the_data_directory() {
     assert_eq!(node.run(&["show", "other"]).code, Some(3));
     assert_eq!(node.run(&["experts", "which", "cooking"]).code, Some(3));
     assert_eq!(node.run(&["rm", "m"]).code, Some(8));
+    // What the node would not heed is not ignored.
+    for given in [&["--offline"][..], &["--execute-at", "any"], &["--threads", "1"], &["--peer", "/ip4/127.0.0.1/tcp/1"], &["--no-log"]] {
+        let ended = node.run(&[&run[..], given].concat());
+        assert_eq!(ended.code, Some(8), "{given:?}: {}", ended.err);
+        assert!(ended.err.contains(&format!("{} would not be heeded", given[0])), "{}", ended.err);
+    }
     assert_eq!(serving.stop(), Some(0));
 }
 

@@ -17,6 +17,8 @@ use super::error::ApiError;
 pub(crate) struct Access {
     /// Hashes of the tokens; nothing where none is needed.
     tokens: Option<Arc<Vec<blake3::Hash>>>,
+    /// Of the token that whoever owns the data directory has: what changes trust or fills the disk needs it, or one of the others, everywhere.
+    owner: blake3::Hash,
     /// Names under which this API answers, besides addresses and `localhost`.
     names: Arc<BTreeSet<String>>,
 }
@@ -31,11 +33,12 @@ pub(crate) enum Asker {
 }
 
 impl Access {
-    /// Without tokens, everybody who reaches it may ask.
-    pub(crate) fn new(tokens: Option<&[String]>, names: impl IntoIterator<Item = String>) -> Self {
+    /// Without tokens, everybody who reaches it may ask, but not change anything.
+    pub(crate) fn new(tokens: Option<&[String]>, owner: &str, names: impl IntoIterator<Item = String>) -> Self {
         let hash = |tokens: &[String]| tokens.iter().map(|token| blake3::hash(token.as_bytes())).collect();
         Self {
             tokens: tokens.map(|tokens| Arc::new(hash(tokens))),
+            owner: blake3::hash(owner.as_bytes()),
             names: Arc::new(names.into_iter().map(|name| name.to_ascii_lowercase()).collect()),
         }
     }
@@ -48,17 +51,19 @@ impl Access {
     fn check(&self, headers: &HeaderMap, uri: &Uri) -> Result<Asker, ApiError> {
         let host = self.check_host(headers, uri)?;
         check_origin(headers, &host)?;
-        let Some(tokens) = &self.tokens else { return Ok(Asker::Local) };
-        if is_open(uri.path()) {
-            return Ok(Asker::Local);
-        }
+        let tokens = match &self.tokens {
+            Some(tokens) if !is_open(uri.path()) => &tokens[..],
+            None if changes_the_node(uri.path()) => &[],
+            _ => return Ok(Asker::Local),
+        };
         let given = headers.get(header::AUTHORIZATION).and_then(|value| value.to_str().ok());
         let token = given.and_then(|value| value.split_once(' ')).filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
         let Some((_, token)) = token else {
-            return Err(ApiError::unauthorized("this API needs a token: Authorization: Bearer TOKEN"));
+            let of_owner = if self.tokens.is_none() { " (the one in api.json in the node's data directory)" } else { "" };
+            return Err(ApiError::unauthorized(format!("this needs a token: Authorization: Bearer TOKEN{of_owner}")));
         };
         let given = blake3::hash(token.trim().as_bytes()); // hashes compare in the same time wherever they differ
-        let number = tokens.iter().position(|token| *token == given);
+        let number = tokens.iter().chain([&self.owner]).position(|token| *token == given);
         number.map(Asker::Token).ok_or_else(|| ApiError::unauthorized("the token is not one of this node's"))
     }
 
@@ -99,6 +104,11 @@ fn is_open(path: &str) -> bool {
     path == "/" || path == "/health" || path.starts_with("/dashboard/")
 }
 
+/// What changes whom the node trusts, or fills its disk: other users of this machine may not.
+fn changes_the_node(path: &str) -> bool {
+    path == "/api/join" || path == "/api/pull"
+}
+
 /// Lets a request pass, or refuses it.
 pub(crate) async fn check(State(access): State<Access>, mut request: Request, next: Next) -> Response {
     match access.check(request.headers(), request.uri()) {
@@ -124,7 +134,7 @@ mod tests {
 
     #[test]
     fn answers_by_address_and_by_its_own_names_alone() {
-        let access = Access::new(None, ["Box.lan".to_owned()]);
+        let access = Access::new(None, "owner", ["Box.lan".to_owned()]);
         for host in ["127.0.0.1:4748", "[::1]:4748", "localhost", "LOCALHOST:1", "192.168.1.7", "box.lan:4748"] {
             assert_eq!(ask(&access, "/", &[("host", host)]), Ok(Asker::Local), "{host}");
         }
@@ -138,7 +148,7 @@ mod tests {
 
     #[test]
     fn pages_of_other_origins_are_refused() {
-        let access = Access::new(None, []);
+        let access = Access::new(None, "owner", []);
         let host = ("host", "127.0.0.1:4748");
         assert!(ask(&access, "/", &[host, ("origin", "http://127.0.0.1:4748")]).is_ok());
         for origin in ["null", "http://evil.example", "http://127.0.0.1:80", "http://localhost:4748", "file://", ""] {
@@ -147,8 +157,20 @@ mod tests {
     }
 
     #[test]
+    fn what_changes_the_node_needs_the_owner_s_token_even_where_no_other_is_needed() {
+        let access = Access::new(None, "owner", []);
+        let host = ("host", "127.0.0.1");
+        for path in ["/api/join", "/api/pull"] {
+            assert_eq!(ask(&access, path, &[host]).expect_err(path).status, 401);
+            assert_eq!(ask(&access, path, &[host, ("authorization", "Bearer other")]).expect_err(path).status, 401);
+            assert!(ask(&access, path, &[host, ("authorization", "Bearer owner")]).is_ok());
+        }
+        assert!(ask(&access, "/v1/models", &[host]).is_ok());
+    }
+
+    #[test]
     fn tokens_are_needed_where_there_are_any() {
-        let access = Access::new(Some(&["one".to_owned(), "two".to_owned()]), []);
+        let access = Access::new(Some(&["one".to_owned(), "two".to_owned()]), "one", []);
         let host = ("host", "127.0.0.1");
         assert_eq!(ask(&access, "/v1/models", &[host, ("authorization", "Bearer two")]), Ok(Asker::Token(1)));
         assert_eq!(ask(&access, "/health", &[host]), Ok(Asker::Local));

@@ -56,7 +56,7 @@ pub(super) async fn join(State(api): State<Arc<Api>>, request: Request) -> Resul
 }
 
 async fn join_by(api: &Api, ticket: &Ticket) -> Result<Value, ApiError> {
-    let Introduced { node, peer, addresses } = introduce(&api.library.open.dir, ticket)?;
+    let Introduced { node, peer, addresses } = introduce(&api.library.open.dir, ticket, &[])?;
     api.network.stay_with(addresses).await;
     let mut peers = api.network.peers.clone();
     let connected = tokio::time::timeout(JOIN_PATIENCE, peers.wait_for(|peers| peers.connected.contains(&peer))).await;

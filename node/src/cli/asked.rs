@@ -22,9 +22,7 @@ struct Answer {
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs, daemon: &Daemon) -> Result<(), Failure> {
-    if args.trace.is_some() {
-        return Err(Failure::new(Kind::Busy, "a node serves from this data directory, and it writes no traces: stop it first"));
-    }
+    context.only_given(&["model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "raw"])?;
     note("note: the node that serves answers, with its own peers, threads and memory");
     let prompt = match &args.prompt {
         Some(prompt) => prompt.clone(),

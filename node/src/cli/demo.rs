@@ -25,7 +25,7 @@ use crate::loading::Loaded;
 use crate::memory::default_memory;
 use crate::net::Multiaddr;
 use crate::output::{be_quiet, human_bytes, note, print, print_json, print_line};
-use crate::prompt::{Prompt, default_sampling};
+use crate::prompt::{Prompt, PromptError, default_sampling};
 
 /// Two prompts of each of three domains: the second of a pair shows what the first has already brought.
 const PROMPTS: [(&str, &str); 6] = [
@@ -154,8 +154,10 @@ fn generate_one(
 ) -> Result<Row, Failure> {
     check_interrupted()?;
     let defaults = &found.manifest.generation;
-    let request =
-        loaded.text.request(&Prompt::Raw(prompt), (loaded.engine.context(), tokens_max), default_sampling(defaults, SEED), defaults)?;
+    let request = loaded
+        .text
+        .request(&Prompt::Raw(prompt), (loaded.engine.context(), tokens_max), default_sampling(defaults, SEED), defaults)
+        .map_err(PromptError::into_failure)?;
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };
     if show == Show::Everything {

@@ -105,6 +105,7 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
     let json = match context.open()? {
         Held::Here(open) => domain_json(&open, &model_of(&open, args.model.as_deref())?, domain, args.layer, args.top as usize)?,
         Held::Daemon(daemon) => {
+            context.only_given(&["domain", "model", "layer", "top"])?;
             let more = [("model", args.model.clone()), ("layer", args.layer.map(|layer| layer.to_string()))];
             let more: String = more.iter().filter_map(|(name, value)| Some(format!("&{name}={}", encoded(value.as_ref()?)))).collect();
             context.ask(&daemon, &format!("/api/experts?domain={}&top={}{more}", encoded(domain), args.top))?

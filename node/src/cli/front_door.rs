@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -46,7 +46,8 @@ pub(super) struct FrontDoor {
     generation: Generation,
     stopping: watch::Sender<bool>,
     dir: DataDir,
-    needs_token: bool,
+    /// Where the token is, if one is needed.
+    token: Option<PathBuf>,
 }
 
 impl FrontDoor {
@@ -98,16 +99,24 @@ impl FrontDoor {
             stopping: until_stopping,
             holders: crate::api::HoldersCache::default(),
         };
-        let access = Access::new(tokens.as_deref(), args.api_name.iter().cloned());
+        let owner = tokens.as_ref().and_then(|tokens| tokens.first().cloned()).unwrap_or_else(|| protocol::hash::to_hex(&new_secret()));
+        let access = Access::new(tokens.as_deref(), &owner, args.api_name.iter().cloned());
         let server = Server::start(listener, router(Arc::new(api), access))?;
-        Daemon::at(server.address, tokens.as_ref().and_then(|tokens| tokens.first())).announce(&open.dir)?;
-        Ok(Self { server, generation, stopping, dir: open.dir.clone(), needs_token: tokens.is_some() })
+        Daemon::at(server.address, owner).announce(&open.dir)?;
+        let token = match (&args.api_tokens, &tokens) {
+            (_, None) => None,
+            (Some(file), _) => Some(file.clone()),
+            (None, _) => Some(token_file(&open.dir)),
+        };
+        Ok(Self { server, generation, stopping, dir: open.dir.clone(), token })
     }
 
     /// What the user is told.
     pub(super) fn introduction(&self) -> String {
-        let token = if self.needs_token { " (with a token)" } else { "" };
-        format!("API http://{address}/v1{token}, dashboard http://{address}/", address = self.server.address)
+        let address = Daemon::reached_at(self.server.address);
+        let more = if address == self.server.address { "" } else { ", and at this machine's other addresses" };
+        let token = self.token.as_ref().map(|file| format!("; the token is in {}", file.display())).unwrap_or_default();
+        format!("API http://{address}/v1, dashboard http://{address}/{more}{token}")
     }
 
     /// Answers no more requests; returns when those under way have ended, one way or the other.
@@ -152,9 +161,13 @@ fn read_tokens(file: &Path) -> Result<Vec<String>, Failure> {
     }
 }
 
+fn token_file(dir: &DataDir) -> PathBuf {
+    dir.path().join("api-token")
+}
+
 /// The token in the data directory, made at first use.
 fn own_token(dir: &DataDir) -> Result<String, Failure> {
-    let path = dir.path().join("api-token");
+    let path = token_file(dir);
     if path.exists() {
         return Ok(read_tokens(&path)?.remove(0));
     }

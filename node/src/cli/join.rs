@@ -23,12 +23,13 @@ pub(super) fn join(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
     let open = match context.open()? {
         Held::Here(open) => open,
         Held::Daemon(daemon) => {
+            context.only_given(&["ticket"])?;
             let ticket = json!({"ticket": args.ticket.to_string()});
             let joined = daemon::wait(&context.runtime, daemon.post("/api/join", &ticket))?;
             return tell(context, &joined);
         }
     };
-    let joined = introduce(&open.dir, &args.ticket)?;
+    let joined = introduce(&open.dir, &args.ticket, &args.peers.peers)?;
     // This node alone is asked: what others call their models is not its business.
     let options = PeerOptions { peers: joined.addresses, ..args.peers.options() };
     let federation = Federation::connect_to(context.runtime.handle(), &open.dir, options, context.offline)?;

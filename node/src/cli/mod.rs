@@ -26,7 +26,8 @@ mod trust;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use inference::engine::EngineOptions;
 use inference::kernels::Kernels;
 use inference::kv_cache::KvPrecision;
@@ -43,9 +44,9 @@ use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
 use crate::federation::{PeerOptions, Publishers};
 use crate::memory::default_memory;
-use crate::net::Multiaddr;
 use crate::net::address::parse_address;
 use crate::net::allowed::{Allowed, AllowedPeers};
+use crate::net::{CALM_LOG, Multiaddr};
 use crate::output;
 
 /// Runs Mixture-of-Experts models together with your other devices: what one lacks, it fetches from its peers.
@@ -91,7 +92,7 @@ enum Command {
     Import(import::ImportArgs),
     /// Make a model of narrower weights from one that is here
     Requantize(import::RequantizeArgs),
-    /// Trust a node and learn what it has, from the ticket that its `serve` prints
+    /// Trust a node and learn what it has, from the ticket that its `serve` prints. A node that serves from the data directory is told
     Join(join::JoinArgs),
     /// Keep the list of those whose models you run
     #[command(subcommand)]
@@ -117,11 +118,11 @@ enum Command {
     },
     /// Serve manifests, trunks and experts to peers
     Serve(serve::ServeArgs),
-    /// Fetch a model, or part of it, from peers
+    /// Fetch a model, or part of it, from peers. A node that serves from the data directory is told to
     Pull(pull::PullArgs),
     /// Say what of a model would run in some memory, and how fast
     Plan(plan::PlanArgs),
-    /// Generate text; experts that are missing are fetched
+    /// Generate text; experts that are missing are fetched. A node that serves from the data directory is asked
     Run(run::RunArgs),
     /// Say which experts serve a domain
     #[command(subcommand)]
@@ -257,6 +258,8 @@ struct Context {
     offline: bool,
     disk_max: u64,
     memory_max: u64,
+    /// Options that are on the command line.
+    given: Vec<String>,
 }
 
 impl Context {
@@ -288,10 +291,31 @@ impl Context {
         }
     }
 
+    /// Refuses options that a node which serves already would not heed: it has its own.
+    fn only_given(&self, heeded: &[&str]) -> Result<(), Failure> {
+        const ALWAYS: [&str; 4] = ["json", "quiet", "verbose", "data_dir"];
+        let other = self.given.iter().find(|given| !ALWAYS.contains(&given.as_str()) && !heeded.contains(&given.as_str()));
+        other.map_or(Ok(()), |other| {
+            let option = if other == "peers" { "peer".to_owned() } else { other.replace('_', "-") };
+            let why = "the node that serves from this data directory answers, with its own settings";
+            Err(Failure::new(Kind::Busy, format!("--{option} would not be heeded: {why}; leave it out, or stop that node")))
+        })
+    }
+
     /// Asks a node that serves for something.
     fn ask(&self, daemon: &Daemon, path: &str) -> Result<Value, Failure> {
         daemon::wait(&self.runtime, daemon.get(path))
     }
+}
+
+/// The options on the command line, of all levels.
+fn given(matches: &ArgMatches) -> Vec<String> {
+    let own = matches.ids().map(clap::Id::as_str).filter(|id| {
+        // Names of groups, which begin with a capital, are none.
+        id.starts_with(char::is_lowercase) && matches.value_source(id) == Some(ValueSource::CommandLine)
+    });
+    let below = matches.subcommand().map(|(_, matches)| given(matches));
+    own.map(str::to_owned).chain(below.into_iter().flatten()).collect()
 }
 
 /// A text as a part of a path.
@@ -329,6 +353,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         offline: cli.global.offline,
         disk_max: cli.global.disk.unwrap_or(u64::MAX),
         memory_max: cli.global.ram.unwrap_or_else(default_memory),
+        given: given(&matches),
     };
     match cli.command {
         Command::Demo(_) | Command::Config(_) | Command::Completions { .. } | Command::Man(_) => unreachable!("done above"),
@@ -360,10 +385,10 @@ fn start_logging(verbose: u8, quiet: bool) {
         output::be_quiet();
     }
     let level = match (quiet, verbose) {
-        (true, _) => "error",
-        (false, 0) => "warn",
-        (false, 1) => "confrere=debug,store=debug,warn",
-        (false, _) => "debug",
+        (true, _) => "error".to_owned(),
+        (false, 0) => format!("warn,{CALM_LOG}"),
+        (false, 1) => format!("confrere=debug,store=debug,warn,{CALM_LOG}"),
+        (false, _) => "debug".to_owned(),
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("CONFRERE_LOG").unwrap_or_else(|_| level.into());
     let color = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());

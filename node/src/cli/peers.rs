@@ -108,6 +108,7 @@ pub(super) fn peers(context: &Context, args: &PeersArgs) -> Result<(), Failure> 
     let daemon = Daemon::of(&context.dir)?.filter(|_| context.lock().is_err());
     let (reached, accounts) = match &daemon {
         Some(daemon) => {
+            context.only_given(&[])?;
             let answer = context.ask(daemon, "/api/peers")?;
             (Peers::default(), answer.as_array().into_iter().flatten().filter_map(status::account_of).collect())
         }

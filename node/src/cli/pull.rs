@@ -52,6 +52,7 @@ pub(super) fn pull(context: &Context, args: &PullArgs) -> Result<(), Failure> {
 
 /// Has the node that serves pull, and shows how far it is.
 fn ask(context: &Context, args: &PullArgs, daemon: &Daemon) -> Result<Value, Failure> {
+    context.only_given(&["model", "name", "trunk", "all", "experts", "domain"])?;
     let request = json!({
         "model": args.model, "name": args.name, "trunk": args.trunk.then_some(true), "experts_bytes": args.experts, "domain": args.domain,
     });

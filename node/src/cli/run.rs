@@ -24,7 +24,7 @@ use crate::federation::{Federation, PeerOptions};
 use crate::loading::Loaded;
 use crate::memory::resident_bytes;
 use crate::output::{human_bytes, note, print, print_json};
-use crate::prompt::{Prompt, default_sampling};
+use crate::prompt::{Prompt, PromptError, default_sampling};
 
 /// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.
 const TEMPLATE_TOKENS_MAX: usize = 1024;
@@ -60,7 +60,7 @@ pub(super) struct RunArgs {
     pub(super) raw: bool,
     /// Write which experts are used to FILE, for `bench trace` and `plan`. It reveals much of the text: keep it to yourself
     #[arg(long, value_name = "FILE", conflicts_with = "no_log")]
-    pub(super) trace: Option<PathBuf>,
+    trace: Option<PathBuf>,
     /// Do not count which experts are used. The counts stay on this node
     #[arg(long)]
     no_log: bool,
@@ -101,7 +101,8 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
     let messages = [Message { role: "user", content: prompt.clone() }];
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
-    let request = loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)?;
+    let request =
+        loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults).map_err(PromptError::into_failure)?;
     let mut session = loaded.engine.session();
     let entries =
         args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.config.num_hidden_layers as usize);
@@ -386,7 +387,10 @@ impl Conversation {
         messages.push(Message { role: "user", content: line.to_owned() });
         let text = format!("{}{line}", self.text);
         let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
-        let request = loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)?;
+        let request = loaded
+            .text
+            .request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)
+            .map_err(PromptError::into_failure)?;
         let tokens = &request.prompt;
         // The beginning that is the same as last time need not be taken in again; the last token always is.
         let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));

@@ -28,6 +28,9 @@ mod upload;
 
 pub(crate) use libp2p::{Multiaddr, PeerId};
 
+/// What the network's own log says less of: that nobody is known yet is no reason to warn.
+pub(crate) const CALM_LOG: &str = "libp2p_kad=error";
+
 /// A new secret key, from the operating system's randomness.
 pub(crate) fn new_secret() -> [u8; 32] {
     let key = libp2p::identity::ed25519::Keypair::generate();

@@ -65,7 +65,13 @@ impl Network {
         let mut swarm = Swarm::new(transport, behaviour, local, config);
         for address in listen {
             let listening = swarm.listen_on(address.clone());
-            listening.map_err(|error| Failure::of(Kind::Other, &error).about(format_args!("cannot listen on {address}")))?;
+            listening.map_err(|error| {
+                let failure = Failure::of(Kind::Other, &error).about(format_args!("cannot listen on {address}"));
+                if !failure.message.contains("in use") {
+                    return failure;
+                }
+                Failure::new(Kind::Busy, format!("{}; --listen 0.0.0.0:PORT chooses another port", failure.message))
+            })?;
         }
         let streams = swarm.behaviour().stream.new_control();
         let (commands, command_queue) = mpsc::channel(COMMANDS_MAX);

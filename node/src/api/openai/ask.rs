@@ -7,9 +7,9 @@ use serde_json::{Value, json};
 use crate::api::body::{Fields, wrong};
 use crate::api::error::ApiError;
 use crate::data_dir::LocalModel;
-use crate::failure::{Failure, Kind};
+use crate::failure::Kind;
 use crate::generation::ReadyModel;
-use crate::prompt::{Prompt, default_sampling};
+use crate::prompt::{Prompt, PromptError, default_sampling};
 
 /// Stop strings that a client may give, and the characters of each.
 const STOPS_MAX: usize = 4;
@@ -118,13 +118,15 @@ impl Ask {
             What::Text(text) => (Prompt::Raw(text), "prompt"),
             What::Tokens(tokens) => (Prompt::Tokens(tokens.clone()), "prompt"),
         };
-        let refused = |failure: Failure| match failure.kind {
-            // The template is the model's, but what it cannot take is the client's.
-            Kind::Usage if failure.message.ends_with("the model's context") => {
-                ApiError::invalid(failure.message).param(field).code("context_length_exceeded")
+        let refused = |error: PromptError| match error {
+            error @ PromptError::TooLong { .. } => {
+                ApiError::invalid(error.into_failure().message).param(field).code("context_length_exceeded")
             }
-            Kind::Usage | Kind::Other => ApiError::invalid(failure.message).param(field),
-            _ => failure.into(),
+            // The template is the model's, but what it cannot take is the client's.
+            PromptError::Failed(failure) if matches!(failure.kind, Kind::Usage | Kind::Other) => {
+                ApiError::invalid(failure.message).param(field)
+            }
+            PromptError::Failed(failure) => failure.into(),
         };
         let tokens_max = self.tokens_max.unwrap_or(usize::MAX);
         let lengths = (model.context, tokens_max);
