@@ -58,6 +58,14 @@ pub(crate) async fn until_interrupted() {
     }
 }
 
+/// Does something until it ends or the user presses Ctrl-C.
+pub(crate) async fn unless_interrupted<T>(work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+    tokio::select! {
+        result = work => result,
+        () = until_interrupted() => Err(Failure::interrupted()),
+    }
+}
+
 /// Starts watching for Ctrl-C. The first asks to stop at the next safe point; the second does not wait for it.
 pub(crate) fn watch_for_interrupts(runtime: &tokio::runtime::Handle) {
     runtime.spawn(async {

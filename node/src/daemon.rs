@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::unix::fs::OpenOptionsExt as _;
 
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::{Bytes, Incoming};
@@ -13,9 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
-use crate::clock::until_interrupted;
 use crate::data_dir::{DataDir, io_failure};
 use crate::failure::{Failure, Kind};
+use crate::secret_file;
 
 /// Where a node's API is, and the token that it wants.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -44,12 +43,8 @@ impl Daemon {
     pub(crate) fn announce(&self, dir: &DataDir) -> Result<(), Failure> {
         let path = dir.path().join("api.json");
         let _ = fs::remove_file(&path); // what a node that was killed has left
-        let write = || -> std::io::Result<()> {
-            let file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-            serde_json::to_writer(&file, self)?;
-            Ok(())
-        };
-        write().map_err(|error| io_failure("write", &path, &error))
+        let word = serde_json::to_vec(self).expect("an address and a token are JSON");
+        secret_file::write(&path, &word).map_err(|error| io_failure("write", &path, &error))
     }
 
     /// Takes the word back.
@@ -133,16 +128,6 @@ impl Daemon {
         let error: Value = serde_json::from_slice(&body).unwrap_or_default();
         Err(refusal(status, &error["error"]))
     }
-}
-
-/// Does something with the node until it ends or the user presses Ctrl-C.
-pub(crate) fn wait<T>(runtime: &tokio::runtime::Runtime, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-    runtime.block_on(async {
-        tokio::select! {
-            result = work => result,
-            () = until_interrupted() => Err(Failure::interrupted()),
-        }
-    })
 }
 
 fn broken(error: &hyper::Error) -> Failure {

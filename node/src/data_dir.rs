@@ -16,9 +16,9 @@
 //! ```
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -33,6 +33,7 @@ use crate::failure::{Failure, Kind};
 use crate::net::{Multiaddr, new_secret};
 use crate::output::note;
 use crate::peer_book::Book;
+use crate::secret_file;
 
 /// Longest of the small files, in bytes.
 const SMALL_FILE_BYTES_MAX: u64 = 4 << 20;
@@ -61,11 +62,7 @@ impl DataDir {
         let path = self.root.join("key");
         match read_file(&path, 100).map_err(|error| io_failure("read", &path, &error))? {
             Some(text) => {
-                let mode = fs::metadata(&path).map_err(|error| io_failure("read", &path, &error))?.permissions().mode();
-                if mode & 0o077 != 0 {
-                    let hint = format!("{} may be read by others; run: chmod 600 {}", path.display(), path.display());
-                    return Err(Failure::new(Kind::Refused, hint));
-                }
+                secret_file::check(&path)?;
                 let secret = std::str::from_utf8(&text).ok().and_then(|text| protocol::hash::from_hex(text.trim()));
                 let secret = secret.ok_or_else(|| Failure::new(Kind::Integrity, format!("{} does not hold a key", path.display())))?;
                 Ok(NodeKey::from_secret(&secret))
@@ -78,9 +75,7 @@ impl DataDir {
         let secret = new_secret();
         let temporary = self.root.join(format!("key.{}", std::process::id()));
         let write = || -> io::Result<()> {
-            let mut file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(&temporary)?;
-            writeln!(file, "{}", protocol::hash::to_hex(&secret))?;
-            file.sync_all()?;
+            secret_file::write(&temporary, format!("{}\n", protocol::hash::to_hex(&secret)).as_bytes())?;
             // A link fails where a file is: of two processes that start at once, the second takes the first one's key.
             fs::hard_link(&temporary, path)?;
             fs::File::open(&self.root)?.sync_all()
@@ -395,7 +390,8 @@ impl OpenDataDir {
         Ok(())
     }
 
-    fn unknown(&self, model: &str) -> Failure {
+    /// Nothing is called that.
+    pub(crate) fn unknown(&self, model: &str) -> Failure {
         let known: Vec<_> = self.names().into_keys().collect();
         let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
         Failure::new(Kind::NotFound, format!("no model is called {model} ({known})"))

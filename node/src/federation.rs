@@ -13,7 +13,7 @@ use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
 
-use crate::clock::{now_ms, until_interrupted};
+use crate::clock::{now_ms, unless_interrupted};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
 use crate::dispatcher::{DispatcherPeers, Providers, RemoteOptions, SharedFetcher};
 use crate::failure::{Failure, Kind};
@@ -361,13 +361,12 @@ impl Federation {
 
     /// Runs something on the network until it ends or the user presses Ctrl-C.
     pub(crate) fn wait<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
-        self.runtime.block_on(async {
+        self.runtime.block_on(unless_interrupted(async {
             tokio::select! {
                 result = work => result,
-                () = until_interrupted() => Err(Failure::interrupted()),
                 () = gone(self.client.clone()) => Err(Failure::interrupted()),
             }
-        })
+        }))
     }
 }
 

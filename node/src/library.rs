@@ -27,6 +27,14 @@ impl Library {
         self.models.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Finds a model by name, id, or the beginning of an id.
+    pub(crate) fn find(&self, model: &str) -> Result<LocalModel, Failure> {
+        let id = self.open.identify(model)?.map(|(_, id)| id);
+        let found = self.models().into_iter().filter(|found| Some(found.id) == id);
+        // A model may have several names: the one that was asked for, if that is one.
+        found.max_by_key(|found| found.name == model).ok_or_else(|| self.open.unknown(model))
+    }
+
     /// Looks again which models are here.
     pub(crate) fn refresh(&self) {
         let models = self.open.readable_models();

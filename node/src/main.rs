@@ -25,6 +25,7 @@ mod profiles;
 mod prompt;
 mod pulling;
 mod records;
+mod secret_file;
 mod specialists;
 mod usage;
 

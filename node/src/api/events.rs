@@ -11,9 +11,10 @@ use tokio::sync::broadcast;
 
 use super::experts::{holders, places};
 use super::own::generation_json;
-use super::{Api, openai};
+use super::{Api, sse};
 use crate::clock::now_ms;
 use crate::generation::ModelState;
+use crate::models::stat_json;
 
 const PAUSE: Duration = Duration::from_millis(500);
 /// Events that a slow listener may be behind; then it misses some.
@@ -56,7 +57,7 @@ impl Events {
                 }
             }
         }));
-        openai::event_stream(body)
+        sse::response(body)
     }
 }
 
@@ -70,14 +71,10 @@ struct Maker {
 
 impl Maker {
     async fn event(&mut self) -> Bytes {
-        let state = self.api.generation.model();
-        let found = match &state {
-            ModelState::Ready(ready) => Some(ready.found.clone()),
-            _ => None,
-        };
-        let loading = match &state {
-            ModelState::Loading(found) => Some(found.id),
-            _ => None,
+        let (found, loading) = match self.api.generation.model() {
+            ModelState::Ready(ready) => (Some(ready.found.clone()), None),
+            ModelState::Loading(found) => (None, Some(found.id)),
+            ModelState::None | ModelState::Failed(..) => (None, None),
         };
         let mut changed = Vec::new();
         if let Some(found) = &found {
@@ -98,13 +95,11 @@ impl Maker {
         self.model = found.as_ref().map(|found| found.id);
         let mut used = self.api.generation.activity().lock().take_fresh();
         used.truncate(USED_MAX);
-        let store = self.api.library.open.store.stat().ok().map(|stat| {
-            json!({"bytes": stat.bytes, "bytes_max": (stat.bytes_max < u64::MAX).then_some(stat.bytes_max), "disk_free_bytes": stat.disk_free_bytes})
-        });
+        let store = self.api.library.open.store.stat().ok().map(|stat| stat_json(&stat));
         let event = json!({
             "time_ms": now_ms(), "model": self.model.or(loading).map(|id| id.to_string()), "generation": generation_json(&self.api), "used": used,
             "place": changed, "transfers": self.api.transfers.json(), "store": store, "peers": self.api.network.peers.borrow().connected.len(),
         });
-        Bytes::from(format!("event: state\ndata: {event}\n\n"))
+        Bytes::from(format!("event: state\n{}", sse::data(&event)))
     }
 }

@@ -1,11 +1,10 @@
 //! Joining a peer and pulling models while the node serves.
 
-use std::convert::Infallible;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse as _, Response};
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
@@ -14,10 +13,9 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 
-use super::Api;
 use super::body::Fields;
 use super::error::ApiError;
-use super::openai::event_stream;
+use super::{Api, sse};
 use crate::data_dir::LocalModel;
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
@@ -114,13 +112,12 @@ pub(super) async fn pull(State(api): State<Arc<Api>>, request: Request) -> Resul
     let (events, told) = mpsc::channel::<Bytes>(4);
     tokio::spawn(async move {
         let said = match pulled(&api, pull, &events).await {
-            Ok(pulled) => format!("data: {pulled}\n\ndata: [DONE]\n\n"),
-            Err(error) => format!("event: error\ndata: {}\n\n", error.json()),
+            Ok(pulled) => sse::data(&pulled) + sse::DONE,
+            Err(error) => sse::error(&error),
         };
         let _ = events.send(Bytes::from(said)).await;
     });
-    let body = futures::stream::unfold(told, |mut told| async { told.recv().await.map(|event| (Ok::<_, Infallible>(event), told)) });
-    Ok(event_stream(Body::from_stream(body)))
+    Ok(sse::of(told))
 }
 
 /// Pulls, and says now and then how far it is; gives up when nobody listens.
@@ -146,8 +143,7 @@ async fn pulled(api: &Arc<Api>, pull: Pull, events: &mpsc::Sender<Bytes>) -> Res
         }
         let now = progress.lock().unwrap_or_else(PoisonError::into_inner).clone();
         if let Some(one) = now {
-            let event = json!({"name": one.name, "bytes": one.bytes(), "total": one.total, "peers": one.peers});
-            let _ = events.try_send(Bytes::from(format!("data: {event}\n\n"))); // a slow client misses some
+            let _ = events.try_send(Bytes::from(sse::data(&one.json()))); // a slow client misses some
         }
     };
     api.transfers.remove(&progress);

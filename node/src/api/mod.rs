@@ -11,6 +11,7 @@ mod metrics;
 mod openai;
 mod own;
 pub(crate) mod server;
+mod sse;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -77,7 +78,7 @@ impl Transfers {
     fn json(&self) -> Value {
         let all = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let now = all.iter().filter_map(|one| one.lock().unwrap_or_else(PoisonError::into_inner).clone());
-        now.map(|one| json!({"name": one.name, "bytes": one.bytes(), "total": one.total, "peers": one.peers})).collect()
+        now.map(|one| one.json()).collect()
     }
 }
 
@@ -150,20 +151,7 @@ async fn with_headers(request: Request, next: Next) -> Response {
 
 /// Finds a model by name, id, or the beginning of an id.
 fn lookup(api: &Api, name: &str) -> Result<LocalModel, ApiError> {
-    let models = api.library.models();
-    if let Some(found) = models.iter().find(|found| found.name == name) {
-        return Ok(found.clone());
-    }
-    let is_beginning = name.len() >= 4 && name.bytes().all(|byte| byte.is_ascii_hexdigit());
-    let begins = |found: &&LocalModel| is_beginning && found.id.to_string().starts_with(&name.to_ascii_lowercase());
-    let mut matching: Vec<_> = models.iter().filter(begins).collect();
-    matching.dedup_by_key(|found| found.id);
-    if let [found] = matching[..] {
-        return Ok(found.clone());
-    }
-    let known: Vec<_> = models.iter().map(|found| found.name.as_str()).collect();
-    let known = if known.is_empty() { "there is none here".to_owned() } else { format!("known: {}", known.join(", ")) };
-    Err(ApiError::not_found("model_not_found", format!("no model is called {name:?} ({known})")).param("model"))
+    api.library.find(name).map_err(|failure| ApiError::not_found("model_not_found", failure.message).param("model"))
 }
 
 /// The model that was named, the one that is loaded, or the only one.

@@ -1,13 +1,12 @@
 //! `confrere run` where a node serves from the same data directory: it is asked by its API, and answers as `run` itself would.
 
-use std::io::{BufRead as _, IsTerminal as _};
+use std::io::IsTerminal as _;
 
 use serde_json::{Value, json};
 
 use super::Context;
-use super::run::{RunArgs, read_stdin};
-use crate::clock::while_waiting_for_input;
-use crate::daemon::{self, Daemon};
+use super::run::{RunArgs, next_line, read_stdin};
+use crate::daemon::Daemon;
 use crate::failure::{Failure, Kind};
 use crate::output::{human_bytes, note, print, print_json};
 
@@ -44,16 +43,7 @@ fn converse(context: &Context, args: &RunArgs, daemon: &Daemon) -> Result<(), Fa
     note("Ctrl-D ends the conversation");
     let (mut messages, mut text) = (Vec::new(), String::new());
     loop {
-        print("> ")?;
-        let mut line = String::new();
-        let read = while_waiting_for_input(|| std::io::stdin().lock().read_line(&mut line));
-        if read.map_err(|error| Failure::new(Kind::Other, error.to_string()))? == 0 {
-            return print("\n");
-        }
-        let line = line.trim();
-        if line.is_empty() {
-            continue;
-        }
+        let Some(line) = next_line()? else { return print("\n") };
         let asked = [&messages[..], &[json!({"role": "user", "content": line})]].concat();
         let continued = format!("{text}{line}");
         let what = if args.raw { json!({"prompt": continued}) } else { json!({"messages": asked}) };
@@ -83,7 +73,7 @@ fn ask(context: &Context, args: &RunArgs, daemon: &Daemon, mut request: Value) -
         request[name] = value.clone();
     }
     let mut answer = Answer::default();
-    daemon::wait(&context.runtime, daemon.stream(path, &request, |chunk| answer.add(&chunk, !context.json)))?;
+    context.wait(daemon.stream(path, &request, |chunk| answer.add(&chunk, !context.json)))?;
     Ok(answer)
 }
 

@@ -1,8 +1,6 @@
 //! Opening and closing the door through which programs and people ask a node that serves: the engine's thread, the API, its tokens.
 
 use std::fs;
-use std::io::Write as _;
-use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -27,6 +25,7 @@ use crate::generation::{Generation, GenerationOptions};
 use crate::library::Library;
 use crate::net::network::Network;
 use crate::net::{Multiaddr, new_secret};
+use crate::secret_file;
 
 /// The shortest token that is accepted: shorter ones can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -148,10 +147,7 @@ fn options(context: &Context, args: &ServeArgs, executor_bytes: Arc<AtomicU64>) 
 }
 
 fn read_tokens(file: &Path) -> Result<Vec<String>, Failure> {
-    let mode = fs::metadata(file).map_err(|error| io_failure("read", file, &error))?.permissions().mode();
-    if mode & 0o077 != 0 {
-        return Err(Failure::new(Kind::Refused, format!("{} may be read by others; run: chmod 600 {0}", file.display())));
-    }
+    secret_file::check(file)?;
     let text = fs::read_to_string(file).map_err(|error| io_failure("read", file, &error))?;
     let tokens: Vec<_> = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect();
     match tokens.iter().find(|token| token.len() < TOKEN_BYTES_MIN) {
@@ -172,11 +168,6 @@ fn own_token(dir: &DataDir) -> Result<String, Failure> {
         return Ok(read_tokens(&path)?.remove(0));
     }
     let token = protocol::hash::to_hex(&new_secret());
-    let write = || -> std::io::Result<()> {
-        let mut file = fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(&path)?;
-        writeln!(file, "{token}")?;
-        file.sync_all()
-    };
-    write().map_err(|error| io_failure("write", &path, &error))?;
+    secret_file::write(&path, format!("{token}\n").as_bytes()).map_err(|error| io_failure("write", &path, &error))?;
     Ok(token)
 }

@@ -5,7 +5,6 @@ use protocol::ticket::Ticket;
 use serde_json::{Value, json};
 
 use super::{Context, Held, PeerArgs};
-use crate::daemon;
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, PeerOptions};
 use crate::output::{note, print_json, print_line};
@@ -25,7 +24,7 @@ pub(super) fn join(context: &Context, args: &JoinArgs) -> Result<(), Failure> {
         Held::Daemon(daemon) => {
             context.only_given(&["ticket"])?;
             let ticket = json!({"ticket": args.ticket.to_string()});
-            let joined = daemon::wait(&context.runtime, daemon.post("/api/join", &ticket))?;
+            let joined = context.wait(daemon.post("/api/join", &ticket))?;
             return tell(context, &joined);
         }
     };

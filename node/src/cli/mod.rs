@@ -37,8 +37,8 @@ use serde_json::Value;
 use tokio::runtime::Runtime;
 
 use self::config::Configuration;
-use crate::clock::watch_for_interrupts;
-use crate::daemon::{self, Daemon};
+use crate::clock::{unless_interrupted, watch_for_interrupts};
+use crate::daemon::Daemon;
 use crate::data_dir::{DataDir, OpenDataDir};
 use crate::dispatcher::RemoteOptions;
 use crate::failure::{Failure, Kind};
@@ -302,9 +302,14 @@ impl Context {
         })
     }
 
+    /// Does something on the network until it ends or the user presses Ctrl-C.
+    fn wait<T>(&self, work: impl Future<Output = Result<T, Failure>>) -> Result<T, Failure> {
+        self.runtime.block_on(unless_interrupted(work))
+    }
+
     /// Asks a node that serves for something.
     fn ask(&self, daemon: &Daemon, path: &str) -> Result<Value, Failure> {
-        daemon::wait(&self.runtime, daemon.get(path))
+        self.wait(daemon.get(path))
     }
 }
 

@@ -5,7 +5,7 @@ use indicatif::ProgressBar;
 use serde_json::{Value, json};
 
 use super::{Context, Held, PeerArgs, parse_size};
-use crate::daemon::{self, Daemon};
+use crate::daemon::Daemon;
 use crate::failure::Failure;
 use crate::federation::Federation;
 use crate::models::pulled_json;
@@ -70,7 +70,7 @@ fn ask(context: &Context, args: &PullArgs, daemon: &Daemon) -> Result<Value, Fai
         bar.iter().for_each(|(_, bar)| bar.set_position(event["bytes"].as_u64().unwrap_or(0)));
         Ok(())
     };
-    let ended = daemon::wait(&context.runtime, daemon.stream("/api/pull", &request, on_event));
+    let ended = context.wait(daemon.stream("/api/pull", &request, on_event));
     bar.iter().for_each(|(_, bar)| bar.finish_and_clear());
     ended.map(|()| pulled)
 }

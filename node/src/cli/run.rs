@@ -349,20 +349,26 @@ fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &
     let mut conversation =
         Conversation { session: loaded.engine.session(), taken_in: Vec::new(), messages: Vec::new(), text: String::new() };
     loop {
-        print("> ")?;
-        let mut line = String::new();
-        let read = while_waiting_for_input(|| std::io::stdin().lock().read_line(&mut line));
-        if read.map_err(|error| Failure::new(Kind::Other, error.to_string()))? == 0 {
-            return print("\n");
-        }
-        if line.trim().is_empty() {
-            continue;
-        }
-        match conversation.turn(loaded, args, sampling, defaults, line.trim()) {
+        let Some(line) = next_line()? else { return print("\n") };
+        match conversation.turn(loaded, args, sampling, defaults, &line) {
             Ok(()) => {}
             Err(failure) if matches!(failure.kind, Kind::Interrupted | Kind::Unread) => return Err(failure),
             // The conversation goes on: the peer may come back, and the next line may be shorter.
             Err(failure) => note(&format!("error: {failure}")),
+        }
+    }
+}
+
+/// What the user says next, once he says something; nothing at the end of the input.
+pub(super) fn next_line() -> Result<Option<String>, Failure> {
+    loop {
+        print("> ")?;
+        let mut line = String::new();
+        let read = while_waiting_for_input(|| std::io::stdin().lock().read_line(&mut line));
+        match read.map_err(|error| Failure::new(Kind::Other, error.to_string()))? {
+            0 => return Ok(None),
+            _ if line.trim().is_empty() => {}
+            _ => return Ok(Some(line.trim().to_owned())),
         }
     }
 }

@@ -111,8 +111,12 @@ impl<'a> Batch<'a> {
     /// Whether a request can be taken up now.
     pub(super) fn fits(&self, request: &GenerateRequest) -> bool {
         let most = TOGETHER_MAX.min(self.loaded.engine.options().batch_tokens);
-        let taken: u64 = self.active.iter().map(|active| active.bytes).sum();
-        self.active.len() < most && taken + self.bytes_of(request) <= self.room
+        self.active.len() < most && self.taken() + self.bytes_of(request) <= self.room
+    }
+
+    /// Bytes that are set aside for what is under way.
+    fn taken(&self) -> u64 {
+        self.active.iter().map(|active| active.bytes).sum()
     }
 
     fn bytes_of(&self, request: &GenerateRequest) -> u64 {
@@ -128,7 +132,7 @@ impl<'a> Batch<'a> {
         }
         let bytes = self.bytes_of(&job.request);
         let (session, cached) = self.begin(&job);
-        let taken: u64 = self.active.iter().map(|active| active.bytes).sum();
+        let taken = self.taken();
         while taken + bytes + self.kept.iter().map(|kept| kept.session.bytes()).sum::<u64>() > self.room && self.kept.pop_front().is_some()
         {
         }
@@ -226,7 +230,10 @@ impl<'a> Batch<'a> {
         self.learn_pace(upto - done, instant() - began);
         let active = &mut self.active[at];
         match result {
-            Err(error) => active.fail(error.into()),
+            Err(error) => {
+                active.fail(error.into());
+                return self.forget_uses();
+            }
             Ok(()) if upto == active.answer.request().prompt.len() => {
                 active.prefilled = Some(instant());
                 active.advance(&mut self.loaded.engine, 0);
@@ -281,7 +288,7 @@ impl<'a> Batch<'a> {
         let mut sequences: Vec<_> =
             together.by_ref().zip(&tokens).map(|(active, tokens)| Sequence { session: &mut active.session, tokens }).collect();
         if let Err(error) = engine.decode(&mut sequences) {
-            engine.log.iter_mut().for_each(ActivationLog::clear);
+            self.forget_uses();
             return Err(error.into());
         }
         for (number, &row) in rows.iter().enumerate() {
@@ -290,6 +297,11 @@ impl<'a> Batch<'a> {
         self.shared.activity.lock().tokens_came(rows.len() as u64);
         self.count_uses(rows);
         Ok(())
+    }
+
+    /// What a pass that failed has noted down is nobody's.
+    fn forget_uses(&mut self) {
+        self.loaded.engine.log.iter_mut().for_each(ActivationLog::clear);
     }
 
     /// Counts the experts that the last pass used, for the requests whose rows it had; a prompt's piece has all rows of one.

@@ -1,6 +1,6 @@
 //! Gets blobs from whichever peers have them: drives `protocol::exchange` with links, threads and a clock.
 //!
-//! What is asked of whom is decided there. Here is what is wanted, where it goes, when to give up, and who was dropped.
+//! What is asked of whom is decided there, when to give up in `hope`; here it is done, call by call.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -12,7 +12,7 @@ use libp2p::PeerId;
 use protocol::exchange::{Action, Downloads, Event, Urgency};
 use protocol::group_hashes::group_count;
 use protocol::trust::{Facet, Outcome};
-use protocol::{BlobRef, ContentHash, ModelId, ModelManifest};
+use protocol::{BlobRef, ContentHash, ModelManifest};
 use store::{BlobStore, PartialBlob, PutOutcome, StoreError};
 use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
@@ -38,8 +38,6 @@ pub(super) const TICK: Duration = Duration::from_millis(protocol::exchange::even
 /// A blob's arrival that was broken off a moment ago has this long to come to its end.
 const ARRIVING_PAUSE: Duration = Duration::from_millis(20);
 const ARRIVING_ATTEMPTS: u32 = 100;
-/// How long to wait for peers to say what they have, before it is decided what is rare.
-const RARITY_WAIT: Duration = Duration::from_secs(3);
 const PAUSE_FIRST: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(2);
 /// After so many broken streams in a row, a peer is not counted on any more.
@@ -87,9 +85,9 @@ pub(crate) struct Fetcher {
     pub(super) timeout: Duration,
     pub(super) machine: Downloads<PeerId, Vec<u8>>,
     began: Instant,
-    links: BTreeMap<PeerId, Link>,
+    pub(super) links: BTreeMap<PeerId, Link>,
     next_link: u64,
-    heard: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
+    pub(super) heard: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
     work: std_mpsc::SyncSender<Work>,
     done: mpsc::Receiver<Done>,
     prepared: (mpsc::Sender<Prepared>, mpsc::Receiver<Prepared>),
@@ -100,7 +98,7 @@ pub(crate) struct Fetcher {
     told: HashSet<ContentHash>,
     /// What had come when a fetch was broken off; the oldest goes first.
     kept: VecDeque<(ContentHash, Arc<Assembly>)>,
-    arrived: Arc<AtomicU64>, // bytes of blobs from all peers, as they come
+    pub(super) arrived: Arc<AtomicU64>, // bytes of blobs from all peers, as they come
     rates: Rates,
     progress: Progress,
     round: u64,
@@ -142,7 +140,7 @@ pub(super) struct Round {
 }
 
 impl Round {
-    fn new(wants: Vec<Want>, by_hash: HashMap<ContentHash, Vec<usize>>, arrived: u64) -> Self {
+    pub(super) fn new(wants: Vec<Want>, by_hash: HashMap<ContentHash, Vec<usize>>, arrived: u64) -> Self {
         Self {
             left: by_hash.len(),
             by_hash,
@@ -260,34 +258,6 @@ impl Fetcher {
             arrived: Arc::clone(&self.arrived),
         };
         Listed::new(&self.progress, transfer)
-    }
-
-    /// Sorts blobs of a model by how few of the peers say they have them; leaves out what nobody has. Waits until all have said.
-    pub(crate) async fn rarest_first(&mut self, model: ModelId, blobs: Vec<BlobRef>) -> Result<Vec<BlobRef>, Failure> {
-        self.hear_haves(model).await?;
-        Ok(self.machine.rarest_first(blobs))
-    }
-
-    /// Who says that he has each of some blobs of a model. Waits until all have said.
-    pub(crate) async fn holders(&mut self, model: ModelId, blobs: &[BlobRef]) -> Result<Vec<Vec<PeerId>>, Failure> {
-        self.hear_haves(model).await?;
-        Ok(blobs.iter().map(|blob| self.machine.holders(&blob.hash)).collect())
-    }
-
-    async fn hear_haves(&mut self, model: ModelId) -> Result<(), Failure> {
-        let mut round = Round::new(Vec::new(), HashMap::new(), self.arrived.load(Ordering::Relaxed));
-        let until = Instant::now() + self.timeout.min(RARITY_WAIT);
-        loop {
-            self.mind_links(&mut round)?;
-            let linked = !self.links.is_empty() && self.links.keys().all(|peer| self.machine.knows(peer));
-            let left = until.saturating_duration_since(Instant::now());
-            if linked && self.machine.all_have_said(&model) || left.is_zero() {
-                return Ok(());
-            }
-            if let Ok(Some(heard)) = tokio::time::timeout(left.min(TICK), self.heard.1.recv()).await {
-                self.on_heard(&mut round, heard)?;
-            }
-        }
     }
 
     /// Gives up what is wanted, as after a fetch that nobody waits for any more; what had come is kept.
@@ -408,7 +378,7 @@ impl Fetcher {
         self.tell(round, Event::Prepared { hash: prepared.hash, hashes, here })
     }
 
-    fn on_heard(&mut self, round: &mut Round, heard: Heard) -> Result<(), Failure> {
+    pub(super) fn on_heard(&mut self, round: &mut Round, heard: Heard) -> Result<(), Failure> {
         let Heard { peer, link: number, what } = heard;
         let Some(link) = self.links.get(&peer).filter(|link| link.number == number) else { return Ok(()) };
         match what {
@@ -543,7 +513,7 @@ impl Fetcher {
     }
 
     /// Starts links to peers that are there, and forgets those of peers that are not.
-    fn mind_links(&mut self, round: &mut Round) -> Result<(), Failure> {
+    pub(super) fn mind_links(&mut self, round: &mut Round) -> Result<(), Failure> {
         let connected = self.network.peers.borrow().connected.clone();
         let gone: Vec<_> = self.links.keys().filter(|peer| !connected.contains(peer)).copied().collect();
         for peer in gone {

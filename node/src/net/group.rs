@@ -1,8 +1,6 @@
 //! Closed groups: the key that all nodes of one share. Who does not have it gets not one byte that he could read.
 
 use std::fmt;
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use libp2p::pnet::PreSharedKey;
@@ -10,6 +8,7 @@ use store::disk::read_file;
 
 use crate::data_dir::io_failure;
 use crate::failure::{Failure, Kind};
+use crate::secret_file;
 
 const KEY_FILE_BYTES_MAX: u64 = 1024;
 
@@ -21,11 +20,7 @@ impl GroupKey {
     /// Reads a key file, which nobody but its owner may be able to read.
     pub(crate) fn read(path: &Path) -> Result<Self, Failure> {
         let unreadable = |error| io_failure("read", path, &error);
-        let mode = fs::metadata(path).map_err(unreadable)?.permissions().mode();
-        if mode & 0o077 != 0 {
-            let hint = format!("{} may be read by others; run: chmod 600 {}", path.display(), path.display());
-            return Err(Failure::new(Kind::Refused, hint));
-        }
+        secret_file::check(path)?;
         let bytes = read_file(path, KEY_FILE_BYTES_MAX).map_err(unreadable)?.unwrap_or_default();
         let key = std::str::from_utf8(&bytes).ok().and_then(Self::parse);
         let form = "does not hold a group's key: 64 hexadecimal digits, by themselves or as a swarm key file";

@@ -12,6 +12,7 @@ pub(crate) mod fetcher;
 mod finder;
 mod gossip;
 pub(crate) mod group;
+mod haves;
 mod hope;
 mod judged;
 pub(crate) mod link;

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use serde_json::{Value, json};
+
 /// Shared with whoever looks.
 pub(crate) type Progress = Arc<Mutex<Option<Transfer>>>;
 
@@ -18,6 +20,11 @@ pub(crate) struct Transfer {
 }
 
 impl Transfer {
+    /// For programs.
+    pub(crate) fn json(&self) -> Value {
+        json!({"name": self.name, "bytes": self.bytes(), "total": self.total, "peers": self.peers})
+    }
+
     /// Bytes that have come: of blobs that two peers sent, perhaps more than there are.
     pub(crate) fn bytes(&self) -> u64 {
         (self.arrived.load(Ordering::Relaxed) - self.before).min(self.total)

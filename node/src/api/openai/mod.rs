@@ -3,14 +3,12 @@
 mod ask;
 mod reply;
 
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::body::{Body, Bytes};
+use axum::body::Bytes;
 use axum::extract::{Extension, Path, Request, State};
-use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use inference::generate::{GenerateRequest, Step};
 use serde_json::{Value, json};
@@ -20,7 +18,7 @@ use self::ask::{Ask, Endpoint};
 use self::reply::{Piece, Reply};
 use super::access::Asker;
 use super::error::ApiError;
-use super::{Api, lookup};
+use super::{Api, lookup, sse};
 use crate::clock::now_ms;
 use crate::data_dir::LocalModel;
 use crate::generation::{Event, ReadyModel};
@@ -130,22 +128,11 @@ fn stream(asked: Asked, first: Option<Event>) -> Response {
         if let Err(ended) = streaming.run(asked, first).await {
             match ended {
                 Ended::Gone => {}
-                Ended::Failed(error) => drop(streaming.say(&format!("event: error\ndata: {}\n\n", error.json())).await),
+                Ended::Failed(error) => drop(streaming.say(&sse::error(&error)).await),
             }
         }
     });
-    let body = Body::from_stream(futures::stream::unfold(chunks, |mut chunks| async {
-        chunks.recv().await.map(|chunk| (Ok::<_, Infallible>(chunk), chunks))
-    }));
-    event_stream(body)
-}
-
-/// A response of server-sent events.
-pub(super) fn event_stream(body: Body) -> Response {
-    let mut response = Response::new(body);
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("text/event-stream; charset=utf-8"));
-    response.headers_mut().insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-    response
+    sse::of(chunks)
 }
 
 /// Why a stream ends before its answer is complete.
@@ -189,7 +176,7 @@ impl Streaming {
                         let tokens = self.sent.iter().filter(|step| step.token.is_some()).count();
                         self.data(&reply.usage_chunk(&done, prompt_tokens, tokens)).await?;
                     }
-                    return self.say("data: [DONE]\n\n").await;
+                    return self.say(sse::DONE).await;
                 }
             }
         }
@@ -206,7 +193,7 @@ impl Streaming {
             match next {
                 Ok(Some(event)) => return Ok(event),
                 Ok(None) => return Err(Ended::Failed(given_up())),
-                Err(_) => self.say(": ping\n\n").await?,
+                Err(_) => self.say(sse::PING).await?,
             }
         }
     }
@@ -235,7 +222,7 @@ impl Streaming {
     }
 
     async fn data(&self, value: &Value) -> Result<(), Ended> {
-        self.say(&format!("data: {value}\n\n")).await
+        self.say(&sse::data(value)).await
     }
 
     async fn say(&self, text: &str) -> Result<(), Ended> {
