@@ -3,11 +3,11 @@
 //! A blob is written beside, made durable, then renamed into place; so a name is there only with all of its bytes.
 //! Bytes are compared with their hash when they enter and again when they are read: disks rot.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Condvar, Mutex, PoisonError};
 
 use protocol::group_hashes::{GroupHashes, WrongGroups, group_count, group_length, group_offset, hash_group};
 use protocol::{BlobRef, ContentHash};
@@ -28,7 +28,13 @@ type OpenFile = (Box<dyn DiskFile>, u64);
 pub struct BlobStore {
     pub(crate) disk: Box<dyn Disk>,
     pub(crate) root: PathBuf,
-    index: Mutex<Index>,
+    index: Index,
+    /// Blobs whose files are being put into place, removed or set aside: one thread at a time for each, and others go on.
+    moving: Mutex<HashSet<ContentHash>>,
+    /// Told whenever one of them is where it belongs.
+    moved: Condvar,
+    /// Directories of blobs whose own names are durable, by their two digits.
+    durable_dirs: [AtomicBool; 256],
     pub(crate) quota: Quota,
     next_temporary: AtomicU64,
     /// Grows with every blob that comes or goes.
@@ -147,22 +153,33 @@ impl BlobStore {
         let quota = Quota::new(on_disk.values().sum(), bytes_max);
         let partials = Mutex::new(Partials::find(&*disk, &root.join("incoming"), &quota)?);
         let (next_temporary, generation) = (AtomicU64::new(0), AtomicU64::new(0));
-        Ok(Self { disk, root, index: Mutex::new(index), quota, next_temporary, generation, partials })
+        Ok(Self {
+            disk,
+            root,
+            index,
+            moving: Mutex::default(),
+            moved: Condvar::new(),
+            durable_dirs: std::array::from_fn(|_| AtomicBool::new(false)),
+            quota,
+            next_temporary,
+            generation,
+            partials,
+        })
     }
 
     /// Says whether the store has `hash`, as far as it knows: a read may still find it damaged.
     pub fn contains(&self, hash: &ContentHash) -> bool {
-        self.index().get(hash).is_some()
+        self.index.get(hash).is_some()
     }
 
     /// The length of a blob.
     pub fn length(&self, hash: &ContentHash) -> Option<u64> {
-        self.index().get(hash).map(|entry| entry.length)
+        self.index.get(hash).map(|entry| entry.length)
     }
 
     /// Every blob, by hash.
     pub fn list(&self) -> Vec<BlobRef> {
-        self.index().iter().map(|(hash, entry)| BlobRef { hash, length: entry.length }).collect()
+        self.index.entries().into_iter().map(|(hash, entry)| BlobRef { hash, length: entry.length }).collect()
     }
 
     /// Hashes and writes bytes that we made ourselves.
@@ -206,6 +223,16 @@ impl BlobStore {
                 Err(_) => {}
             }
         }
+    }
+
+    /// Counts bytes that lie beside the blobs against the quota.
+    pub fn count_elsewhere(&self, bytes: u64) {
+        self.quota.count_elsewhere(bytes);
+    }
+
+    /// Bytes that still fit.
+    pub fn bytes_left(&self) -> u64 {
+        self.quota.left()
     }
 
     /// A number that grows with every blob that comes or goes.
@@ -277,15 +304,15 @@ impl BlobStore {
 
     /// Removes a blob; says whether it was there.
     pub fn remove(&self, hash: &ContentHash) -> Result<bool, StoreError> {
-        let mut index = self.index();
-        let Some(entry) = index.get(hash) else { return Ok(false) };
+        let _alone = self.alone(hash);
+        let Some(entry) = self.index.get(hash) else { return Ok(false) };
         let path = self.path(hash);
         match self.disk.remove(&path) {
             Ok(()) => {}
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(io_error("remove", &path, source)),
         }
-        index.remove(hash);
+        self.index.remove(hash);
         self.quota.release(entry.length);
         self.generation.fetch_add(1, Ordering::Release);
         Ok(true)
@@ -293,15 +320,15 @@ impl BlobStore {
 
     /// Makes the index durable; the blobs are already.
     pub fn flush(&self) {
-        self.index().flush();
+        self.index.flush();
     }
 
     /// Counts what is here.
     pub fn stat(&self) -> Result<StoreStat, StoreError> {
         let quarantined = list(&*self.disk, &self.root.join("quarantine"))?.len() as u64;
         let disk_free_bytes = self.disk.space(&self.root).map_err(|source| io_error("measure", &self.root, source))?.free;
-        let index = self.index();
-        let (verified, unverified): (Vec<_>, Vec<_>) = index.iter().map(|(_, entry)| entry.verified_at_ms).partition(|&at| at > 0);
+        let entries = self.index.entries();
+        let (verified, unverified): (Vec<_>, Vec<_>) = entries.iter().map(|(_, entry)| entry.verified_at_ms).partition(|&at| at > 0);
         Ok(StoreStat {
             blobs: (verified.len() + unverified.len()) as u64,
             bytes: self.quota.used(),
@@ -315,7 +342,7 @@ impl BlobStore {
 
     /// Blobs with the time of their last verification, the longest unverified first.
     pub(crate) fn by_age(&self) -> Vec<(ContentHash, IndexEntry)> {
-        let mut blobs: Vec<_> = self.index().iter().collect();
+        let mut blobs = self.index.entries();
         blobs.sort_by_key(|(_, entry)| entry.verified_at_ms);
         blobs
     }
@@ -334,7 +361,7 @@ impl BlobStore {
         hash: &ContentHash,
         open: impl Fn(&dyn Disk, &Path) -> io::Result<Box<dyn DiskFile>>,
     ) -> Result<Option<OpenFile>, StoreError> {
-        let Some(entry) = self.index().get(hash) else { return Ok(None) };
+        let Some(entry) = self.index.get(hash) else { return Ok(None) };
         let path = self.path(hash);
         match open(&*self.disk, &path).and_then(|file| file.length().map(|length| (file, length))) {
             Ok((file, length)) if length == entry.length => Ok(Some((file, length))),
@@ -343,11 +370,12 @@ impl BlobStore {
                 Err(StoreError::Damaged { hash: *hash })
             }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                // Under the lock: a writer may have put it back since.
-                let mut index = self.index();
-                if self.disk.open(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+                // Alone: a writer may have put it back since, or somebody is removing it.
+                let _alone = self.alone(hash);
+                let gone = || self.disk.open(&path).is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+                if self.index.get(hash).is_some() && gone() {
                     warn!(%hash, "a blob has gone from the disk; struck out of the index");
-                    self.strike_out(&mut index, hash);
+                    self.strike_out(hash);
                 }
                 Ok(None)
             }
@@ -358,10 +386,7 @@ impl BlobStore {
     /// Records a successful verification; puts what failed it into quarantine, unless it could not even be read.
     fn judge(&self, hash: &ContentHash, length: u64, read: io::Result<()>, matches: bool, now_ms: u64) -> Result<(), StoreError> {
         if matches {
-            let mut index = self.index();
-            if index.get(hash).is_some() {
-                index.insert(*hash, IndexEntry { length, verified_at_ms: now_ms });
-            }
+            self.index.update(*hash, IndexEntry { length, verified_at_ms: now_ms });
             return Ok(());
         }
         match read {
@@ -376,7 +401,7 @@ impl BlobStore {
     /// Moves a damaged blob aside, unless a sound one has taken its place since it was read.
     fn quarantine(&self, hash: &ContentHash) -> Result<(), StoreError> {
         let path = self.path(hash);
-        let mut index = self.index();
+        let _alone = self.alone(hash);
         if self.matches(&path, hash) {
             return Ok(());
         }
@@ -385,7 +410,7 @@ impl BlobStore {
             Err(error) if error.kind() == io::ErrorKind::NotFound => {}
             Err(source) => return Err(io_error("quarantine", &path, source)),
         }
-        self.strike_out(&mut index, hash);
+        self.strike_out(hash);
         Ok(())
     }
 
@@ -395,8 +420,8 @@ impl BlobStore {
         hash_of(&*file, length).is_ok_and(|found| found == *hash)
     }
 
-    fn strike_out(&self, index: &mut Index, hash: &ContentHash) {
-        if let Some(entry) = index.remove(hash) {
+    fn strike_out(&self, hash: &ContentHash) {
+        if let Some(entry) = self.index.remove(hash) {
             self.quota.release(entry.length);
             self.generation.fetch_add(1, Ordering::Release);
         }
@@ -408,24 +433,41 @@ impl BlobStore {
         let target = self.path(&hash);
         let dir = target.parent().expect("blobs lie in a directory");
         self.disk.create_dir_all(dir).map_err(|source| io_error("create", dir, source))?;
-        // Under the lock, so that of two writers of one blob the second sees the first.
-        let mut index = self.index();
-        if index.get(&hash).is_some_and(|entry| entry.length == length) {
-            return Ok(PutOutcome::Present);
+        // Of two writers of one blob the second waits and sees the first. Readers find it absent until its name is durable.
+        let _alone = self.alone(&hash);
+        match self.index.get(&hash) {
+            Some(entry) if entry.length == length => return Ok(PutOutcome::Present),
+            Some(_) => self.strike_out(&hash), // a damaged one, which the rename replaces
+            None => {}
         }
         self.disk.rename(path, &target).map_err(|source| io_error("rename", path, source))?;
-        let blobs = self.root.join("blobs");
-        if let Err(source) = self.disk.sync_dir(dir).and_then(|()| self.disk.sync_dir(&blobs)) {
+        if let Err(source) = self.sync_dirs(&hash, dir) {
             // Not durable, so not acknowledged: a name that might vanish must not be relied on.
             let _ = self.disk.remove(&target);
             return Err(io_error("sync", dir, source));
         }
-        if let Some(damaged) = index.remove(&hash) {
-            self.quota.release(damaged.length);
-        }
-        index.insert(hash, IndexEntry { length, verified_at_ms: now_ms });
+        self.index.insert(hash, IndexEntry { length, verified_at_ms: now_ms });
         self.generation.fetch_add(1, Ordering::Release);
         Ok(PutOutcome::Written)
+    }
+
+    /// Makes the names in a directory of blobs durable, and its own name, if it is not yet.
+    fn sync_dirs(&self, hash: &ContentHash, dir: &Path) -> io::Result<()> {
+        let is_durable = &self.durable_dirs[usize::from(hash.as_bytes()[0])];
+        self.disk.sync_dir(dir)?;
+        if !is_durable.load(Ordering::Acquire) {
+            self.disk.sync_dir(&self.root.join("blobs"))?;
+            is_durable.store(true, Ordering::Release);
+        }
+        Ok(())
+    }
+
+    /// Waits until nobody else moves a blob's file; others wait until the guard is dropped.
+    fn alone(&self, hash: &ContentHash) -> Alone<'_> {
+        let lock = self.moving.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut moving = self.moved.wait_while(lock, |moving| moving.contains(hash)).unwrap_or_else(PoisonError::into_inner);
+        moving.insert(*hash);
+        Alone { store: self, hash: *hash }
     }
 
     /// Throws away what was found damaged; returns how many files.
@@ -436,9 +478,18 @@ impl BlobStore {
         }
         Ok(files.len())
     }
+}
 
-    fn index(&self) -> MutexGuard<'_, Index> {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+/// The right to move a blob's file.
+struct Alone<'a> {
+    store: &'a BlobStore,
+    hash: ContentHash,
+}
+
+impl Drop for Alone<'_> {
+    fn drop(&mut self) {
+        self.store.moving.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.hash);
+        self.store.moved.notify_all();
     }
 }
 

@@ -280,6 +280,83 @@ impl DiskFile for FaultyFile {
     }
 }
 
+/// A disk on which directories are made durable only once the gate is open.
+struct SlowDisk {
+    gate: Arc<(std::sync::Mutex<bool>, std::sync::Condvar)>,
+}
+
+impl SlowDisk {
+    fn wait(&self) {
+        let (open, changed) = &*self.gate;
+        let _open = changed.wait_while(open.lock().expect("not poisoned"), |open| !*open).expect("not poisoned");
+    }
+}
+
+impl Disk for SlowDisk {
+    fn create_dir_all(&self, path: &Path) -> io::Result<()> {
+        RealDisk.create_dir_all(path)
+    }
+    fn create_new(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        RealDisk.create_new(path)
+    }
+    fn open_writable(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        RealDisk.open_writable(path)
+    }
+    fn open(&self, path: &Path) -> io::Result<Box<dyn DiskFile>> {
+        RealDisk.open(path)
+    }
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        RealDisk.rename(from, to)
+    }
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        self.wait();
+        RealDisk.sync_dir(path)
+    }
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        RealDisk.remove(path)
+    }
+    fn list(&self, path: &Path) -> io::Result<Vec<(PathBuf, u64)>> {
+        RealDisk.list(path)
+    }
+    fn space(&self, path: &Path) -> io::Result<Space> {
+        RealDisk.space(path)
+    }
+}
+
+/// A disk may take seconds over a sync: nobody else waits for it, and nothing is said to be there before it is.
+#[test]
+fn nobody_waits_for_the_disk_that_another_waits_for() {
+    let dir = tempfile::tempdir().expect("a temporary directory");
+    let here = open(dir.path()).put(b"here", NOW).expect("it fits").0;
+    let gate = Arc::new((std::sync::Mutex::new(true), std::sync::Condvar::new()));
+    let slow = SlowDisk { gate: Arc::clone(&gate) };
+    let store = BlobStore::open(Box::new(slow), dir.path(), PLENTY).expect("the store opens");
+    *gate.0.lock().expect("not poisoned") = false;
+    let coming = BlobRef::of(b"coming");
+    std::thread::scope(|scope| {
+        let writers: Vec<_> = (0..2).map(|_| scope.spawn(|| store.put(b"coming", NOW).expect("it fits").1)).collect();
+        let path = store.path(&coming.hash);
+        while !path.exists() {
+            std::thread::yield_now();
+        }
+        // Its file has its name, and the name is not durable yet.
+        assert!(!store.contains(&coming.hash));
+        assert_eq!(store.read(&coming.hash, NOW).expect("readable"), None);
+        assert_eq!(store.read(&here.hash, NOW).expect("readable").as_deref(), Some(&b"here"[..]));
+        assert!(store.reader(&here.hash, NOW).expect("readable").is_some());
+        assert_eq!((store.stat().expect("counted").blobs, store.list().len()), (1, 1));
+        store.flush();
+        assert!(store.remove(&here.hash).expect("removable"));
+        assert!(!writers.iter().any(std::thread::ScopedJoinHandle::is_finished));
+        *gate.0.lock().expect("not poisoned") = true;
+        gate.1.notify_all();
+        let mut outcomes: Vec<_> = writers.into_iter().map(|writer| writer.join().expect("it ends")).collect();
+        outcomes.sort_by_key(|outcome| *outcome == PutOutcome::Present);
+        assert_eq!(outcomes, [PutOutcome::Written, PutOutcome::Present]);
+    });
+    assert_eq!(store.read(&coming.hash, NOW).expect("readable").as_deref(), Some(&b"coming"[..]));
+}
+
 /// What a workload on a failing disk was told.
 #[derive(Default)]
 struct Told {

@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use protocol::ContentHash;
 use tracing::warn;
@@ -33,11 +34,13 @@ impl IndexEntry {
     }
 }
 
-/// The index of a blob directory.
+/// The index of a blob directory. Shared by threads; nobody who looks something up waits for the disk.
 #[derive(Debug)]
 pub struct Index {
-    entries: BTreeMap<ContentHash, IndexEntry>,
-    tree: Option<sled::Db>, // nothing when sled cannot be used; the entries in memory serve all the same
+    /// Locked for as long as a look-up takes, never over sled's work.
+    entries: RwLock<BTreeMap<ContentHash, IndexEntry>>,
+    /// Nothing when sled cannot be used; the entries in memory serve all the same.
+    tree: RwLock<Option<sled::Db>>,
 }
 
 impl Index {
@@ -47,10 +50,10 @@ impl Index {
             Some((tree, known)) => (Some(tree), known),
             None => (None, BTreeMap::new()),
         };
-        let mut index = Self { entries: BTreeMap::new(), tree };
+        let index = Self { entries: RwLock::default(), tree: RwLock::new(tree) };
         for (&hash, &length) in on_disk {
             match known.get(&hash) {
-                Some(entry) if entry.length == length => drop(index.entries.insert(hash, *entry)),
+                Some(entry) if entry.length == length => drop(index.write().insert(hash, *entry)),
                 _ => index.insert(hash, IndexEntry { length, verified_at_ms: 0 }),
             }
         }
@@ -62,40 +65,60 @@ impl Index {
 
     /// What is known of `hash`.
     pub fn get(&self, hash: &ContentHash) -> Option<IndexEntry> {
-        self.entries.get(hash).copied()
+        self.read().get(hash).copied()
     }
 
-    /// Every blob, by hash.
-    pub fn iter(&self) -> impl Iterator<Item = (ContentHash, IndexEntry)> + '_ {
-        self.entries.iter().map(|(hash, entry)| (*hash, *entry))
+    /// Every blob, by hash, as it is now.
+    pub fn entries(&self) -> Vec<(ContentHash, IndexEntry)> {
+        self.read().iter().map(|(hash, entry)| (*hash, *entry)).collect()
     }
 
-    /// Enters a blob, or what is newly known of it.
-    pub fn insert(&mut self, hash: ContentHash, entry: IndexEntry) {
-        self.entries.insert(hash, entry);
+    /// Enters a blob.
+    pub fn insert(&self, hash: ContentHash, entry: IndexEntry) {
+        self.write().insert(hash, entry);
         self.in_tree(|tree| tree.insert(hash.as_bytes(), &entry.to_bytes()).map(drop));
     }
 
+    /// Enters what is newly known of a blob, unless it has gone.
+    pub fn update(&self, hash: ContentHash, entry: IndexEntry) {
+        let here = self.write().get_mut(&hash).map(|known| *known = entry).is_some();
+        // If it goes meanwhile, its row stays behind: the next start strikes out rows without a file.
+        if here {
+            self.in_tree(|tree| tree.insert(hash.as_bytes(), &entry.to_bytes()).map(drop));
+        }
+    }
+
     /// Strikes a blob out.
-    pub fn remove(&mut self, hash: &ContentHash) -> Option<IndexEntry> {
+    pub fn remove(&self, hash: &ContentHash) -> Option<IndexEntry> {
+        let removed = self.write().remove(hash);
         self.forget_in_tree(hash);
-        self.entries.remove(hash)
+        removed
     }
 
     /// Makes the entries durable. Losing the latest costs a rebuild, nothing else.
-    pub fn flush(&mut self) {
+    pub fn flush(&self) {
         self.in_tree(|tree| tree.flush().map(drop));
     }
 
-    fn forget_in_tree(&mut self, hash: &ContentHash) {
+    fn read(&self) -> RwLockReadGuard<'_, BTreeMap<ContentHash, IndexEntry>> {
+        self.entries.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write(&self) -> RwLockWriteGuard<'_, BTreeMap<ContentHash, IndexEntry>> {
+        self.entries.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn forget_in_tree(&self, hash: &ContentHash) {
         self.in_tree(|tree| tree.remove(hash.as_bytes()).map(drop));
     }
 
-    fn in_tree(&mut self, action: impl FnOnce(&sled::Db) -> sled::Result<()>) {
-        let Some(tree) = &self.tree else { return };
-        if let Err(reason) = guarded(|| action(tree)) {
+    /// Does something with sled, which several threads may do at a time: its own locks are enough.
+    fn in_tree(&self, action: impl FnOnce(&sled::Db) -> sled::Result<()>) {
+        let tree = self.tree.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let Some(tree) = tree else { return };
+        if let Err(reason) = guarded(|| action(&tree)) {
             warn!(reason, "index cannot be written; it will be rebuilt at the next start");
-            self.tree = None;
+            *self.tree.write().unwrap_or_else(PoisonError::into_inner) = None;
         }
     }
 }

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 #[derive(Debug, Clone)]
 pub struct Quota {
     used: Arc<AtomicU64>,
+    /// Bytes that lie elsewhere and count against the limit as well.
+    elsewhere: Arc<AtomicU64>,
     bytes_max: u64,
 }
 
@@ -20,16 +22,27 @@ pub struct Reservation {
 impl Quota {
     /// A quota of which `used` bytes are taken already.
     pub fn new(used: u64, bytes_max: u64) -> Self {
-        Self { used: Arc::new(AtomicU64::new(used)), bytes_max }
+        Self { used: Arc::new(AtomicU64::new(used)), elsewhere: Arc::default(), bytes_max }
     }
 
     /// Sets `bytes` aside, or says how many bytes are left.
     pub fn reserve(&self, bytes: u64) -> Result<Reservation, u64> {
-        let more = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= self.bytes_max);
+        let most = self.bytes_max.saturating_sub(self.elsewhere.load(Ordering::SeqCst));
+        let more = |used: u64| used.checked_add(bytes).filter(|&sum| sum <= most);
         match self.used.fetch_update(Ordering::SeqCst, Ordering::SeqCst, more) {
             Ok(_) => Ok(Reservation { used: Arc::clone(&self.used), bytes }),
-            Err(used) => Err(self.bytes_max.saturating_sub(used)),
+            Err(used) => Err(most.saturating_sub(used)),
         }
+    }
+
+    /// Counts bytes that lie elsewhere: what is there already may be beyond the limit, and then nothing more fits.
+    pub fn count_elsewhere(&self, bytes: u64) {
+        self.elsewhere.store(bytes, Ordering::SeqCst);
+    }
+
+    /// Bytes that still fit.
+    pub fn left(&self) -> u64 {
+        self.bytes_max.saturating_sub(self.elsewhere.load(Ordering::SeqCst)).saturating_sub(self.used())
     }
 
     /// Takes back the bytes of something that is gone.
@@ -75,6 +88,10 @@ mod tests {
         assert_eq!(quota.reserve(u64::MAX).err(), Some(20));
         quota.reserve(20).expect("20 are left again").keep();
         quota.release(5);
-        assert_eq!(quota.used(), 25);
+        assert_eq!((quota.used(), quota.left()), (25, 5));
+        quota.count_elsewhere(3);
+        assert_eq!((quota.left(), quota.reserve(3).err()), (2, Some(2)));
+        quota.count_elsewhere(9);
+        assert_eq!((quota.left(), quota.reserve(1).err(), quota.used()), (0, Some(0), 25));
     }
 }
