@@ -106,6 +106,11 @@ impl SignedEnvelope {
         Ok(Self { signer, payload_at, bytes })
     }
 
+    /// Whom the bytes of an envelope name as the signer: nothing of it has been verified.
+    pub fn claimed_signer(bytes: &[u8]) -> Option<NodeId> {
+        bytes.get(1..)?.first_chunk().map(|key| NodeId::from_bytes(*key))
+    }
+
     /// Who signed it.
     pub fn signer(&self) -> NodeId {
         self.signer

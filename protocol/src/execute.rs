@@ -24,6 +24,8 @@ pub const USES_MAX: usize = 4096;
 pub const HIDDEN_MAX: usize = 1 << 14;
 /// Most bytes of results that a request may ask for.
 pub const RESULT_BYTES_MAX: usize = 64 << 20;
+/// Most bytes of a request's body.
+pub const REQUEST_BYTES_MAX: usize = ROWS_MAX * row_bytes(HIDDEN_MAX) + EXPERTS_MAX * (32 + 2) + USES_MAX * 2;
 /// Bytes of a request's head.
 pub const REQUEST_HEAD_BYTES: usize = 8 + NONCE_BYTES + 4 + 2 + 2 + 4;
 /// Bytes of an answer's head.

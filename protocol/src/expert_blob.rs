@@ -9,6 +9,8 @@ use crate::precision::Precision;
 /// Bytes of the header, and the alignment of every plane.
 pub const HEADER_BYTES: usize = 64;
 
+/// Bytes of the header that say something; the others are 0.
+const HEADER_USED: usize = 20;
 const MAGIC: [u8; 4] = *b"CFXP";
 const VERSION: u16 = 1;
 const ACTIVATION_SILU: u8 = 0;
@@ -122,6 +124,13 @@ impl ExpertShape {
         if blob.len() != shape.blob_bytes() {
             return Err(ExpertBlobError::Length { found: blob.len(), expected: shape.blob_bytes() });
         }
+        // What nothing is kept in is zero: one expert has one hash.
+        let [gate, up, down] = shape.planes();
+        for unused in [HEADER_USED..HEADER_BYTES, gate.end..up.start, up.end..down.start, down.end..blob.len()] {
+            if let Some(byte) = blob[unused].iter().find(|byte| **byte != 0) {
+                return Err(unknown("a byte that belongs to nothing", u32::from(*byte)));
+            }
+        }
         Ok(shape)
     }
 }
@@ -172,6 +181,15 @@ mod tests {
         assert_eq!(ExpertShape::of_blob(&blob), Ok(SHAPE));
         assert!(matches!(ExpertShape::of_blob(&blob[..blob.len() - 1]), Err(ExpertBlobError::Length { .. })));
         assert!(matches!(ExpertShape::of_blob(&blob[..63]), Err(ExpertBlobError::Magic)));
+        let padded = ExpertShape { precision: Precision::Bf16, hidden_size: 3, intermediate_size: 5 };
+        let mut gaps = vec![0; padded.blob_bytes()];
+        gaps[..64].copy_from_slice(&padded.header());
+        assert_eq!(ExpertShape::of_blob(&gaps), Ok(padded));
+        for at in [20, 63, 94, 127, 158, 191, 222, 255] {
+            let mut bad = gaps.clone();
+            bad[at] = 1;
+            assert!(matches!(ExpertShape::of_blob(&bad), Err(ExpertBlobError::Unknown { .. })), "byte {at}");
+        }
         for (at, value) in [(0, 0), (4, 2), (6, 9), (7, 1), (8, 0), (11, 255), (15, 255), (16, 32)] {
             let mut bad = blob.clone();
             bad[at] = value;
@@ -187,6 +205,7 @@ mod tests {
             bytes[16..20].copy_from_slice(&[if number < 3 { 0 } else { 32 }, 0, 0, 0]);
             let shape = ExpertShape { precision: Precision::ALL[number as usize], hidden_size: side as usize, intermediate_size: 2 };
             bytes.resize(shape.blob_bytes().min(bytes.len()), 0);
+            bytes[20..64].fill(0);
             if let Ok(shape) = ExpertShape::of_blob(&bytes) {
                 prop_assert!(shape.planes().iter().all(|plane| plane.end <= bytes.len()));
             }

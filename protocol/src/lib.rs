@@ -16,6 +16,7 @@ pub mod identity;
 pub mod manifest;
 pub mod message;
 pub mod model_config;
+pub mod plain_text;
 pub mod precision;
 pub mod profile;
 pub mod query;

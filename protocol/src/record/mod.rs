@@ -91,7 +91,12 @@ pub enum Refused {
     Version(u16),
     /// From the future, expired, or longer-lived than its kind may be.
     #[error("record does not hold now")]
-    Times,
+    Times {
+        /// Who signed it.
+        node: NodeId,
+        /// When it was issued, by that node's clock.
+        issued_ms: u64,
+    },
     /// Not newer than what is known.
     #[error("record is not newer than what is known")]
     Seq,
@@ -111,7 +116,7 @@ impl Refused {
     pub fn is_forgery(self) -> bool {
         match self {
             Self::Length | Self::Envelope(_) | Self::Decode | Self::NotCanonical | Self::Signer => true,
-            Self::Rate | Self::Version(_) | Self::Times | Self::Seq | Self::Equivocation(_) | Self::Unknown | Self::Full => false,
+            Self::Rate | Self::Version(_) | Self::Times { .. } | Self::Seq | Self::Equivocation(_) | Self::Unknown | Self::Full => false,
         }
     }
 }
@@ -154,7 +159,7 @@ impl<R: Record> Verified<R> {
             return Err(Refused::Version(version));
         }
         if !holds(head, now_ms, R::LIFE_MS_MAX) {
-            return Err(Refused::Times);
+            return Err(Refused::Times { node: head.node, issued_ms: head.issued_ms });
         }
         Ok(Self { record, envelope })
     }

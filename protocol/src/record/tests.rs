@@ -26,7 +26,7 @@ fn check(refused: Refused) -> &'static str {
         Refused::NotCanonical => "canonical",
         Refused::Signer => "signer",
         Refused::Version(_) => "version",
-        Refused::Times => "times",
+        Refused::Times { .. } => "times",
         Refused::Seq => "seq",
         Refused::Equivocation(_) => "equivocation",
         Refused::Unknown => "unknown",
