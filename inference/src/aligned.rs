@@ -1,12 +1,14 @@
 //! Memory for weights: on page borders, so that they are read there past the page cache and multiplied where they lie.
 //!
 //! Large buffers share regions that the operating system is asked to back with huge pages: a token touches tens of thousands of small
-//! ones, and each miss of the address cache costs as much as many multiplications.
+//! ones, and each miss of the address cache costs as much as many multiplications. What a buffer leaves free is taken by the next that
+//! fits best, and a region without buffers goes back.
 
 #![expect(unsafe_code, reason = "buffers are disjoint parts of shared regions")]
 
+use std::collections::BTreeMap;
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use memmap2::{MmapMut, MmapOptions};
 
@@ -17,35 +19,107 @@ const REGION: usize = 64 << 20;
 /// Buffers below this get memory of their own.
 const SHARED_MIN: usize = 256 << 10;
 
-/// A buffer of fixed length that starts on a page border. Its memory goes back when all buffers of its region are gone.
+/// A buffer of fixed length that starts on a page border.
 pub struct AlignedBytes {
-    region: Arc<Region>,
-    start: usize,
-    length: usize,
-}
-
-/// Memory that buffers are cut from, each part for one buffer.
-struct Region {
     memory: *mut u8,
-    // Keeps the memory.
-    _map: Option<MmapMut>,
+    length: usize,
+    owner: Owner,
 }
 
-// SAFETY: a region is touched through its buffers alone, and these do not overlap.
-unsafe impl Send for Region {}
-// SAFETY: as above.
-unsafe impl Sync for Region {}
+// SAFETY: a buffer's memory is its own until it is dropped.
+unsafe impl Send for AlignedBytes {}
+// SAFETY: as above; a shared buffer is only read.
+unsafe impl Sync for AlignedBytes {}
 
-/// The region that large buffers are cut from now: where its first free byte is, and where it ends.
-static CURRENT: Mutex<Option<(Arc<Region>, usize, usize)>> = Mutex::new(None);
+/// Whose a buffer's memory is.
+enum Owner {
+    /// There is none.
+    Nobody,
+    /// The buffer's alone.
+    Buffer(#[expect(dead_code, reason = "it keeps the memory")] MmapMut),
+    /// A region's.
+    Region,
+}
 
-impl Region {
-    fn new(bytes: usize) -> Self {
-        let mut map = MmapOptions::new().len(bytes).map_anon().expect("memory for weights");
-        #[cfg(any(target_os = "linux", target_os = "android"))]
-        let _ = map.advise(memmap2::Advice::HugePage); // small pages serve as well, only slower
-        Self { memory: map.as_mut_ptr(), _map: Some(map) }
+/// Memory that buffers are cut from.
+struct Region {
+    /// Keeps the memory.
+    _map: MmapMut,
+    end: usize,
+    /// Free parts by their addresses, and their lengths; none touches another.
+    free: BTreeMap<usize, usize>,
+    /// From here on no buffer has ever been, and all is zero.
+    fresh: usize,
+    buffers: usize,
+}
+
+/// All regions, by the addresses at which they begin.
+static REGIONS: Mutex<Regions> = Mutex::new(Regions(BTreeMap::new()));
+
+struct Regions(BTreeMap<usize, Region>);
+
+impl Regions {
+    fn lock() -> MutexGuard<'static, Self> {
+        REGIONS.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    /// Cuts off so many bytes; returns where they begin, and how many of them may not be zero.
+    fn take(&mut self, bytes: usize) -> (usize, usize) {
+        let fits = |region: &Region| region.free.iter().filter(|(_, length)| **length >= bytes).map(|(at, length)| (*length, *at)).min();
+        let best = self.0.iter().filter_map(|(start, region)| fits(region).map(|(length, at)| (length, at, *start))).min();
+        let (length, at, start) = best.unwrap_or_else(|| self.grow(bytes));
+        let region = self.0.get_mut(&start).expect("it has just been found");
+        region.free.remove(&at);
+        if length > bytes {
+            region.free.insert(at + bytes, length - bytes);
+        }
+        region.buffers += 1;
+        let used = region.fresh.saturating_sub(at).min(bytes);
+        region.fresh = region.fresh.max(at + bytes);
+        (at, used)
+    }
+
+    /// A region that is all free, with room for so many bytes.
+    fn grow(&mut self, bytes: usize) -> (usize, usize, usize) {
+        // Regions begin and end on borders of huge pages, wherever the map lies.
+        let room = bytes.next_multiple_of(HUGE_PAGE).max(REGION);
+        let (mut map, memory) = map(room + HUGE_PAGE);
+        let _ = &mut map;
+        let start = memory.next_multiple_of(HUGE_PAGE);
+        let region = Region { _map: map, end: start + room, free: BTreeMap::from([(start, room)]), fresh: start, buffers: 0 };
+        self.0.insert(start, region);
+        (room, start, start)
+    }
+
+    /// Takes a part back; a region without buffers goes.
+    fn give_back(&mut self, at: usize, bytes: usize) {
+        let (&start, region) = self.0.range_mut(..=at).next_back().expect("a buffer lies in its region");
+        debug_assert!(at + bytes <= region.end, "a buffer ends in its region");
+        region.buffers -= 1;
+        if region.buffers == 0 {
+            self.0.remove(&start);
+            return;
+        }
+        let (mut from, mut upto) = (at, at + bytes);
+        if let Some((&before, &length)) = region.free.range(..at).next_back()
+            && before + length == at
+        {
+            from = before;
+        }
+        if let Some(after) = region.free.remove(&upto) {
+            upto += after;
+        }
+        region.free.insert(from, upto - from);
+    }
+}
+
+/// Zeros from the operating system, and where they begin.
+fn map(bytes: usize) -> (MmapMut, usize) {
+    let mut map = MmapOptions::new().len(bytes).map_anon().expect("memory for weights");
+    #[cfg(any(target_os = "linux", target_os = "android"))]
+    let _ = map.advise(memmap2::Advice::HugePage); // small pages serve as well, only slower
+    let memory = map.as_mut_ptr().expose_provenance();
+    (map, memory)
 }
 
 impl AlignedBytes {
@@ -53,27 +127,16 @@ impl AlignedBytes {
     pub fn zeroed(length: usize) -> Self {
         let bytes = length.next_multiple_of(PAGE);
         if bytes == 0 {
-            return Self { region: Arc::new(Region { memory: PAGE as *mut u8, _map: None }), start: 0, length };
+            return Self { memory: std::ptr::without_provenance_mut(PAGE), length, owner: Owner::Nobody };
         }
         if bytes < SHARED_MIN {
-            return Self { region: Arc::new(Region::new(bytes)), start: 0, length };
+            let (map, memory) = map(bytes);
+            return Self { memory: std::ptr::with_exposed_provenance_mut(memory), length, owner: Owner::Buffer(map) };
         }
-        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *current {
-            Some((region, free, end)) if *free + bytes <= *end => {
-                let start = *free;
-                *free += bytes;
-                Self { region: Arc::clone(region), start, length }
-            }
-            _ => {
-                // Regions begin and end on borders of huge pages, wherever the map lies.
-                let room = bytes.next_multiple_of(HUGE_PAGE).max(REGION);
-                let region = Arc::new(Region::new(room + HUGE_PAGE));
-                let start = (region.memory as usize).wrapping_neg() % HUGE_PAGE;
-                *current = Some((Arc::clone(&region), start + bytes, start + room));
-                Self { region, start, length }
-            }
-        }
+        let (memory, used) = Regions::lock().take(bytes);
+        let mut buffer = Self { memory: std::ptr::with_exposed_provenance_mut(memory), length, owner: Owner::Region };
+        buffer.whole_pages()[..used].fill(0);
+        buffer
     }
 
     /// A copy of `bytes`.
@@ -85,8 +148,16 @@ impl AlignedBytes {
 
     /// All of its pages: what lies beyond its length is anybody's.
     pub fn whole_pages(&mut self) -> &mut [u8] {
-        // SAFETY: this buffer's part of the region is as many whole pages, and nobody else's.
-        unsafe { std::slice::from_raw_parts_mut(self.region.memory.add(self.start), self.length.next_multiple_of(PAGE)) }
+        // SAFETY: this buffer's memory is as many whole pages, and nobody else's.
+        unsafe { std::slice::from_raw_parts_mut(self.memory, self.length.next_multiple_of(PAGE)) }
+    }
+}
+
+impl Drop for AlignedBytes {
+    fn drop(&mut self) {
+        if matches!(self.owner, Owner::Region) {
+            Regions::lock().give_back(self.memory.addr(), self.length.next_multiple_of(PAGE));
+        }
     }
 }
 
@@ -95,7 +166,7 @@ impl std::ops::Deref for AlignedBytes {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: as in `whole_pages`.
-        unsafe { std::slice::from_raw_parts(self.region.memory.add(self.start), self.length) }
+        unsafe { std::slice::from_raw_parts(self.memory, self.length) }
     }
 }
 
@@ -157,5 +228,55 @@ mod tests {
             buffer.whole_pages().fill(i as u8 + 1);
         }
         assert!(buffers.iter().enumerate().all(|(i, buffer)| buffer.iter().all(|&byte| byte == i as u8 + 1)));
+    }
+
+    /// Regions as they would be: no buffers are made.
+    #[test]
+    fn what_is_given_back_is_taken_again_and_joins_its_neighbours() {
+        let mut regions = Regions(BTreeMap::new());
+        let taken: Vec<_> = (0..16).map(|_| regions.take(4 << 20)).collect();
+        assert!(taken.iter().all(|(_, used)| *used == 0) && regions.0.len() == 1, "a region of fresh memory");
+        for &(at, _) in taken.iter().step_by(2) {
+            regions.give_back(at, 4 << 20);
+        }
+        // Holes of one size serve buffers of that size, …
+        let again: Vec<_> = (0..8).map(|_| regions.take(4 << 20)).collect();
+        assert!(again.iter().all(|(_, used)| *used == 4 << 20) && regions.0.len() == 1, "used memory, to be cleared");
+        // … and neighbours larger ones.
+        regions.give_back(taken[1].0, 4 << 20);
+        regions.give_back(taken[3].0, 4 << 20);
+        regions.give_back(taken[2].0, 4 << 20);
+        assert_eq!(regions.take(12 << 20), (taken[1].0, 12 << 20));
+        assert_eq!(regions.0.len(), 1);
+    }
+
+    #[test]
+    fn a_region_without_buffers_goes() {
+        let mut regions = Regions(BTreeMap::new());
+        let (a, b) = (regions.take(REGION), regions.take(1 << 20));
+        assert_eq!(regions.0.len(), 2);
+        regions.give_back(a.0, REGION);
+        regions.give_back(b.0, 1 << 20);
+        assert!(regions.0.is_empty());
+    }
+
+    /// A budget that is full, and whose least used buffers go: never much more memory than the budget.
+    #[test]
+    fn memory_follows_a_budget_at_any_mixture_of_sizes() {
+        let mut regions = Regions(BTreeMap::new());
+        let (mut held, mut bytes, mut state) = (Vec::new(), 0, 1_u64);
+        for _ in 0..20_000 {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            let length = [600 << 10, 1_200 << 10, 2_400 << 10][(state >> 33) as usize % 3];
+            while bytes + length > 256 << 20 {
+                let (at, length) = held.swap_remove((state >> 20) as usize % held.len());
+                regions.give_back(at, length);
+                bytes -= length;
+            }
+            held.push((regions.take(length).0, length));
+            bytes += length;
+        }
+        let mapped: usize = regions.0.iter().map(|(start, region)| region.end - start).sum();
+        assert!(mapped <= (256 << 20) + (256 << 20) / 4 + REGION, "{mapped} bytes for {bytes}");
     }
 }

@@ -87,7 +87,13 @@ pub fn parse_generation(config: &Value, generation: &Value) -> GenerationDefault
         .flatten()
         .chain(generation["stop_strings"].is_string().then(|| &generation["stop_strings"]));
     GenerationDefaults {
-        eos_token_ids: eos.into_iter().map(token_ids).find(|ids| !ids.is_empty()).unwrap_or_default(),
+        // Each source may know of one that the others leave out: an answer ends at any of them.
+        eos_token_ids: eos.into_iter().flat_map(token_ids).fold(Vec::new(), |mut all, id| {
+            if !all.contains(&id) {
+                all.push(id);
+            }
+            all
+        }),
         stop_strings: strings.filter_map(Value::as_str).filter(|text| !text.is_empty()).map(str::to_owned).collect(),
         // Without do_sample, transformers takes the likeliest token.
         temperature: if sampled { number("temperature").unwrap_or(1.0) } else { 0.0 },
@@ -261,7 +267,7 @@ mod tests {
     fn greedy_unless_the_checkpoint_samples() {
         let generation = json!({"eos_token_id": [7, 9], "temperature": 0.6, "top_k": 20, "do_sample": false});
         let greedy = parse_generation(&json!({"eos_token_id": 1}), &generation);
-        assert_eq!((greedy.temperature, greedy.top_k, greedy.eos_token_ids), (0.0, 0, vec![7, 9]));
+        assert_eq!((greedy.temperature, greedy.top_k, greedy.eos_token_ids), (0.0, 0, vec![7, 9, 1]));
         let sampled = parse_generation(&json!({"eos_token_id": 1}), &json!({"do_sample": true, "temperature": 0.5, "stop_strings": "x"}));
         assert_eq!((sampled.temperature, sampled.eos_token_ids, sampled.stop_strings), (0.5, vec![1], vec!["x".to_owned()]));
     }

@@ -168,6 +168,12 @@ pub enum ExpertsError {
         /// What is wrong with what came.
         source: ExpertBlobError,
     },
+    /// Which experts to run cannot be told.
+    #[error("the router of layer {layer} makes what is no number; the model's weights are damaged")]
+    Router {
+        /// The layer.
+        layer: u32,
+    },
 }
 
 impl Experts {

@@ -1,6 +1,7 @@
 //! Prompt in, answer out, token by token.
 
-use std::ops::ControlFlow;
+use std::collections::VecDeque;
+use std::ops::{ControlFlow, Range};
 
 use crate::engine::{Engine, ForwardError};
 use crate::experts::ExpertUse;
@@ -141,6 +142,7 @@ pub struct Answer<'a> {
     seen: Vec<u32>,
     text: StopText,
     stream: Option<TextStream<'a>>,
+    tokenizer: Option<&'a Tokenizer>,
 }
 
 /// What a token's logits came to.
@@ -160,7 +162,7 @@ impl<'a> Answer<'a> {
     /// An answer without a token. Without a tokenizer it has no text.
     pub fn new(request: GenerateRequest, tokenizer: Option<&'a Tokenizer>) -> Self {
         let (seen, text) = (request.prompt.clone(), StopText::new(request.stop_strings.clone()));
-        Self { request, seen, text, stream: tokenizer.map(Tokenizer::stream) }
+        Self { request, seen, text, stream: tokenizer.map(Tokenizer::stream), tokenizer }
     }
 
     /// What is to be answered.
@@ -192,7 +194,10 @@ impl<'a> Answer<'a> {
         let logprobs = asked.zip(unchanged).map(|(top, logits)| TokenLogprobs::of(&logits, token, top));
         self.seen.push(token);
         let (text, stopped) = match &mut self.stream {
-            Some(stream) => self.text.push(&stream.push(token)?),
+            Some(stream) => {
+                let text = stream.push(token)?;
+                self.text.push(&text, self.tokenizer.and_then(|tokenizer| tokenizer.special_text(token)))
+            }
             None => (String::new(), false),
         };
         if stopped {
@@ -222,11 +227,11 @@ impl<'a> Answer<'a> {
 
     fn rest(&mut self) -> Result<(String, bool), GenerateError> {
         let (mut rest, stopped) = match self.stream.take() {
-            Some(stream) => self.text.push(&stream.finish()?),
+            Some(stream) => self.text.push(&stream.finish()?, None),
             None => (String::new(), false),
         };
         if !stopped {
-            rest.push_str(&self.text.release());
+            rest.push_str(&self.text.release_all());
         }
         Ok((rest, stopped))
     }
@@ -242,39 +247,65 @@ impl<'a> Answer<'a> {
     }
 }
 
-/// Text with its end held back while it might still become a stop string.
+/// Text with its end held back while it might still become a stop string. Special tokens are no part of the text, but stop strings may spell them.
 #[derive(Debug)]
 struct StopText {
     stops: Vec<String>,
     shown: String,
+    /// With special tokens as they are spelled.
     held: String,
+    /// Where those stand in it.
+    hidden: VecDeque<Range<usize>>,
 }
 
 impl StopText {
     fn new(stops: Vec<String>) -> Self {
-        Self { stops, shown: String::new(), held: String::new() }
+        Self { stops, shown: String::new(), held: String::new(), hidden: VecDeque::new() }
     }
 
-    /// Adds text; returns what may be shown, and whether a stop string has come.
-    fn push(&mut self, text: &str) -> (String, bool) {
+    /// Adds text, and behind it a special token; returns what may be shown, and whether a stop string has come.
+    fn push(&mut self, text: &str, special: Option<&str>) -> (String, bool) {
         self.held.push_str(text);
-        let found = self.stops.iter().filter_map(|stop| self.held.find(stop.as_str())).min();
+        if let Some(special) = special.filter(|_| !self.stops.is_empty()) {
+            let start = self.held.len();
+            self.held.push_str(special);
+            self.hidden.push_back(start..self.held.len());
+        }
+        let found = self.stops.iter().filter_map(|stop| self.find(stop)).min();
         if let Some(at) = found {
-            self.held.truncate(at);
-            return (self.release(), true);
+            return (self.release(at), true);
         }
         let starts = |from: usize| self.stops.iter().any(|stop| stop.starts_with(&self.held[from..]));
-        let keep = self.held.char_indices().map(|(at, _)| at).find(|&at| starts(at)).unwrap_or(self.held.len());
-        let rest = self.held.split_off(keep);
-        let text = self.release();
-        self.held = rest;
-        (text, false)
+        let keep = self.held.char_indices().map(|(at, _)| at).find(|&at| self.is_between(at) && starts(at)).unwrap_or(self.held.len());
+        (self.release(keep), false)
     }
 
-    /// Shows what was held back.
-    fn release(&mut self) -> String {
-        self.shown.push_str(&self.held);
-        std::mem::take(&mut self.held)
+    /// Where a stop string begins, if it is there: it holds special tokens whole or not at all.
+    fn find(&self, stop: &str) -> Option<usize> {
+        self.held.match_indices(stop).map(|(at, _)| at).find(|&at| self.is_between(at) && self.is_between(at + stop.len()))
+    }
+
+    /// Whether a place is not within a special token.
+    fn is_between(&self, at: usize) -> bool {
+        !self.hidden.iter().any(|hidden| hidden.start < at && at < hidden.end)
+    }
+
+    /// Shows what is held back up to a place, without special tokens.
+    fn release(&mut self, upto: usize) -> String {
+        let rest = self.held.split_off(upto);
+        let mut text = std::mem::replace(&mut self.held, rest);
+        let gone = self.hidden.iter().take_while(|hidden| hidden.end <= upto).count();
+        for hidden in self.hidden.drain(..gone).rev() {
+            text.replace_range(hidden, "");
+        }
+        self.hidden.iter_mut().for_each(|hidden| *hidden = hidden.start - upto..hidden.end - upto);
+        self.shown.push_str(&text);
+        text
+    }
+
+    /// Shows all that is held back.
+    fn release_all(&mut self) -> String {
+        self.release(self.held.len())
     }
 }
 
@@ -286,11 +317,11 @@ mod tests {
     fn holds_back_only_what_may_become_a_stop_string() {
         let stops = ["\nUSER:".to_owned(), "END".to_owned()];
         let mut text = StopText::new(stops.to_vec());
-        assert_eq!(text.push("one\n"), ("one".into(), false));
-        assert_eq!(text.push("two\nUS"), ("\ntwo".into(), false));
-        assert_eq!(text.push("é E"), ("\nUSé ".into(), false));
-        assert_eq!(text.push("N"), (String::new(), false));
-        assert_eq!(text.push("Dure"), (String::new(), true));
+        assert_eq!(text.push("one\n", None), ("one".into(), false));
+        assert_eq!(text.push("two\nUS", None), ("\ntwo".into(), false));
+        assert_eq!(text.push("é E", None), ("\nUSé ".into(), false));
+        assert_eq!(text.push("N", None), (String::new(), false));
+        assert_eq!(text.push("Dure", None), (String::new(), true));
         assert_eq!(text.shown, "one\ntwo\nUSé ");
     }
 
@@ -298,7 +329,24 @@ mod tests {
     fn what_was_held_back_is_not_lost() {
         let stops = ["END".to_owned()];
         let mut text = StopText::new(stops.to_vec());
-        assert_eq!(text.push("the EN"), ("the ".into(), false));
-        assert_eq!((text.release(), text.shown), ("EN".into(), "the EN".into()));
+        assert_eq!(text.push("the EN", None), ("the ".into(), false));
+        assert_eq!((text.release_all(), text.shown), ("EN".into(), "the EN".into()));
+    }
+
+    #[test]
+    fn special_tokens_stop_an_answer_and_are_no_part_of_it() {
+        let stops = ["<|im_end|>".to_owned(), "</s>\nUSER".to_owned(), "im_s".to_owned()];
+        let mut text = StopText::new(stops.to_vec());
+        assert_eq!(text.push("one", Some("</s>")), ("one".into(), false));
+        assert_eq!(text.push("\nUS", None), (String::new(), false));
+        assert_eq!(text.push("A ", Some("<|im_start|>")), ("\nUSA ".into(), false), "no stop begins within a token");
+        assert_eq!(text.push("two", Some("<|im_end|>")), ("two".into(), true));
+        assert_eq!(text.shown, "one\nUSA two");
+        let mut text = StopText::new(stops.to_vec());
+        assert_eq!(text.push("a", Some("</s>")), ("a".into(), false));
+        assert_eq!(text.push("\nUSER: b", None), (String::new(), true));
+        let mut text = StopText::new(stops.to_vec());
+        assert_eq!(text.push("", Some("</s>")), (String::new(), false));
+        assert_eq!((text.release_all(), text.shown.as_str()), (String::new(), ""));
     }
 }

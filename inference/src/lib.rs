@@ -12,6 +12,7 @@ pub mod cache_policy;
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod control_tokens;
 pub mod convert;
 pub mod engine;
 pub mod expert;
@@ -35,6 +36,7 @@ pub mod router;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;
+pub mod tokenizer_rules;
 mod worth;
 
 #[cfg(target_endian = "big")]

@@ -169,7 +169,9 @@ pub(crate) fn feed_forward(
             work.logits.resize(tokens);
             project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
             let left_out = |expert| watch.left_out.iter().any(|slot| (slot.layer, slot.expert) == (number as u32, expert));
-            work.route(pool, model, tokens, left_out);
+            if work.route(pool, model, tokens, left_out).is_err() {
+                return Err(ExpertsError::Router { layer: number as u32 });
+            }
             if let Some((log, position)) = watch.log {
                 let k = model.config.num_experts_per_tok as usize;
                 for (row, choices) in work.choices[..tokens * k].chunks_exact(k).enumerate() {
@@ -197,22 +199,36 @@ pub(crate) fn foresee(
     work.tokens.fill(pool, model.config.hidden_size as usize, router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
     work.logits.resize(tokens);
     project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
-    work.route(pool, model, tokens, |_| false);
-    std::mem::swap(&mut work.wanted, &mut work.foreseen);
+    // What this guess cannot say, the layer itself will.
+    if work.route(pool, model, tokens, |_| false).is_ok() {
+        std::mem::swap(&mut work.wanted, &mut work.foreseen);
+    }
 }
 
+/// A router's output that is no number.
+struct RouterNotFinite;
+
 impl MoeWork {
-    /// Chooses each token's experts and lists the tokens of each expert; those that are left out weigh nothing.
-    fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize, left_out: impl Fn(u32) -> bool) {
+    /// Chooses each token's experts and lists the tokens of each expert; those that are left out weigh nothing. Fails where a router's output is
+    /// no number: with such weights, some experts would be chosen all the same.
+    fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize, left_out: impl Fn(u32) -> bool) -> Result<(), RouterNotFinite> {
         let (k, experts) = (model.config.num_experts_per_tok as usize, model.config.num_experts as usize);
         let logits = &self.logits;
         let choices = &mut self.choices[..tokens * k];
         pool.chunks_with(choices, ROUTED * k, &mut self.scratch, |chunk, scratch, choices| {
             for (i, choices) in choices.chunks_exact_mut(k).enumerate() {
                 logits.copy_token(chunk * ROUTED + i, 0, &mut scratch.probabilities);
+                // Asked here: softmax makes some number of what is none.
+                let is_finite = scratch.probabilities.iter().all(|logit| logit.is_finite());
                 route(&mut scratch.probabilities, model.config.norm_topk_prob, choices);
+                if !is_finite {
+                    choices[0].weight = f32::NAN;
+                }
             }
         });
+        if choices.iter().any(|choice| !choice.weight.is_finite()) {
+            return Err(RouterNotFinite);
+        }
         // A counting sort keeps tokens in order.
         self.starts.fill(0);
         for choice in &*choices {
@@ -235,6 +251,7 @@ impl MoeWork {
         }
         self.starts.copy_within(0..experts, 1);
         self.starts[0] = 0;
+        Ok(())
     }
 
     /// Runs each needed expert once, on all of its tokens, and adds results up by expert, ascending, whichever came first.

@@ -19,8 +19,8 @@ use crate::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
 pub const PROBE_TOKENS_MAX: usize = 512;
 /// Trials that an expert has in a domain at a time.
 const TRIALS_AT_ONCE: u32 = 8;
-/// Pairs of expert and domain that are tried at a time.
-const PAIRS_AT_ONCE: usize = 128;
+/// Pairs of expert and domain that are tried at a time, at most.
+pub const PAIRS_AT_ONCE: usize = 128;
 /// After so many trials in a domain an expert has had enough.
 pub const TRIALS_MAX: u32 = 256;
 
@@ -240,8 +240,8 @@ impl Profiler {
         }
     }
 
-    /// The pairs of expert and domain of whose trials least is known: those that are tried next, with how many trials each will have had then.
-    pub fn next_round(&self) -> Vec<Trials> {
+    /// The `pairs_max` pairs of expert and domain of whose trials least is known: those that are tried next, with how many trials each will have had then.
+    pub fn next_round(&self, pairs_max: usize) -> Vec<Trials> {
         let mut pairs = Vec::new();
         for (domain, experts) in self.tokens_of.iter().enumerate() {
             for (expert, tokens) in experts.iter().enumerate() {
@@ -257,11 +257,11 @@ impl Profiler {
         }
         // The widest first; among those of whom nothing is known, what is used most.
         pairs.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)).then((a.2.domain, a.2.expert).cmp(&(b.2.domain, b.2.expert))));
-        pairs.truncate(PAIRS_AT_ONCE);
+        pairs.truncate(pairs_max.min(PAIRS_AT_ONCE));
         pairs.into_iter().map(|(.., next)| next).collect()
     }
 
-    /// Makes the trials of a round, domain by domain; `go_on` is asked before each probe. Returns what was found of the domains that it got through.
+    /// Makes the trials of a round, domain by domain; `go_on` is asked before each. Returns what was found of the domains that it got through.
     pub fn try_round(
         &mut self,
         engine: &mut Engine,
@@ -332,6 +332,9 @@ impl Profiler {
                 engine.forward(&mut session, &tokens[..last as usize])?;
             }
             for &(_, _, token, number) in of_probe {
+                if !go_on() {
+                    return Ok(None);
+                }
                 session.rewind(token as usize);
                 engine.left_out = vec![self.slots[round[number].expert as usize]];
                 let loss = engine

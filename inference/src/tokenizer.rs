@@ -1,6 +1,11 @@
 //! Text to tokens and back, by the checkpoint's own `tokenizer.json`.
 
+use std::collections::HashMap;
+
 use tokenizers::{DecoderWrapper, NormalizerWrapper};
+
+use crate::control_tokens::{ControlToken, ControlTokens};
+use crate::tokenizer_rules;
 
 /// Tokens after which what is no character yet counts as broken; four bytes make any character, and stray ones may precede.
 const UNFINISHED_TOKENS_MAX: usize = 8;
@@ -11,6 +16,9 @@ pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     /// Bytes of text that one token can come from at most, where that is known.
     token_bytes_max: Option<usize>,
+    /// Added tokens by their numbers.
+    added: HashMap<u32, ControlToken>,
+    control: ControlTokens,
 }
 
 /// A tokenizer that cannot be used, or a text that it cannot take.
@@ -28,8 +36,9 @@ pub enum SpecialTokens {
 }
 
 impl Tokenizer {
-    /// Reads a `tokenizer.json`.
+    /// Reads a `tokenizer.json` of those that `tokenizer_rules` takes.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, TokenizerError> {
+        tokenizer_rules::check(bytes).map_err(TokenizerError)?;
         let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|error| TokenizerError(error.to_string()))?;
         // A text goes in whole: cutting and filling up are not this tokenizer's to decide.
         inner.with_truncation(None).map_err(|error| TokenizerError(error.to_string()))?;
@@ -40,9 +49,17 @@ impl Tokenizer {
             Some(NormalizerWrapper::NFC(_)) => Some(3),
             Some(_) => None,
         };
-        let tokenizer = Self { inner, token_bytes_max: None };
-        let longest = (0..tokenizer.inner.get_vocab_size(true) as u32).map(|token| tokenizer.piece_bytes(token)).max();
+        let token = |token: &tokenizers::AddedToken| ControlToken { text: token.content.clone(), special: token.special };
+        let added: HashMap<_, _> = inner.get_added_tokens_decoder().iter().map(|(id, added)| (*id, token(added))).collect();
+        let control = ControlTokens::new(added.values().cloned());
+        let tokenizer = Self { inner, token_bytes_max: None, added, control };
+        let longest = (0..tokenizer.token_count()).map(|token| tokenizer.piece_bytes(token)).max();
         Ok(Self { token_bytes_max: shrinks.zip(longest).map(|(shrinks, longest)| shrinks * longest.max(1)), ..tokenizer })
+    }
+
+    /// Tokens, those added to the vocabulary among them.
+    pub fn token_count(&self) -> u32 {
+        self.inner.get_vocab_size(true) as u32
     }
 
     /// The longest text, in bytes, that can become no more than `tokens` tokens; a longer one need not be looked at.
@@ -61,6 +78,29 @@ impl Tokenizer {
         encoding.map(|encoding| encoding.get_ids().to_vec()).map_err(|error| TokenizerError(error.to_string()))
     }
 
+    /// Returns the tokens of a text, as written; none reaches over the character `breaks`, which stands for nothing.
+    pub fn encode_broken(&self, text: &str, breaks: char) -> Result<Vec<u32>, TokenizerError> {
+        let pieces = text.split(breaks).filter(|piece| !piece.is_empty());
+        let tokens: Result<Vec<_>, _> = pieces.map(|piece| self.encode(piece, SpecialTokens::AsWritten)).collect();
+        Ok(tokens?.concat())
+    }
+
+    /// The tokens that control a model.
+    pub fn control_tokens(&self) -> &ControlTokens {
+        &self.control
+    }
+
+    /// How a special token is spelled, which [`decode`](Self::decode) leaves out; nothing of any other.
+    pub fn special_text(&self, token: u32) -> Option<&str> {
+        self.added.get(&token).filter(|added| added.special).map(|added| added.text.as_str())
+    }
+
+    /// The special token that a text begins with.
+    pub fn special_at_start(&self, text: &str) -> Option<u32> {
+        let starts = self.added.iter().filter(|(_, added)| added.special && text.starts_with(&added.text));
+        starts.max_by_key(|(_, added)| added.text.len()).map(|(token, _)| *token)
+    }
+
     /// Returns the text of `tokens`, special tokens left out.
     pub fn decode(&self, tokens: &[u32]) -> Result<String, TokenizerError> {
         self.inner.decode(tokens, true).map_err(|error| TokenizerError(error.to_string()))
@@ -69,7 +109,7 @@ impl Tokenizer {
     /// The bytes of text that `token` stands for: perhaps a part of a character, or none for a special token.
     pub fn bytes_of(&self, token: u32) -> Vec<u8> {
         let Some(piece) = self.inner.id_to_token(token) else { return Vec::new() };
-        let special = self.inner.get_added_tokens_decoder().contains_key(&token);
+        let special = self.added.contains_key(&token);
         match self.inner.get_decoder() {
             // Byte-level pieces spell every byte as one character.
             Some(DecoderWrapper::ByteLevel(_)) if !special => piece.chars().filter_map(spelled_byte).collect(),

@@ -21,7 +21,7 @@ use crate::net::fetcher::{Fetched, Want, Wanted};
 use crate::net::network::Network;
 use crate::net::query;
 use crate::net::random;
-use crate::records::RecordKind;
+use crate::records::{RecordKind, clock_text};
 use crate::specialists::no_such_domain;
 
 /// For peers to turn up, and for each to answer.
@@ -78,6 +78,8 @@ pub(crate) struct Claims {
     pub(crate) missing: Vec<(NodeId, String)>,
     /// Domains that peers know.
     pub(crate) domains: Vec<String>,
+    /// How far others' clocks are ahead of this one, where most of them are.
+    pub(crate) clock_offset_ms: Option<i64>,
 }
 
 /// What came of checking, for people.
@@ -95,7 +97,8 @@ pub(crate) fn unknown_domain(name: &str, known: &[String], claims: &Claims) -> F
     if known.is_empty() || known.iter().any(|known| known == name) {
         let held = claims.held.iter().map(|claim| (&claim.node, check_text(&claim.check)));
         let void = claims.refuted.iter().chain(&claims.missing).map(|(node, why)| (node, why.clone()));
-        let why: Vec<_> = held.chain(void).map(|(node, why)| format!("; {node}: {why}")).collect();
+        let clock = claims.clock_offset_ms.map(|offset_ms| format!("; {}", clock_text(offset_ms)));
+        let why: Vec<_> = held.chain(void).map(|(node, why)| format!("; {node}: {why}")).chain(clock).collect();
         return Failure::new(
             Kind::NotFound,
             format!("no peer has a profile of this model that says anything of {name} and counts{}", why.concat()),
@@ -126,6 +129,7 @@ pub(crate) fn collect(
         }
         claims.domains.extend(answer.domains);
     }
+    claims.clock_offset_ms = network.records.lock().clock_offset_ms();
     claims.domains.sort();
     claims.domains.dedup();
     let slots: Vec<_> = found.manifest.config.expert_slots().collect();

@@ -1,21 +1,15 @@
 //! The only place that reads a clock, and where Ctrl-C is noticed.
 
-use std::sync::LazyLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crate::failure::Failure;
 
-/// How far this node's clock is wrong on purpose, in seconds: tests have nodes with clocks that differ.
-static SHIFT_S: LazyLock<i64> =
-    LazyLock::new(|| std::env::var("CONFRERE_CLOCK_SHIFT").ok().and_then(|seconds| seconds.parse().ok()).unwrap_or(0));
-
 /// Milliseconds since 1970.
 pub(crate) fn now_ms() -> u64 {
     #[expect(clippy::disallowed_methods, reason = "this is where the node reads its clock")]
     let now = SystemTime::now();
-    let now_ms = now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64);
-    now_ms.saturating_add_signed(SHIFT_S.saturating_mul(1000))
+    now.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
 }
 
 /// Lets this thread run when no other has anything to do, as far as the operating system can tell: its work can wait.

@@ -10,6 +10,7 @@
 //! profiles/       what was measured of models' experts (see `profiles`)
 //! records, trust, rulings, checked, seq
 //!                 what peers have signed, what was seen of them, what the user decided (see `records`)
+//! tokenizers      hashes of tokenizers that were tried and do no harm
 //! usage/          how often experts were used
 //! store/          blobs and their index
 //! lock            held by the process that uses all this
@@ -21,20 +22,29 @@ use std::io;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::is_model_name;
 use protocol::{ContentHash, ModelId, ModelManifest, NodeId, NodeKey, SignedEnvelope};
 use store::disk::{read_file, replace_file};
 use store::{BlobStore, DataDirLock, RealDisk};
-use tracing::warn;
+use tracing::debug;
 
+use crate::evidence::Evidence;
 use crate::failure::{Failure, Kind};
 use crate::net::{Multiaddr, new_secret};
 use crate::output::note;
 use crate::peer_book::Book;
+use crate::sandbox;
 use crate::secret_file;
 
+/// After this long, a file beside the one that it should replace was left behind.
+const LEFT_BEHIND_AGE: Duration = Duration::from_secs(3600);
+/// Manifests of one publisher, in bytes.
+const PUBLISHER_MANIFEST_BYTES_MAX: u64 = 64 << 20;
+/// Tokenizers of which it is remembered that they were tried.
+const TOKENIZERS_MAX: usize = 64;
 /// Longest of the small files, in bytes.
 const SMALL_FILE_BYTES_MAX: u64 = 4 << 20;
 
@@ -97,8 +107,8 @@ impl DataDir {
     }
 
     /// Where evidence against peers is kept.
-    pub(crate) fn evidence(&self) -> PathBuf {
-        self.root.join("evidence")
+    pub(crate) fn evidence(&self) -> Evidence {
+        Evidence::new(self.root.join("evidence"))
     }
 
     /// The models whose manifests are here.
@@ -113,7 +123,7 @@ impl DataDir {
         let text = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
         let names: BTreeMap<String, String> = serde_json::from_slice(&text.unwrap_or_else(|| b"{}".to_vec())).unwrap_or_else(|error| {
             // Names are a convenience: the manifests are all there, and get names from their ids.
-            warn!(path = %path.display(), %error, "names of models are lost");
+            keep_damaged(&path, &format!("{error}; names of models are lost"));
             BTreeMap::new()
         });
         Ok(names.into_iter().filter_map(|(name, id)| Some((name, id.parse().ok()?))).collect())
@@ -152,7 +162,12 @@ impl DataDir {
     pub(crate) fn book(&self, group: Option<&str>) -> Result<Book, Failure> {
         let path = self.root.join(book_file(group));
         let bytes = read_file(&path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?.unwrap_or_default();
-        Ok(Book::parse(String::from_utf8_lossy(&bytes).lines()))
+        let text = String::from_utf8_lossy(&bytes);
+        let (book, unreadable) = Book::parse(text.lines());
+        if unreadable > 0 {
+            keep_damaged(&path, &format!("{unreadable} of its lines are no peers"));
+        }
+        Ok(book)
     }
 
     /// Replaces an address book.
@@ -168,8 +183,38 @@ impl DataDir {
         fs::create_dir_all(&manifests).map_err(|error| io_failure("create", &manifests, &error))?;
         let names = self.model_names()?;
         let open = OpenDataDir { dir: self.clone(), store: Arc::new(store), names: Mutex::new(names), _lock: lock };
+        open.count_manifests();
+        self.sweep();
         open.adopt_unnamed()?;
         Ok(open)
+    }
+
+    /// Tries a tokenizer where it can do no harm, unless one of these bytes has been tried before.
+    pub(crate) fn try_tokenizer(&self, hash: ContentHash, bytes: &[u8]) -> Result<(), Failure> {
+        let line = hash.to_string();
+        // What cannot be remembered is tried again.
+        let tried = self.lines("tokenizers").unwrap_or_default();
+        if tried.contains(&line) {
+            return Ok(());
+        }
+        sandbox::try_tokenizer(bytes).map_err(|why| Failure::new(Kind::Integrity, format!("the model's tokenizer is refused: {why}")))?;
+        let from = tried.len().saturating_sub(TOKENIZERS_MAX - 1);
+        if let Err(failure) = self.set_lines("tokenizers", tried.into_iter().skip(from).chain([line])) {
+            debug!(%failure, "that a tokenizer was tried is not remembered");
+        }
+        Ok(())
+    }
+
+    /// Removes what writes of small files have left behind that were killed; one that is under way is younger.
+    fn sweep(&self) {
+        let is_old = |file: &fs::DirEntry| {
+            let age = file.metadata().ok().and_then(|metadata| metadata.modified().ok()?.elapsed().ok());
+            age.is_some_and(|age| age > LEFT_BEHIND_AGE)
+        };
+        let files = fs::read_dir(&self.root).into_iter().flatten().flatten();
+        for file in files.filter(|file| file.path().extension().is_some_and(|extension| extension == "new") && is_old(file)) {
+            let _ = fs::remove_file(file.path()); // nothing but disk is lost with what stays
+        }
     }
 
     /// The lines of one of the small files; none when it is not there.
@@ -291,11 +336,45 @@ impl OpenDataDir {
             (None, None) => id.to_string()[..12].to_owned(),
         };
         self.check_name(&name, Some(id))?;
+        self.check_room(id, envelope)?;
         self.dir.write(&format!("manifests/{id}"), envelope.as_bytes())?;
+        self.count_manifests();
         self.change_names(|names| {
             names.insert(name.clone(), id);
         })?;
         Ok(LocalModel { name, id, manifest: Arc::new(manifest), publisher: envelope.signer() })
+    }
+
+    /// Whether there is room for a manifest. What others publish is bounded by the disk that this node may take, and for each publisher.
+    fn check_room(&self, id: ModelId, envelope: &SignedEnvelope) -> Result<(), Failure> {
+        let bytes = envelope.as_bytes().len() as u64;
+        if envelope.signer() == self.dir.key()?.id() || self.manifest_path(id).exists() {
+            return Ok(());
+        }
+        let left = self.store.bytes_left();
+        if bytes > left {
+            let message = format!("the manifest of model {id} has {bytes} bytes; {left} are left of the disk that may be used (--disk)");
+            return Err(Failure::new(Kind::Disk, message));
+        }
+        let publisher = envelope.signer();
+        let theirs = self.dir.model_ids().into_iter().filter_map(|other| self.envelope(other).ok());
+        // The envelope of one that is here has been verified; who signed it stands at its beginning.
+        let theirs: u64 =
+            theirs.filter(|bytes| SignedEnvelope::claimed_signer(bytes) == Some(publisher)).map(|bytes| bytes.len() as u64).sum();
+        if theirs + bytes > PUBLISHER_MANIFEST_BYTES_MAX {
+            let message = format!(
+                "the manifests of models by {publisher} would have {} bytes; {PUBLISHER_MANIFEST_BYTES_MAX} is the most (confrere rm makes room)",
+                theirs + bytes
+            );
+            return Err(Failure::new(Kind::Disk, message));
+        }
+        Ok(())
+    }
+
+    /// Counts the manifests against the disk that this node may take.
+    fn count_manifests(&self) {
+        let files = fs::read_dir(self.dir.root.join("manifests")).into_iter().flatten().flatten();
+        self.store.count_elsewhere(files.filter_map(|file| Some(file.metadata().ok()?.len())).sum());
     }
 
     /// Says whether `name` may be given to model `id`, or to any new model.
@@ -322,9 +401,11 @@ impl OpenDataDir {
         self.dir.forget_profile(id);
         let path = self.manifest_path(id);
         match fs::remove_file(&path) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(io_failure("remove", &path, &error)),
-            _ => Ok(()),
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(io_failure("remove", &path, &error)),
+            _ => {}
         }
+        self.count_manifests();
+        Ok(())
     }
 
     /// Removes blobs that no manifest names; returns how many, and their bytes.
@@ -407,6 +488,17 @@ fn lines(path: &Path) -> Result<Vec<String>, Failure> {
     let bytes = read_file(path, SMALL_FILE_BYTES_MAX).map_err(|error| io_failure("read", path, &error))?.unwrap_or_default();
     let text = String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Integrity, format!("{} is not UTF-8", path.display())))?;
     Ok(text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#')).map(str::to_owned).collect())
+}
+
+/// Keeps a copy of a file that is damaged, and says so, before something writes over it: what can still be read of it is its owner's.
+pub(crate) fn keep_damaged(path: &Path, why: &str) {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".damaged");
+    let kept = match fs::copy(path, &name) {
+        Ok(_) => format!("a copy is kept in {}", Path::new(&name).display()),
+        Err(error) => format!("no copy can be kept: {error}"),
+    };
+    note(&format!("warning: {} is damaged: {why}; {kept}", path.display()));
 }
 
 pub(crate) fn io_failure(action: &str, path: &Path, error: &io::Error) -> Failure {

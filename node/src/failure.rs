@@ -161,7 +161,7 @@ impl From<ExpertsError> for Failure {
                 Ok(failure) => *failure,
                 Err(other) => Self::new(Kind::Other, other.to_string()),
             },
-            ExpertsError::Expert { .. } => Self::of(Kind::Integrity, &error),
+            ExpertsError::Expert { .. } | ExpertsError::Router { .. } => Self::of(Kind::Integrity, &error),
         }
     }
 }

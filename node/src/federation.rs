@@ -66,6 +66,8 @@ pub(crate) struct Federation {
 /// The peers of a command, who are remembered when it ends.
 struct Acquaintance {
     network: Network,
+    /// Whether the network is this command's alone, and ends with it.
+    is_own: bool,
     dir: DataDir,
     group: Option<String>,
     /// Who has sent something, by what was fetched.
@@ -115,10 +117,13 @@ impl Federation {
             memory_max: network_memory(),
             role: Role::Guest,
             records,
+            friends: options.remote.execute_at.named().collect(),
         })?;
         info!(local = %network.local, "asking peers");
         let group = group.map(|group| group.fingerprint());
-        Ok(Self::over(runtime, network, dir, group, &options))
+        let mut federation = Self::over(runtime, network, dir, group, &options);
+        federation.acquaintance.iter_mut().for_each(|acquaintance| acquaintance.is_own = true);
+        Ok(federation)
     }
 
     /// Works over a network that is there already.
@@ -131,7 +136,7 @@ impl Federation {
             fetcher: Some(Arc::new(tokio::sync::Mutex::new(fetcher))),
             publishers: options.publishers,
             remote: options.remote.clone(),
-            acquaintance: Some(Acquaintance { network, dir: dir.clone(), group, useful: Mutex::default(), rates, progress }),
+            acquaintance: Some(Acquaintance { network, is_own: false, dir: dir.clone(), group, useful: Mutex::default(), rates, progress }),
             client: None,
         }
     }
@@ -394,6 +399,9 @@ impl Drop for Acquaintance {
     fn drop(&mut self) {
         if let Err(failure) = self.remember() {
             warn!(%failure, "peers are not remembered");
+        }
+        if self.is_own {
+            self.network.leave_blocking();
         }
     }
 }

@@ -1,10 +1,10 @@
 //! The models that a node which serves offers, and the bytes of their manifests; it grows when a model comes by a join or a pull.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use protocol::ModelId;
 use protocol::message::{LISTING_MODELS_MAX, Listing};
+use protocol::{ContentHash, ModelId};
 
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::Failure;
@@ -13,14 +13,17 @@ use crate::failure::Failure;
 pub(crate) struct Library {
     pub(crate) open: Arc<OpenDataDir>,
     models: RwLock<Vec<LocalModel>>,
+    /// The experts of all models.
+    experts: RwLock<HashSet<ContentHash>>,
     /// Signed manifests, as they were asked for.
     envelopes: Mutex<HashMap<ModelId, Arc<Vec<u8>>>>,
 }
 
 impl Library {
     pub(crate) fn new(open: Arc<OpenDataDir>) -> Self {
-        let models = RwLock::new(open.readable_models());
-        Self { open, models, envelopes: Mutex::default() }
+        let library = Self { open, models: RwLock::default(), experts: RwLock::default(), envelopes: Mutex::default() };
+        library.refresh();
+        library
     }
 
     pub(crate) fn models(&self) -> Vec<LocalModel> {
@@ -38,7 +41,14 @@ impl Library {
     /// Looks again which models are here.
     pub(crate) fn refresh(&self) {
         let models = self.open.readable_models();
+        let experts = models.iter().flat_map(|found| &found.manifest.experts).map(|blob| blob.hash).collect();
+        *self.experts.write().unwrap_or_else(PoisonError::into_inner) = experts;
         *self.models.write().unwrap_or_else(PoisonError::into_inner) = models;
+    }
+
+    /// Whether a model that is here has an expert of that hash.
+    pub(crate) fn has_expert(&self, hash: &ContentHash) -> bool {
+        self.experts.read().unwrap_or_else(PoisonError::into_inner).contains(hash)
     }
 
     /// The signed manifest of a model, if it is offered.

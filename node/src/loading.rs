@@ -23,7 +23,7 @@ use crate::federation::{Federation, no_peer, trunk_parts};
 use crate::memory::{process_bytes, resident_bytes};
 use crate::net::PeerId;
 use crate::output::{human_bytes, note};
-use crate::prompt::ModelText;
+use crate::prompt::{Chat, ModelText};
 
 /// A model ready to run.
 pub(crate) struct Loaded {
@@ -84,11 +84,12 @@ impl Federation {
         };
         let tokenizer = manifest.tokenizer.map(|blob| {
             let bytes = self.read_part(&open.store, blob)?;
+            open.dir.try_tokenizer(blob.hash, &bytes)?;
             Tokenizer::from_bytes(&bytes).map_err(|error| Failure::new(Kind::Integrity, error.to_string()))
         });
         let chat = manifest.chat.template.map(|blob| {
             let (bos_token, eos_token) = (manifest.chat.bos_token.clone(), manifest.chat.eos_token.clone());
-            Ok::<_, Failure>(ChatTemplate { source: text(blob)?, bos_token, eos_token })
+            Ok::<_, Failure>(Chat::new(ChatTemplate { source: text(blob)?, bos_token, eos_token }))
         });
         let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
         let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;

@@ -8,6 +8,7 @@ mod clock;
 mod daemon;
 mod data_dir;
 mod dispatcher;
+mod evidence;
 mod failure;
 mod federation;
 mod generation;
@@ -25,8 +26,10 @@ mod profiles;
 mod prompt;
 mod pulling;
 mod records;
+mod sandbox;
 mod secret_file;
 mod specialists;
+mod threads;
 mod usage;
 
 use std::process::ExitCode;
@@ -34,6 +37,9 @@ use std::process::ExitCode;
 use failure::Kind;
 
 fn main() -> ExitCode {
+    if let Some(code) = sandbox::child() {
+        return code;
+    }
     match cli::main() {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) if failure.kind == Kind::Unread => ExitCode::SUCCESS,

@@ -87,11 +87,16 @@ pub(crate) struct Book {
 
 impl Book {
     /// Reads what can be read: a damaged line is a peer less, and no failure.
-    pub(crate) fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> Self {
-        let mut book = Self::default();
-        lines.into_iter().filter_map(Entry::parse).for_each(|entry| drop(book.entries.insert(entry.peer, entry)));
+    pub(crate) fn parse<'a>(lines: impl IntoIterator<Item = &'a str>) -> (Self, usize) {
+        let (mut book, mut unreadable) = (Self::default(), 0);
+        for line in lines {
+            match Entry::parse(line) {
+                Some(entry) => drop(book.entries.insert(entry.peer, entry)),
+                None => unreadable += 1,
+            }
+        }
         book.shorten();
-        book
+        (book, unreadable)
     }
 
     /// The lines of its file.
@@ -198,7 +203,7 @@ mod tests {
         let fast = Entry { bytes_per_second: Some(7), ..entry("203.0.113.1", 2) };
         let whole = book([fast, entry("10.0.0.1", 0)]);
         let lines: Vec<_> = whole.lines().collect();
-        assert_eq!(Book::parse(lines.iter().map(String::as_str)), whole);
+        assert_eq!(Book::parse(lines.iter().map(String::as_str)), (whole.clone(), 0));
         let peer = PeerId::random();
         let bad = [
             String::new(),
@@ -212,9 +217,9 @@ mod tests {
             format!("/ip4/1.2.3.4/tcp/1/p2p/{}/p2p-circuit/p2p/{peer} 1 1 1 named", PeerId::random()),
         ];
         let mixed = bad.iter().chain(&lines).map(String::as_str);
-        assert_eq!(Book::parse(mixed), whole);
+        assert_eq!(Book::parse(mixed).0, whole);
         let old = lines.iter().map(|line| line.rsplit_once(' ').expect("fields").0);
-        assert_eq!(Book::parse(old).entries().len(), 2, "a book without speeds");
+        assert_eq!(Book::parse(old).0.entries().len(), 2, "a book without speeds");
     }
 
     /// N12: of 48 peers 43 are hostile; they come from few neighbourhoods or many, and some have been of use.

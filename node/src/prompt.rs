@@ -1,18 +1,82 @@
 //! Turning what was asked into tokens, and into the rules at which its answer ends.
 
-use inference::chat::{ChatTemplate, Message};
+use std::fmt;
+
+use inference::chat::{ChatError, ChatTemplate, Message, Rendering};
 use inference::generate::GenerateRequest;
 use inference::sampler::Sampling;
-use inference::tokenizer::{SpecialTokens, Tokenizer};
+use inference::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
 use protocol::manifest::GenerationDefaults;
 
+use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
+use crate::sandbox::{self, RenderError};
+
+/// Longest prompt that a template may make, in bytes, and longest short conversation.
+const RENDERED_BYTES_MAX: usize = 32 << 20;
+const NEXT_TURN_BYTES_MAX: usize = 256 << 10;
 
 /// What a model has to do with text.
 #[derive(Debug)]
 pub(crate) struct ModelText {
     pub(crate) tokenizer: Option<Tokenizer>,
-    pub(crate) chat: Option<ChatTemplate>,
+    pub(crate) chat: Option<Chat>,
+}
+
+/// A chat template, as it is used.
+#[derive(Debug)]
+pub(crate) struct Chat {
+    template: ChatTemplate,
+    /// What comes between an answer and the user's next turn, or why the template cannot be used.
+    next_turn: Result<Option<String>, TemplateFault>,
+}
+
+/// Why a template cannot be used.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) enum TemplateFault {
+    /// It has an error.
+    Fails(String),
+    /// It takes more than any template may.
+    Exceeds(String),
+}
+
+impl fmt::Display for TemplateFault {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Fails(why) | Self::Exceeds(why)) = self;
+        f.write_str(why)
+    }
+}
+
+impl Chat {
+    /// Tries a template on a short conversation: one that cannot be used is known before anybody chats.
+    pub(crate) fn new(template: ChatTemplate) -> Self {
+        let mut broken = None;
+        let next_turn = ChatTemplate::next_turn(|messages| {
+            let rendered = sandbox::render(&template, messages, rendering(false, NEXT_TURN_BYTES_MAX));
+            rendered.map_err(|error| broken = TemplateFault::of(error)).ok()
+        });
+        Self { template, next_turn: broken.map_or(Ok(next_turn), Err) }
+    }
+
+    /// Why the template cannot be used, if that is so.
+    pub(crate) fn fault(&self) -> Option<&TemplateFault> {
+        self.next_turn.as_ref().err()
+    }
+}
+
+impl TemplateFault {
+    /// Of an error; a template that refuses a conversation has no fault.
+    fn of(error: RenderError) -> Option<Self> {
+        match error {
+            RenderError::Chat(ChatError::Raised(_)) => None,
+            RenderError::Chat(ChatError::Failed(why)) => Some(Self::Fails(why)),
+            RenderError::Exceeds(why) => Some(Self::Exceeds(why)),
+        }
+    }
+}
+
+fn rendering(add_generation_prompt: bool, bytes_max: usize) -> Rendering {
+    Rendering { add_generation_prompt, now_ms: now_ms(), bytes_max }
 }
 
 /// What is to be continued.
@@ -33,11 +97,30 @@ pub(crate) enum PromptError {
         bytes: usize,
         context: usize,
     },
+    /// The model's template does not take such a conversation.
+    Refused(String),
+    /// The model's template cannot be used.
+    Template(String),
     Failed(Failure),
 }
 
-impl<E: Into<Failure>> From<E> for PromptError {
-    fn from(error: E) -> Self {
+impl From<RenderError> for PromptError {
+    fn from(error: RenderError) -> Self {
+        match error {
+            RenderError::Chat(ChatError::Raised(why)) => Self::Refused(why),
+            RenderError::Chat(ChatError::Failed(why)) | RenderError::Exceeds(why) => Self::Template(why),
+        }
+    }
+}
+
+impl From<Failure> for PromptError {
+    fn from(failure: Failure) -> Self {
+        Self::Failed(failure)
+    }
+}
+
+impl From<TokenizerError> for PromptError {
+    fn from(error: TokenizerError) -> Self {
         Self::Failed(error.into())
     }
 }
@@ -48,6 +131,8 @@ impl PromptError {
             Self::TooLong { bytes, context } => {
                 Failure::new(Kind::Usage, format!("the prompt has {bytes} bytes, too many for {context} tokens, the model's context"))
             }
+            Self::Refused(why) => Failure::new(Kind::Usage, format!("the model's chat template refuses the conversation: {why}")),
+            Self::Template(why) => Failure::new(Kind::Other, format!("the model's chat template cannot be used: {why}")),
             Self::Failed(failure) => failure,
         }
     }
@@ -68,24 +153,35 @@ impl ModelText {
         sampling: Sampling,
         defaults: &GenerationDefaults,
     ) -> Result<GenerateRequest, PromptError> {
-        let encode = |tokenizer: &Tokenizer, text: &str, special| {
-            if text.len() > tokenizer.text_bytes_max(context) {
-                return Err(PromptError::TooLong { bytes: text.len(), context });
-            }
-            tokenizer.encode(text, special).map_err(PromptError::from)
+        let check = |tokenizer: &Tokenizer, text: &str| {
+            let fits = text.len() <= tokenizer.text_bytes_max(context);
+            if fits { Ok(()) } else { Err(PromptError::TooLong { bytes: text.len(), context }) }
         };
         let mut stop_strings = defaults.stop_strings.clone();
+        let mut eos_token_ids = defaults.eos_token_ids.clone();
         let prompt = match (&self.tokenizer, prompt, &self.chat) {
             (_, Prompt::Tokens(tokens), _) => tokens.clone(),
             (None, Prompt::Raw(text) | Prompt::Conversation(_, text), _) => parse_ids(text)?,
-            (Some(tokenizer), Prompt::Conversation(messages, _), Some(chat)) => {
-                let text = chat.prompt(messages).map_err(|error| Failure::of(Kind::Other, &error))?;
-                stop_strings.extend(chat.next_turn());
-                encode(tokenizer, &text, SpecialTokens::AsWritten)?
+            (Some(tokenizer), Prompt::Conversation(messages, plain), Some(chat)) => {
+                check(tokenizer, plain)?;
+                let next_turn = chat.next_turn.as_ref().map_err(|fault| PromptError::Template(fault.to_string()))?;
+                let bytes_max = tokenizer.text_bytes_max(context).min(RENDERED_BYTES_MAX);
+                let render = |messages: &[Message]| sandbox::render(&chat.template, messages, rendering(true, bytes_max));
+                let (text, breaks) = tokenizer.control_tokens().render(messages, render)?;
+                check(tokenizer, &text)?;
+                // What the template puts behind an answer ends it; where that begins by a special token, the token does.
+                if let Some(next_turn) = next_turn {
+                    let token = tokenizer.special_at_start(next_turn.trim_start());
+                    eos_token_ids.extend(token.filter(|token| !eos_token_ids.contains(token)));
+                    stop_strings.push(next_turn.clone());
+                }
+                tokenizer.encode_broken(&text, breaks)?
             }
-            (Some(tokenizer), Prompt::Raw(text) | Prompt::Conversation(_, text), _) => encode(tokenizer, text, SpecialTokens::Add)?,
+            (Some(tokenizer), Prompt::Raw(text) | Prompt::Conversation(_, text), _) => {
+                check(tokenizer, text)?;
+                tokenizer.encode(text, SpecialTokens::Add)?
+            }
         };
-        let eos_token_ids = defaults.eos_token_ids.clone();
         Ok(GenerateRequest { prompt, tokens_max, sampling, eos_token_ids, stop_strings, top_logprobs: None })
     }
 }

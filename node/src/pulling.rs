@@ -1,5 +1,6 @@
 //! Bringing a model, or part of it, from peers into the store; and learning a peer's models from its ticket.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use protocol::message::Listing;
@@ -91,6 +92,9 @@ pub(crate) fn introduce(dir: &DataDir, ticket: &Ticket, more: &[Multiaddr]) -> R
     });
     let mut addresses: Vec<_> = addresses.collect::<Result<_, Failure>>()?;
     addresses.extend(more.iter().map(|address| with_peer(address.clone(), peer)));
+    // Each is dialled once, however often it is named.
+    let mut seen = BTreeSet::new();
+    addresses.retain(|address| seen.insert(address.clone()));
     let _editing = dir.exclusive()?;
     let mut publishers = dir.publishers()?;
     publishers.insert(node);
@@ -113,7 +117,8 @@ pub(crate) fn learn(open: &OpenDataDir, federation: &Federation, listing: Listin
         let free = open.check_name(&name, Some(id)).is_ok();
         match federation.fetch_manifest(open, id, free.then_some(name.as_str())) {
             Ok(model) => models.push(model),
-            Err(failure) if failure.kind == Kind::Refused => note(&format!("{name} is left out: {failure}")),
+            // One model too many or too large is no reason not to learn of the others.
+            Err(failure) if matches!(failure.kind, Kind::Refused | Kind::Disk) => note(&format!("{name} is left out: {failure}")),
             Err(failure) => return Err(failure),
         }
     }

@@ -6,7 +6,7 @@ use store::RealDisk;
 use store::disk::{read_file, replace_file};
 use tracing::warn;
 
-use crate::data_dir::{DataDir, LocalModel, io_failure};
+use crate::data_dir::{DataDir, LocalModel, io_failure, keep_damaged};
 use crate::failure::Failure;
 use crate::places::Places;
 
@@ -17,7 +17,11 @@ impl DataDir {
     pub(crate) fn usage(&self, model: ModelId) -> Result<Vec<u64>, Failure> {
         let path = self.path().join("usage").join(model.to_string());
         let bytes = read_file(&path, BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
-        Ok(bytes.and_then(|bytes| protocol::codec::from_bytes(&bytes).ok()).unwrap_or_default())
+        let Some(bytes) = bytes else { return Ok(Vec::new()) };
+        Ok(protocol::codec::from_bytes(&bytes).unwrap_or_else(|error| {
+            keep_damaged(&path, &format!("{error}; uses of experts are counted anew"));
+            Vec::new()
+        }))
     }
 
     /// Adds what a log holds.
@@ -42,5 +46,29 @@ impl DataDir {
         std::fs::create_dir_all(&dir).map_err(|error| io_failure("create", &dir, &error))?;
         let path = dir.join(found.id.to_string());
         replace_file(&RealDisk, &path, &protocol::codec::to_bytes(&uses)).map_err(|error| io_failure("write", &path, &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::ContentHash;
+
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_kept_and_not_taken_for_an_empty_one() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = DataDir::open(root.path()).expect("a data directory");
+        let model = ModelId(ContentHash::of(b"model"));
+        assert_eq!(dir.usage(model).expect("nothing yet"), [0; 0]);
+        let path = root.path().join("usage").join(model.to_string());
+        std::fs::create_dir_all(root.path().join("usage")).expect("made");
+        let whole = protocol::codec::to_bytes(&vec![3_u64, 4]);
+        std::fs::write(&path, &whole).expect("written");
+        assert_eq!(dir.usage(model).expect("read"), [3, 4]);
+        std::fs::write(&path, &whole[..whole.len() - 1]).expect("written");
+        assert_eq!(dir.usage(model).expect("counted anew"), [0; 0]);
+        let kept = std::fs::read(path.with_extension("damaged"));
+        assert_eq!(kept.expect("a copy"), whole[..whole.len() - 1]);
     }
 }

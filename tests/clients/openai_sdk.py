@@ -640,6 +640,13 @@ def test_null_is_as_if_it_were_left_out(client):
     assert content_of(chat(client, extra_body=nothing)) == content_of(chat(client))
 
 
+def test_an_answer_goes_back_in_as_the_sdk_serialises_it(client):
+    question = {"role": "user", "content": "Hello"}
+    answer = chat(client, [question], logprobs=True).choices[0].message
+    for echoed in (answer.model_dump(), answer.model_dump(exclude_none=True), {**answer.model_dump(), "content": None}):
+        assert chat(client, [question, echoed, question]).choices
+
+
 @pytest.mark.parametrize("ask", [lambda client, text: chat(client, [{"role": "user", "content": text}]), complete], ids=["chat", "completions"])
 def test_a_prompt_that_is_too_long(client, ask):
     with pytest.raises(openai.BadRequestError) as error:

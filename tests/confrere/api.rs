@@ -11,10 +11,10 @@ use crate::binary::{Node, Serving, api_json, free_port, http_get, signal_process
 use crate::support::shipped_model;
 
 /// A node with the shipped model that serves its API.
-struct Door {
-    node: Node,
-    serving: Serving,
-    api: String,
+pub(crate) struct Door {
+    pub(crate) node: Node,
+    pub(crate) serving: Serving,
+    pub(crate) api: String,
     id: String,
 }
 
@@ -27,21 +27,27 @@ impl Door {
         Self::of(node, id, more)
     }
 
-    fn of(node: Node, id: String, more: &[&str]) -> Self {
+    pub(crate) fn of(node: Node, id: String, more: &[&str]) -> Self {
         let api = format!("127.0.0.1:{}", free_port());
         let serving = node.serve_with(&[&["--listen", "/ip4/127.0.0.1/tcp/0", "--api", &api], more].concat());
         Self { node, serving, api, id }
     }
 
-    fn post(&self, path: &str, body: &Value) -> Response {
+    pub(crate) fn post(&self, path: &str, body: &Value) -> Response {
         Response::read(send(&self.api, path, body))
     }
 
     /// The answer to a request that must have one.
-    fn answer(&self, path: &str, body: &Value) -> Value {
+    pub(crate) fn answer(&self, path: &str, body: &Value) -> Value {
         let response = self.post(path, body);
         assert_eq!(response.status, 200, "{}", response.body);
         response.json()
+    }
+
+    /// The names of the models that it has.
+    pub(crate) fn answer_models(&self) -> Vec<String> {
+        let models = api_json(&self.api, "/api/models");
+        models.as_array().expect("a list").iter().map(|model| model["name"].as_str().expect("a name").to_owned()).collect()
     }
 
     fn active(&self) -> u64 {
@@ -58,8 +64,8 @@ fn send(api: &str, path: &str, body: &Value) -> BufReader<TcpStream> {
     BufReader::new(stream)
 }
 
-struct Response {
-    status: u16,
+pub(crate) struct Response {
+    pub(crate) status: u16,
     head: String,
     body: String,
 }
@@ -74,7 +80,7 @@ impl Response {
         Self { status, head: head.to_lowercase(), body }
     }
 
-    fn json(&self) -> Value {
+    pub(crate) fn json(&self) -> Value {
         serde_json::from_str(&self.body).unwrap_or_else(|error| panic!("{}: {error}", self.body))
     }
 
@@ -201,6 +207,28 @@ fn a_client_that_goes_away_makes_room_at_once() {
     assert!(abandoned.is_some_and(|count| count > 0.0), "{counts}");
 }
 
+/// Report 8: requests whose clients have gone take no place, neither that of their user nor that of all.
+#[test]
+fn the_queue_forgets_those_who_have_gone() {
+    let door = Door::open("q8", &["--model", "m"]);
+    let long = completion(PROMPTS[1], &json!({"max_tokens": 400, "temperature": 1.0, "stream": true}));
+    let under_way: Vec<_> = (0..12).map(|_| send(&door.api, "/v1/completions", &long)).collect();
+    let waiting = |count: u64| {
+        let began = Instant::now();
+        while api_json(&door.api, "/api/node")["generation"]["waiting"] != count {
+            assert!(began.elapsed() < Duration::from_secs(20), "{count}");
+        }
+    };
+    let gone: Vec<_> = (0..16).map(|_| send(&door.api, "/v1/completions", &long)).collect();
+    waiting(16);
+    assert_eq!(door.post("/v1/completions", &long).status, 429, "all places of one user are taken");
+    drop(gone);
+    waiting(0);
+    let next = door.post("/v1/completions", &completion(PROMPTS[0], &json!({"max_tokens": 1})));
+    assert_eq!(next.status, 200, "{}", next.body);
+    drop(under_way);
+}
+
 #[test]
 fn a_full_queue_says_so_and_users_take_turns() {
     let door = Door::open("q8", &["--kv-tokens", "512"]);
@@ -266,9 +294,11 @@ fn strangers_and_their_pages_are_refused_everywhere() {
     let paths: Vec<_> = document["paths"].as_object().expect("paths").keys().map(|path| path.replace(['{', '}'], "")).collect();
     assert!(paths.len() > 15);
     for path in paths.iter().map(String::as_str).chain(["/", "/dashboard/app.js", "/nothing"]) {
-        assert!(http_get(&door.api, path, "evil.example").starts_with("HTTP/1.1 403"), "{path}");
+        // That it is there, a node tells anybody.
+        let status = if path == "/health" { "HTTP/1.1 200" } else { "HTTP/1.1 403" };
+        assert!(http_get(&door.api, path, "evil.example").starts_with(status), "{path}");
         let origin = format!("{}\r\nOrigin: http://evil.example", door.api);
-        assert!(http_get(&door.api, path, &origin).starts_with("HTTP/1.1 403"), "{path}");
+        assert!(http_get(&door.api, path, &origin).starts_with(status), "{path}");
     }
     // Other users of this machine may ask, and change nothing.
     for path in ["/api/join", "/api/pull"] {
@@ -316,7 +346,7 @@ fn a_node_that_is_told_to_stop_ends_what_it_has_begun() {
 fn commands_ask_the_node_that_has_the_data_directory() {
     let node = Node::new();
     let id = node.run(&["import", crate::binary::text(&shipped_model()), "--name", "m", "--precision", "q8"]).out.trim().to_owned();
-    let built = node.run(&["profile", "build", "m", "--budget", "1s"]);
+    let built = node.run(&["profile", "build", "m", "--budget", "0s"]);
     assert_eq!(built.code, Some(0), "{}", built.err);
     let commands: [&[&str]; 7] = [
         &["ls"],

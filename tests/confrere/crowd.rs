@@ -50,7 +50,7 @@ pub(crate) fn resident_bytes(pid: u32) -> u64 {
 }
 
 /// A connection under a key of its own, and a way to open streams on it; `None` when the node has no room for one more.
-async fn connect(address: &str) -> Option<(PeerId, libp2p_stream::Control)> {
+pub(crate) async fn connect(address: &str) -> Option<(PeerId, libp2p_stream::Control)> {
     let mut swarm = libp2p::SwarmBuilder::with_new_identity()
         .with_tokio()
         .with_tcp(tcp::Config::default(), noise::Config::new, yamux::Config::default)
@@ -72,7 +72,7 @@ async fn connect(address: &str) -> Option<(PeerId, libp2p_stream::Control)> {
     Some((peer, control))
 }
 
-async fn open(peer: PeerId, control: &mut libp2p_stream::Control, protocol: &'static str) -> Option<Stream> {
+pub(crate) async fn open(peer: PeerId, control: &mut libp2p_stream::Control, protocol: &'static str) -> Option<Stream> {
     control.open_stream(peer, StreamProtocol::new(protocol)).await.ok()
 }
 

@@ -11,7 +11,9 @@ use inference::expert_runner::ExpertRunner;
 use inference::kernels::Kernels;
 use libp2p::swarm::SwarmEvent;
 use libp2p::{Stream, StreamProtocol, noise, tcp, yamux};
-use protocol::execute::{Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, RequestHead, row_bytes};
+use protocol::execute::{
+    ANSWER_HEAD_BYTES, Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, RequestHead, row_bytes,
+};
 use protocol::expert_blob::ExpertShape;
 use protocol::message::STREAM_ACK;
 use protocol::{ContentHash, NodeKey};
@@ -33,6 +35,8 @@ pub(crate) enum Falsehood {
     NoResults,
     /// The same results twice.
     Twice,
+    /// Right results, and the first of them again and again once all is done.
+    WithoutEnd,
     /// Nothing of the protocol.
     Garbage,
     /// Takes the request and is silent.
@@ -61,7 +65,12 @@ struct State {
 impl FalseExecutor {
     /// Starts one that has the experts in the data directory `dir`.
     pub(crate) fn start(dir: &Path, falsehood: Falsehood) -> Self {
-        let secret = *ContentHash::of(format!("{falsehood:?}").as_bytes()).as_bytes();
+        Self::numbered(dir, falsehood, 0)
+    }
+
+    /// One of several that do the same.
+    pub(crate) fn numbered(dir: &Path, falsehood: Falsehood, number: usize) -> Self {
+        let secret = *ContentHash::of(format!("{falsehood:?} {number}").as_bytes()).as_bytes();
         let asked = Arc::<AtomicU64>::default();
         let key = Arc::new(NodeKey::from_secret(&secret));
         let state = State { dir: dir.to_owned(), key, falsehood, asked: Arc::clone(&asked) };
@@ -115,6 +124,18 @@ async fn serve(state: State, mut stream: Stream) -> std::io::Result<()> {
         match state.falsehood {
             Falsehood::Silence => continue,
             Falsehood::HangUp => return Ok(()),
+            Falsehood::WithoutEnd => {
+                let answers = answers(&state, &request);
+                stream.write_all(&answers).await?;
+                stream.flush().await?;
+                // Once the asker has what it wants, and listens no more.
+                tokio::time::sleep(std::time::Duration::from_millis(500)).await;
+                let length = request.tasks[0].rows.len() * request.hidden_size as usize * 4;
+                let first = &answers[..ANSWER_HEAD_BYTES + length];
+                loop {
+                    stream.write_all(first).await?;
+                }
+            }
             _ => stream.write_all(&answers(&state, &request)).await?,
         }
         stream.flush().await?;

@@ -1,6 +1,6 @@
 //! P1 and P2 at the scale of CI: parsers of outside bytes, fed with damaged good input. `CONFRERE_FUZZ=1000000` runs longer.
 
-use inference::chat::{ChatTemplate, Message};
+use inference::chat::{ChatTemplate, Message, Rendering, Role};
 use inference::checkpoint::header::read_header;
 use inference::config::{parse_config, parse_generation};
 use inference::tokenizer::Tokenizer;
@@ -148,7 +148,8 @@ fn no_parser_of_text_input_panics() {
     let template = b"{% for m in messages %}{{ m.role + ': ' + m.content.strip() }}{% endfor %}{% if add_generation_prompt %}x{% endif %}";
     feed("template", template, inputs(5_000), |bytes| {
         let template = ChatTemplate { source: String::from_utf8_lossy(bytes).into_owned(), bos_token: None, eos_token: None };
-        drop(template.prompt(&[Message { role: "user", content: "hello".into() }]));
+        let rendering = Rendering { add_generation_prompt: true, now_ms: 0, bytes_max: 1 << 20 };
+        drop(template.render(&[Message { role: Role::User, content: "hello".into() }], rendering));
     });
     let tokenizer = std::fs::read(shipped_model().join("tokenizer.json")).expect("a tokenizer");
     feed("tokenizer", &tokenizer, inputs(40).min(5_000), |bytes| drop(Tokenizer::from_bytes(bytes)));

@@ -1,6 +1,7 @@
 //! N10 and N11 with a real node: floods of forgeries, and records that were said before, by others, or for something else. None is taken.
 #![expect(clippy::disallowed_methods, reason = "how long honest news takes beside a flood is told by a clock")]
 
+use std::fs;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
@@ -206,4 +207,28 @@ fn a_flood_of_forgeries_costs_little_and_does_not_drown_honest_news() {
     );
     assert!(share < 1.0, "{share}");
     assert!(refused < 20_000, "{refused} signatures were checked");
+}
+
+/// Two nodes with one key: whoever runs them is told.
+#[test]
+fn a_key_that_runs_twice_is_told() {
+    let (between, one, other) = (Node::new(), Node::new(), Node::new());
+    one.id(); // makes the key
+    fs::copy(one.path().join("key"), other.path().join("key")).expect("copied");
+    let middle = between.serve();
+    let api = format!("127.0.0.1:{}", free_port());
+    let serve = |node: &Node, api: &str| node.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--peer", &middle.address, "--api", api]);
+    let _one = serve(&one, &api);
+    let is_told = || api_json(&api, "/api/node")["key_is_elsewhere"] == true;
+    let began = Instant::now();
+    while api_json(&api, "/api/records")["nodes"].as_array().is_none_or(|nodes| nodes.len() < 2) {
+        assert!(began.elapsed() < Duration::from_secs(60), "the two know of each other");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(!is_told());
+    let _other = serve(&other, &format!("127.0.0.1:{}", free_port()));
+    while !is_told() {
+        assert!(began.elapsed() < Duration::from_secs(90), "it is told");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }

@@ -2,6 +2,7 @@
 
 mod api;
 mod binary;
+mod chat;
 mod cli;
 mod crowd;
 mod discovery;
@@ -10,7 +11,10 @@ mod engine;
 mod exchange;
 mod execute;
 mod false_executor;
+mod floods;
 mod floors;
+mod foreign_text;
+mod forgery;
 mod fuzz;
 mod gossip;
 mod help;

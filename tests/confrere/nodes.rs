@@ -1,8 +1,9 @@
 //! Two and more nodes, real processes: fetching, trust, liars, kills, restarts. The tokens never change.
+#![expect(clippy::disallowed_methods, reason = "how long a peer is taken for there is told by a clock")]
 
 use std::net::TcpListener;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -337,4 +338,32 @@ fn the_demo_ends_with_its_proof() {
     let ended = node.run(&["demo", "--model", text(&tiny), "--json"]);
     let report: Value = serde_json::from_str(&ended.out).expect("one JSON value");
     assert_eq!(report["identical"], true);
+}
+
+/// A node that is stopped in order is gone for its peers at once, over each transport.
+#[test]
+fn a_node_that_stops_says_goodbye() {
+    for transport in ["tcp", "udp"] {
+        let (a, _) = Node::with("variant-tied");
+        let listen = format!("/ip4/127.0.0.1/{transport}/0{}", if transport == "udp" { "/quic-v1" } else { "" });
+        let serving = a.serve_with(&["--listen", &listen]);
+        let b = Node::new();
+        let api = format!("127.0.0.1:{}", free_port());
+        let _other = b.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--peer", &serving.address, "--api", &api]);
+        let connected = || http_get(&api, "/metrics", &api).lines().any(|line| line == "confrere_peers_connected 1");
+        let until = |is: bool| {
+            let began = Instant::now();
+            while connected() != is {
+                assert!(began.elapsed() < Duration::from_secs(10), "{transport}: {is}");
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            began.elapsed()
+        };
+        until(true);
+        let stopping = std::thread::spawn(move || serving.stop());
+        let took = until(false);
+        println!("{transport}: gone after {took:?}");
+        assert!(took < Duration::from_secs(5), "{transport}: {took:?}");
+        assert_eq!(stopping.join().expect("it stops"), Some(0));
+    }
 }

@@ -260,11 +260,20 @@ pub(crate) fn shipped_model() -> PathBuf {
 
 /// The same in `dir`, said to take `tokens` tokens: it writes on beyond what it was trained for.
 pub(crate) fn shipped_model_of_length(dir: &Path, tokens: usize) {
+    copy_shipped_model(dir);
+    edit_json(&dir.join("config.json"), |json| json["max_position_embeddings"] = tokens.into());
+}
+
+/// A copy of it in `dir`, to be changed.
+pub(crate) fn copy_shipped_model(dir: &Path) {
     for entry in fs::read_dir(shipped_model()).expect("it ships").flatten() {
         fs::copy(entry.path(), dir.join(entry.file_name())).expect("copied");
     }
-    let config = dir.join("config.json");
-    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&config).expect("readable")).expect("JSON");
-    json["max_position_embeddings"] = tokens.into();
-    fs::write(config, json.to_string()).expect("written");
+}
+
+/// Changes a file of JSON.
+pub(crate) fn edit_json(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
+    let mut json = serde_json::from_slice(&fs::read(path).expect("readable")).expect("JSON");
+    change(&mut json);
+    fs::write(path, json.to_string()).expect("written");
 }

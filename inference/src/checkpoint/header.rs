@@ -2,17 +2,27 @@
 //!
 //! Beside the `safetensors` crate's reader, which stops at the first fault, this one names every faulty tensor.
 
-use std::collections::BTreeMap;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::ops::Range;
 
 use protocol::Precision;
+use protocol::plain_text::plain_line;
 use serde::de::{MapAccess, Visitor};
 use serde::{Deserialize, Deserializer};
 use serde_json::Value;
+use serde_json::value::RawValue;
 
-/// Longest header that is read, in bytes; the `safetensors` crate has the same limit.
-pub const HEADER_BYTES_MAX: u64 = 100_000_000;
+/// Longest header that is read, in bytes. The largest published shards have some 2 MB.
+pub const HEADER_BYTES_MAX: u64 = 16 << 20;
+/// Longest name of a tensor, in bytes.
+pub const NAME_BYTES_MAX: usize = 256;
+/// Longest description of a tensor, in bytes, and most sides of its shape.
+const ENTRY_BYTES_MAX: usize = 1024;
+const SIDES_MAX: usize = 8;
+/// Problems of one file that are told apart.
+const PROBLEMS_MAX: usize = 1000;
 
 /// A tensor as the header describes it, with its bytes' place in the file.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -56,14 +66,22 @@ pub fn read_header(file: &[u8]) -> Result<BTreeMap<String, TensorEntry>, Vec<Hea
     let UniqueKeys(fields) = serde_json::from_slice(json).map_err(|error| whole(format!("header is not valid JSON: {error}")))?;
     let mut tensors = BTreeMap::new();
     let mut problems = Vec::new();
-    for (name, value) in fields {
+    for (name, text) in fields {
+        if problems.len() >= PROBLEMS_MAX {
+            problems.extend(whole(format!("has more than {PROBLEMS_MAX} faulty tensors")));
+            return Err(problems);
+        }
         if name == "__metadata__" {
-            if !value.as_object().is_some_and(|map| map.values().all(Value::is_string)) {
+            if serde_json::from_str::<HashMap<Cow<'_, str>, Cow<'_, str>>>(text.get()).is_err() {
                 problems.extend(whole("__metadata__ is not a map of texts".into()));
             }
             continue;
         }
-        match entry(&value, data_start, file_bytes) {
+        if name.len() > NAME_BYTES_MAX {
+            problems.extend(whole(format!("names a tensor in {} bytes, the limit is {NAME_BYTES_MAX}", name.len())));
+            continue;
+        }
+        match described(text.get()).and_then(|value| entry(&value, data_start, file_bytes)) {
             Ok(entry) => drop(tensors.insert(name, entry)),
             Err(what) => problems.push(HeaderProblem { tensor: Some(name), what }),
         }
@@ -78,13 +96,21 @@ pub fn read_header(file: &[u8]) -> Result<BTreeMap<String, TensorEntry>, Vec<Hea
     if problems.is_empty() { Ok(tensors) } else { Err(problems) }
 }
 
+/// A tensor's description, if it is no longer than any that makes sense.
+fn described(text: &str) -> Result<Value, String> {
+    if text.len() > ENTRY_BYTES_MAX {
+        return Err(format!("is described in {} bytes, the limit is {ENTRY_BYTES_MAX}", text.len()));
+    }
+    serde_json::from_str(text).map_err(|error| format!("is not described in JSON: {error}"))
+}
+
 /// Reads one tensor's description; every size product is checked.
 fn entry(value: &Value, data_start: u64, file_bytes: u64) -> Result<TensorEntry, String> {
     let field = |name: &str| value.get(name).ok_or_else(|| format!("has no {name}"));
     if let Some(unknown) =
         value.as_object().ok_or("is not an object")?.keys().find(|key| !["dtype", "shape", "data_offsets"].contains(&key.as_str()))
     {
-        return Err(format!("has an unknown field {unknown:?}"));
+        return Err(format!("has an unknown field {:?}", plain_line(unknown)));
     }
     let dtype = field("dtype")?.as_str().ok_or("dtype is not a text")?.to_owned();
     let numbers = |name: &str| -> Result<Vec<u64>, String> {
@@ -92,8 +118,11 @@ fn entry(value: &Value, data_start: u64, file_bytes: u64) -> Result<TensorEntry,
         list.ok_or_else(|| format!("{name} is not a list of whole numbers"))
     };
     let shape = numbers("shape")?;
+    if shape.len() > SIDES_MAX {
+        return Err(format!("has a shape of {} sides, the limit is {SIDES_MAX}", shape.len()));
+    }
     let offsets = <[u64; 2]>::try_from(numbers("data_offsets")?).map_err(|_| "data_offsets are not two numbers")?;
-    let bits = dtype_bits(&dtype).ok_or_else(|| format!("has unknown dtype {dtype:?}"))?;
+    let bits = dtype_bits(&dtype).ok_or_else(|| format!("has unknown dtype {:?}", plain_line(&dtype)))?;
     let size = shape.iter().try_fold(bits, |product, &side| product.checked_mul(side));
     let size = size.filter(|bits| bits % 8 == 0).ok_or_else(|| format!("shape {shape:?} has an impossible size"))? / 8;
     let [start, end] = offsets;
@@ -147,24 +176,24 @@ fn dtype_bits(dtype: &str) -> Option<u64> {
 }
 
 /// A JSON object that names nothing twice: which of two tensors would be meant?
-struct UniqueKeys(Vec<(String, Value)>);
+struct UniqueKeys<'a>(Vec<(String, &'a RawValue)>);
 
-impl<'de> Deserialize<'de> for UniqueKeys {
+impl<'de> Deserialize<'de> for UniqueKeys<'de> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Keys;
         impl<'de> Visitor<'de> for Keys {
-            type Value = UniqueKeys;
+            type Value = UniqueKeys<'de>;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 f.write_str("an object")
             }
 
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueKeys, A::Error> {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<UniqueKeys<'de>, A::Error> {
                 let mut seen = std::collections::HashSet::new();
                 let mut fields = Vec::new();
-                while let Some((key, value)) = map.next_entry::<String, Value>()? {
+                while let Some((key, value)) = map.next_entry::<String, &RawValue>()? {
                     if !seen.insert(key.clone()) {
-                        return Err(serde::de::Error::custom(format!("{key} stands twice")));
+                        return Err(serde::de::Error::custom(format!("{} stands twice", plain_line(&key))));
                     }
                     fields.push((key, value));
                 }

@@ -11,7 +11,7 @@ use protocol::model_config::TensorSpec;
 use protocol::{BlobRef, ModelManifest, Precision};
 use rayon::prelude::*;
 
-use super::{Checkpoint, ExpertTensors, Problem, TensorSource};
+use super::{Checkpoint, ExpertTensors, Problems, TensorSource};
 use crate::convert::{Target, convert_expert, convert_matrix};
 
 /// Largest magnitude that a weight may have: the largest of f16, beyond anything that training leaves.
@@ -44,7 +44,7 @@ pub enum ImportError {
 
 /// Imports `checkpoint`, its weights as they are or converted. Routers and norms keep their format.
 pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> Result<ModelManifest, ImportError> {
-    let work = Import { checkpoint, sink, done: AtomicU64::new(0), problems: Mutex::new(Vec::new()) };
+    let work = Import { checkpoint, sink, done: AtomicU64::new(0), problems: Mutex::new(Problems::default()) };
     work.check_tied_head();
     let specs = checkpoint.config.trunk_tensors();
     let trunk =
@@ -52,9 +52,8 @@ pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> R
     let trunk: Vec<_> = trunk.collect::<Result<_, _>>()?;
     let target = target.experts.unwrap_or(checkpoint.expert_precision);
     let experts: Vec<_> = checkpoint.experts.par_iter().map(|expert| work.expert(expert, target)).collect::<Result<_, _>>()?;
-    let mut problems = work.problems.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let problems = work.problems.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !problems.is_empty() {
-        problems.sort();
         return Err(ImportError::Refused(super::CheckpointError::Refused(problems)));
     }
     let put = |bytes: &[u8]| sink.put(bytes).map_err(ImportError::Sink);
@@ -90,7 +89,7 @@ struct Import<'a> {
     checkpoint: &'a Checkpoint,
     sink: &'a dyn BlobSink,
     done: AtomicU64,
-    problems: Mutex<Vec<Problem>>,
+    problems: Mutex<Problems>,
 }
 
 /// What was stored, and what it was made from.
@@ -146,7 +145,7 @@ impl Import<'_> {
             "{count} of {} weights are not finite or beyond ±{WEIGHT_MAGNITUDE_MAX}, the first at index {first}",
             bytes.len() / tensor.precision.matrix_bytes(1, 1)
         );
-        self.note(tensor, what);
+        self.note(tensor, &what);
         false
     }
 
@@ -154,13 +153,13 @@ impl Import<'_> {
         if let Some(head) = &self.checkpoint.tied_head
             && self.checkpoint.bytes(head) != self.checkpoint.bytes(&self.checkpoint.trunk[0])
         {
-            self.note(head, "tie_word_embeddings is true, yet this is not a copy of the embeddings".to_owned());
+            self.note(head, "tie_word_embeddings is true, yet this is not a copy of the embeddings");
         }
     }
 
-    fn note(&self, tensor: &TensorSource, what: String) {
+    fn note(&self, tensor: &TensorSource, what: &str) {
         let mut problems = self.problems.lock().unwrap_or_else(PoisonError::into_inner);
-        problems.push(Problem { subject: tensor.name.clone(), what });
+        problems.add(&tensor.name, what);
     }
 
     fn advance(&self, bytes: usize) -> Result<(), ImportError> {

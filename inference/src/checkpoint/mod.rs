@@ -1,8 +1,10 @@
 //! A checkpoint directory as published: configuration, index, shards. Opening one checks everything but the weights' values.
 
+mod byte_level_bpe;
 pub mod header;
 pub mod import;
 pub mod names;
+mod python_json;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
@@ -12,6 +14,7 @@ use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
 use protocol::manifest::{GenerationDefaults, SIDE_FILE_BYTES_MAX};
+use protocol::plain_text::{LINES_MAX, plain_line};
 use protocol::{ExpertSlot, ModelConfig, Precision};
 use serde_json::Value;
 
@@ -46,17 +49,54 @@ pub enum CheckpointError {
         source: io::Error,
     },
     /// It is incomplete or damaged: everything that is wrong with it.
-    #[error("checkpoint is refused: {} problem{}\n{}", .0.len(), if .0.len() == 1 { "" } else { "s" }, lines(.0))]
-    Refused(Vec<Problem>),
+    #[error("checkpoint is refused: {} problem{}\n{}", .0.count, if .0.count == 1 { "" } else { "s" }, .0)]
+    Refused(Problems),
 }
 
-/// Shown of a long list; the rest is counted.
-const PROBLEMS_SHOWN_MAX: usize = 1000;
+/// Of a long list, the first are kept and the others counted.
+pub const PROBLEMS_KEPT_MAX: usize = LINES_MAX;
 
-fn lines(problems: &[Problem]) -> String {
-    let shown = problems.iter().take(PROBLEMS_SHOWN_MAX).map(|problem| format!("  {problem}"));
-    let more = problems.len().saturating_sub(PROBLEMS_SHOWN_MAX);
-    shown.chain((more > 0).then(|| format!("  … and {more} more"))).collect::<Vec<_>>().join("\n")
+/// What is wrong with a checkpoint.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Problems {
+    /// The first in the order of their names, each once.
+    kept: BTreeSet<Problem>,
+    /// All of them.
+    count: usize,
+}
+
+impl Problems {
+    /// Adds one. Memory is bounded, however many there are.
+    pub fn add(&mut self, subject: &str, what: &str) {
+        self.count += 1;
+        self.kept.insert(Problem { subject: plain_line(subject), what: plain_line(what) });
+        if self.kept.len() > PROBLEMS_KEPT_MAX {
+            self.kept.pop_last();
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// How many there are, those that are not kept among them.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Those that are kept.
+    pub fn kept(&self) -> impl Iterator<Item = &Problem> {
+        self.kept.iter()
+    }
+}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let more = self.count - self.kept.len();
+        let shown = self.kept.iter().map(|problem| format!("  {problem}"));
+        f.write_str(&shown.chain((more > 0).then(|| format!("  … and {more} more"))).collect::<Vec<_>>().join("\n"))
+    }
 }
 
 /// A tensor's bytes, in the map of its shard.
@@ -89,8 +129,10 @@ pub struct Checkpoint {
     pub config: ModelConfig,
     /// Sampling and stop rules.
     pub generation: GenerationDefaults,
-    /// `tokenizer.json`, if there is one.
+    /// `tokenizer.json`, or what it would be; nothing where there is no tokenizer that can be read.
     pub tokenizer: Option<Vec<u8>>,
+    /// Why there is none, where the checkpoint has one in another form.
+    pub unread_tokenizer: Option<String>,
     /// The chat template, if there is one.
     pub chat_template: Option<String>,
     /// What templates call `bos_token`.
@@ -122,9 +164,11 @@ impl Checkpoint {
             Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| refused("chat_template.jinja", "is not UTF-8"))?),
             None => chat_template(&tokenizer_config),
         };
+        let shard_list = shard_list(dir)?;
+        check_size(&config, &shard_list)?;
         let mut collected = Collector::new(&config, family);
         let mut shards = Vec::new();
-        for (path, expected) in shard_list(dir)? {
+        for (path, expected) in shard_list {
             let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
             let map = match map_file(&path) {
                 Ok(map) => map,
@@ -140,13 +184,14 @@ impl Checkpoint {
         let (trunk, experts, expert_precision, skipped, tied_head) = collected.finish()?;
         let eos_token = special_token(&tokenizer_config["eos_token"]);
         let mut generation = parse_generation(&json, &generation);
-        if generation.eos_token_ids.is_empty() {
-            generation.eos_token_ids.extend(eos_token.as_deref().and_then(|token| added_token_id(&tokenizer_config, token)));
-        }
+        let of_tokenizer = eos_token.as_deref().and_then(|token| added_token_id(&tokenizer_config, token));
+        generation.eos_token_ids.extend(of_tokenizer.filter(|id| !generation.eos_token_ids.contains(id)));
+        let (tokenizer, unread_tokenizer) = tokenizer(dir, &tokenizer_config)?;
         Ok(Self {
             generation,
             config,
-            tokenizer: read_side_file(dir, "tokenizer.json")?,
+            tokenizer,
+            unread_tokenizer,
             chat_template,
             bos_token: special_token(&tokenizer_config["bos_token"]),
             eos_token,
@@ -180,7 +225,7 @@ struct Collector<'a> {
     experts: HashMap<(ExpertSlot, Projection), TensorSource>,
     tied_head: Option<TensorSource>,
     skipped: BTreeMap<&'static str, (usize, u64)>,
-    problems: Vec<Problem>,
+    problems: Problems,
     seen: HashMap<String, String>, // tensor to file
 }
 
@@ -197,13 +242,13 @@ impl<'a> Collector<'a> {
             experts: HashMap::new(),
             tied_head: None,
             skipped: BTreeMap::new(),
-            problems: Vec::new(),
+            problems: Problems::default(),
             seen: HashMap::new(),
         }
     }
 
-    fn problem(&mut self, subject: &str, what: impl Into<String>) {
-        self.problems.push(Problem { subject: subject.to_owned(), what: what.into() });
+    fn problem(&mut self, subject: &str, what: impl AsRef<str>) {
+        self.problems.add(subject, what.as_ref());
     }
 
     /// Takes in one shard; `expected` are the tensors that the index says it has.
@@ -305,7 +350,7 @@ impl<'a> Collector<'a> {
         };
         for (name, _) in self.shapes.iter().zip(&self.trunk).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec) {
             if missing(&self.seen, name) {
-                self.problems.push(Problem { subject: name.clone(), what: "missing".into() });
+                self.problems.add(name, "missing");
             }
         }
         let mut experts = Vec::new();
@@ -316,7 +361,7 @@ impl<'a> Collector<'a> {
                 let name = format!("model.layers.{}.mlp.experts.{}.{word}.weight", slot.layer, slot.expert);
                 let fused = format!("model.layers.{}.mlp.experts.{}", slot.layer, if word == "down_proj" { word } else { "gate_up_proj" });
                 if tensor.is_none() && missing(&self.seen, &name) && missing(&self.seen, &fused) {
-                    self.problems.push(Problem { subject: name, what: "missing".into() });
+                    self.problems.add(&name, "missing");
                 }
                 tensor
             });
@@ -327,12 +372,9 @@ impl<'a> Collector<'a> {
         // Experts of one model share one format: their hashes must not depend on which shard they came in.
         let precision = experts.first().map_or(Precision::F32, |expert| expert.gate_proj.precision);
         for tensor in experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]).filter(|tensor| tensor.precision != precision) {
-            let what = format!("is {}, while other experts are {precision}", tensor.precision);
-            self.problems.push(Problem { subject: tensor.name.clone(), what });
+            self.problems.add(&tensor.name, &format!("is {}, while other experts are {precision}", tensor.precision));
         }
         if !self.problems.is_empty() {
-            self.problems.sort();
-            self.problems.dedup();
             return Err(CheckpointError::Refused(self.problems));
         }
         let trunk: Vec<_> = self.trunk.into_iter().flatten().collect();
@@ -364,6 +406,22 @@ fn shard_list(dir: &Path) -> Result<Vec<Shard>, CheckpointError> {
     Ok(shards.into_iter().map(|(file, tensors)| (dir.join(file), Some(tensors))).collect())
 }
 
+/// Refuses a configuration of more tensors than the shards' bytes can hold, before each of them is looked for.
+fn check_size(config: &ModelConfig, shards: &[Shard]) -> Result<(), CheckpointError> {
+    const MATRICES: u64 = 3;
+    let here: u64 = shards.iter().filter_map(|(path, _)| path.metadata().ok()).map(|file| file.len()).sum();
+    let experts = u64::from(config.num_experts) * config.moe_layers().count() as u64;
+    // No weight takes less than half a byte in any format.
+    let one = MATRICES * u64::from(config.hidden_size) * u64::from(config.moe_intermediate_size) / 2;
+    let needed = experts.saturating_mul(one);
+    let missing = shards.iter().any(|(path, _)| !path.exists());
+    if !missing && needed > here {
+        let what = format!("{experts} experts of this configuration take {needed} bytes or more; the files have {here}");
+        return Err(refused("config.json", &what));
+    }
+    Ok(())
+}
+
 fn map_file(path: &Path) -> io::Result<Mmap> {
     let file = File::open(path)?;
     // SAFETY: the map is only read. A file that shrinks meanwhile ends the import by a signal; nothing in the store
@@ -392,7 +450,27 @@ fn read_side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, CheckpointE
 
 fn read_json(dir: &Path, name: &str) -> Result<Option<Value>, CheckpointError> {
     let Some(bytes) = read_side_file(dir, name)? else { return Ok(None) };
-    serde_json::from_slice(&bytes).map(Some).map_err(|error| refused(name, &format!("is not valid JSON: {error}")))
+    python_json::parse(&bytes).map(Some).map_err(|error| refused(name, &format!("is not valid JSON: {error}")))
+}
+
+/// The tokenizer: as `tokenizer.json` has it, or made of the files in which older libraries keep it; else why what there is cannot be read.
+fn tokenizer(dir: &Path, tokenizer_config: &Value) -> Result<(Option<Vec<u8>>, Option<String>), CheckpointError> {
+    if let Some(bytes) = read_side_file(dir, "tokenizer.json")? {
+        return Ok((Some(python_json::without_mark(&bytes).to_vec()), None));
+    }
+    match (read_side_file(dir, "vocab.json")?, read_side_file(dir, "merges.txt")?) {
+        (Some(vocab), Some(merges)) => {
+            let made = byte_level_bpe::tokenizer_json(&vocab, &merges, tokenizer_config);
+            Ok(made.map_or_else(|why| (None, Some(why)), |bytes| (Some(bytes), None)))
+        }
+        (Some(_), None) => Ok((None, Some("vocab.json is there, and merges.txt and tokenizer.json are not".to_owned()))),
+        (None, Some(_)) => Ok((None, Some("merges.txt is there, and vocab.json and tokenizer.json are not".to_owned()))),
+        (None, None) => {
+            let other =
+                ["tokenizer.model", "spiece.model", "tekken.json", "tiktoken.model"].into_iter().find(|name| dir.join(name).exists());
+            Ok((None, other.map(|name| format!("the tokenizer is in {name}, which is not read, and tokenizer.json is not there"))))
+        }
+    }
 }
 
 /// The template in `tokenizer_config.json`: one text, or a list of named ones of which we take the default.
@@ -414,7 +492,9 @@ fn added_token_id(tokenizer_config: &Value, token: &str) -> Option<u32> {
 }
 
 fn refused(subject: &str, what: &str) -> CheckpointError {
-    CheckpointError::Refused(vec![Problem { subject: subject.to_owned(), what: what.to_owned() }])
+    let mut problems = Problems::default();
+    problems.add(subject, what);
+    CheckpointError::Refused(problems)
 }
 
 fn not_found(path: &Path) -> CheckpointError {

@@ -131,7 +131,9 @@ impl Fields {
     /// The fields of `value`, which is at `path`.
     pub(crate) fn of(value: Value, path: &str) -> Result<Self, ApiError> {
         match value {
-            Value::Object(map) => {
+            Value::Object(mut map) => {
+                // Clients echo what they were answered with every member that there may be: null says that there is none.
+                map.retain(|_, value| !value.is_null());
                 let path = if path.is_empty() { String::new() } else { format!("{path}.") };
                 Ok(Self { map, path })
             }
@@ -145,7 +147,20 @@ impl Fields {
 
     /// Takes out a field; `null` counts as absent.
     pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
-        self.map.remove(name).filter(|value| !value.is_null())
+        self.map.remove(name)
+    }
+
+    /// Takes out a field if it says nothing: an empty text, list or object.
+    pub(crate) fn take_empty(&mut self, name: &str) {
+        let is_empty = self.map.get(name).is_some_and(|value| match value {
+            Value::String(text) => text.is_empty(),
+            Value::Array(list) => list.is_empty(),
+            Value::Object(map) => map.is_empty(),
+            _ => false,
+        });
+        if is_empty {
+            self.map.remove(name);
+        }
     }
 
     pub(crate) fn text(&mut self, name: &str) -> Result<Option<String>, ApiError> {

@@ -78,7 +78,7 @@ impl Maker {
         };
         let mut changed = Vec::new();
         if let Some(found) = &found {
-            let holders = holders(&self.api, found).await.unwrap_or_default();
+            let holders = holders(&self.api, found).await;
             let (api, of) = (Arc::clone(&self.api), found.clone());
             let now = tokio::task::spawn_blocking(move || places(&api, &of, &holders)).await.unwrap_or_default();
             if self.model == Some(found.id) {

@@ -1,7 +1,7 @@
 //! Experts of a model: which serve a domain, where each is, who has it.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, State};
@@ -9,11 +9,10 @@ use protocol::profile::lift::{Ranked, ranking};
 use protocol::{ExpertSlot, ModelId};
 use serde::Deserialize;
 use serde_json::{Value, json};
-use tokio::sync::Mutex;
 
 use super::error::ApiError;
+use super::refreshed::Refreshed;
 use super::{Api, Asked, asked, model_or_default};
-use crate::clock::instant;
 use crate::data_dir::LocalModel;
 use crate::generation::ModelState;
 use crate::net::PeerId;
@@ -33,7 +32,7 @@ pub(super) const IN_MEMORY: u8 = 3;
 
 /// Who has which experts of a model.
 #[derive(Default)]
-pub(crate) struct HoldersCache(Mutex<Option<(ModelId, Instant, Holders)>>);
+pub(crate) struct HoldersCache(Refreshed<(ModelId, Holders)>);
 
 type Holders = Arc<Vec<Vec<PeerId>>>;
 
@@ -75,7 +74,7 @@ async fn reading<T: Send + 'static>(
 
 pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -> Result<Json<Value>, ApiError> {
     let found = model_or_default(&api, asked(query)?.model.as_deref())?;
-    let holders = holders(&api, &found).await?;
+    let holders = holders(&api, &found).await;
     let json = reading(&api, move |api| {
         let mut map = map_json(&api.library.open, &found)?;
         let mut usage = api.library.open.dir.usage(found.id)?;
@@ -108,24 +107,21 @@ pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> 
 }
 
 /// Who has each expert of a model, as peers said lately.
-pub(super) async fn holders(api: &Api, found: &LocalModel) -> Result<Holders, ApiError> {
+pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
     let count = found.manifest.experts.len();
     if api.network.peers.borrow().connected.is_empty() {
-        return Ok(Arc::new(vec![Vec::new(); count]));
-    }
-    let mut cached = api.holders.0.lock().await;
-    if let Some((id, at, holders)) = &*cached
-        && *id == found.id
-        && instant() - *at < HOLDERS_AGE_MAX
-    {
-        return Ok(Arc::clone(holders));
+        return Arc::new(vec![Vec::new(); count]);
     }
     // One of its own, for as long as it takes: that of the engine may be busy fetching.
-    let mut fetcher = Fetcher::new(api.network.clone(), api.peers.timeout, Arc::default());
-    fetcher.follow(&found.manifest);
-    let holders = Arc::new(fetcher.holders(found.id, &found.manifest.experts).await?);
-    *cached = Some((found.id, instant(), Arc::clone(&holders)));
-    Ok(holders)
+    let (network, timeout, id, manifest) = (api.network.clone(), api.peers.timeout, found.id, Arc::clone(&found.manifest));
+    let ask = async move {
+        let mut fetcher = Fetcher::new(network, timeout, Arc::default());
+        fetcher.follow(&manifest);
+        let holders = fetcher.holders(id, &manifest.experts).await.ok()?;
+        Some((id, Arc::new(holders)))
+    };
+    let known = api.holders.0.get(HOLDERS_AGE_MAX, |(of, _)| *of == id, ask).await;
+    known.map_or_else(|| Arc::new(vec![Vec::new(); count]), |(_, holders)| holders)
 }
 
 pub(super) async fn one(
@@ -140,7 +136,7 @@ pub(super) async fn one(
     let number = found.manifest.config.expert_slots().position(|known| known == slot);
     let missing = || ApiError::not_found("not_found", format!("layer {layer} of {} has no expert {expert}", found.name));
     let number = number.ok_or_else(missing)?;
-    let holders = holders(&api, &found).await?;
+    let holders = holders(&api, &found).await;
     let json = reading(&api, move |api| {
         let blob = found.manifest.experts[number];
         let domains = match own_body(&api.library.open, &found)? {

@@ -44,6 +44,8 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Response {
         gauge(&mut text, "confrere_disk_free_bytes", "Bytes that the store's filesystem has left.", stat.disk_free_bytes as f64);
     }
     gauge(&mut text, "confrere_peers_connected", "Peers with a direct connection.", api.network.peers.borrow().connected.len() as f64);
+    let offset_s = api.network.records.lock().clock_offset_ms().unwrap_or(0) as f64 / 1e3;
+    gauge(&mut text, "confrere_clock_offset_seconds", "How far most peers' clocks are ahead of this node's; 0 when they agree.", offset_s);
     gauge(&mut text, "process_resident_memory_bytes", "Memory that the process has.", resident_bytes() as f64);
     ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], text).into_response()
 }

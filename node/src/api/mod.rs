@@ -2,6 +2,7 @@
 
 mod access;
 mod body;
+mod connections;
 mod dashboard;
 mod error;
 mod events;
@@ -10,6 +11,7 @@ mod fetching;
 mod metrics;
 mod openai;
 mod own;
+mod refreshed;
 pub(crate) mod server;
 mod sse;
 
@@ -30,6 +32,7 @@ pub(crate) use self::body::Intake;
 use self::body::refuse_unread;
 use self::error::ApiError;
 pub(crate) use self::experts::HoldersCache;
+pub(crate) use self::refreshed::Refreshed;
 use crate::data_dir::LocalModel;
 use crate::federation::PeerOptions;
 use crate::generation::{Generation, ModelState};
@@ -37,6 +40,7 @@ use crate::library::Library;
 use crate::net::fetcher::Rates;
 use crate::net::network::Network;
 use crate::net::progress::Progress;
+use crate::net::status::Account;
 
 /// Everything that the API asks.
 pub(crate) struct Api {
@@ -56,6 +60,8 @@ pub(crate) struct Api {
     /// Becomes true when the node is about to stop: streams that have no end of their own end then.
     pub(crate) stopping: watch::Receiver<bool>,
     pub(crate) holders: HoldersCache,
+    /// What connected peers say of themselves.
+    pub(crate) accounts: Refreshed<Vec<Account>>,
 }
 
 /// What is on its way: for answers, and for those who pull.
@@ -91,6 +97,7 @@ pub(crate) struct About {
     pub(crate) disk_bytes: Option<u64>,
     pub(crate) upload_bytes_per_second: Option<u64>,
     pub(crate) kv_tokens: u64,
+    pub(crate) threads_max: usize,
 }
 
 /// All paths, behind the rules of `access`.

@@ -15,11 +15,14 @@ use crate::clock::now_ms;
 use crate::data_dir::LocalModel;
 use crate::generation::{ModelState, QUEUE_MAX, ReadyModel, TOGETHER_MAX};
 use crate::models::{details, stat_json, summary};
+use crate::net::PeerId;
 use crate::net::address::node_id;
 use crate::net::status::{self, Account};
 use crate::opinions::{opinions_json, ruling_word, scores, trusted_peers};
 use crate::records::parse_peer;
 
+/// What they have said is asked again after this long.
+const ACCOUNTS_AGE_MAX: Duration = Duration::from_millis(500);
 /// For what peers say of themselves.
 const PATIENCE: Duration = Duration::from_secs(2);
 
@@ -44,10 +47,13 @@ pub(super) async fn node(State(api): State<Arc<Api>>) -> Json<Value> {
         "peer": api.network.local.to_string(),
         "addresses": about.addresses,
         "ticket": about.ticket,
+        "clock_offset_s": api.network.records.lock().clock_offset_ms().map(|offset_ms| offset_ms / 1000),
+        "key_is_elsewhere": api.network.records.lock().key_is_elsewhere,
         "uptime_s": now_ms().saturating_sub(api.started_ms) / 1000,
         "limits": {
             "ram_bytes": about.ram_bytes, "disk_bytes": about.disk_bytes, "upload_bytes_per_second": about.upload_bytes_per_second,
             "requests_at_once": TOGETHER_MAX, "queue": QUEUE_MAX, "kv_tokens": about.kv_tokens,
+            "threads": about.threads_max,
         },
         "model": loaded_json(&api),
         "generation": generation_json(&api),
@@ -107,7 +113,12 @@ pub(super) async fn model(
 /// Who is connected, and what they say of themselves.
 pub(super) async fn peers(State(api): State<Arc<Api>>) -> Json<Value> {
     let network = &api.network;
-    let accounts = status::ask_all(network, PATIENCE).await;
+    let asked = network.clone();
+    let ask = async move { Some(status::ask_all(&asked, PATIENCE).await) };
+    let said = api.accounts.get(ACCOUNTS_AGE_MAX, |_| true, ask).await.unwrap_or_default();
+    // Who has come since has said nothing yet, and who has gone is not there.
+    let of = |peer: &PeerId| said.iter().find(|account| account.peer == *peer).cloned().unwrap_or(Account { peer: *peer, said: None });
+    let accounts: Vec<_> = network.peers.borrow().connected.iter().map(of).collect();
     let known = network.peers.borrow().clone();
     let rates = api.rates.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone();
     let one = |account: &Account| {

@@ -1,25 +1,31 @@
 //! Connections of the HTTP API: how many, how long they may take over a head or over taking what they asked for, and how they end.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::body::{Body, Bytes, HttpBody};
+use axum::response::Response;
+use hyper::Request;
+use hyper::body::{Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
+use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_io_timeout::TimeoutStream;
 use tracing::debug;
 
+use super::connections::{Asking, ConnectionPlace, Connections};
 use crate::failure::{Failure, Kind};
 
-/// Connections at a time.
-const CONNECTIONS_MAX: usize = 512;
 /// From the first byte of a head to its last; also how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// A client that takes nothing for so long is hung up on.
@@ -63,37 +69,86 @@ impl Server {
 }
 
 async fn accept(listener: TcpListener, router: Router, mut stopped: watch::Receiver<bool>) {
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let connections = Connections::default();
     let under_way = GracefulShutdown::new();
     loop {
-        let Ok(permit) = Arc::clone(&room).acquire_owned().await else { break };
-        let stream = tokio::select! {
+        let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             _ = stopped.changed() => break,
         };
-        let stream = match stream {
-            Ok((stream, _)) => stream,
+        let (stream, address) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 // Too many open files, mostly: others must end first.
                 debug!(%error, "cannot accept a connection");
-                tokio::time::sleep(HEAD_TIMEOUT / 100).await;
+                connections.drop_idlest();
+                tokio::time::sleep(HEAD_TIMEOUT / 1000).await;
                 continue;
             }
         };
-        let connection = under_way.watch(serve(stream, router.clone()));
+        let place = connections.take(address.ip());
+        let connection =
+            under_way.watch(serve(stream, Noting { inner: TowerToHyperService::new(router.clone()), place: Arc::clone(&place) }));
         tokio::spawn(async move {
-            let _held = permit;
-            if let Err(error) = connection.await {
-                debug!(%error, "connection ended");
+            tokio::select! {
+                ended = connection => if let Err(error) = ended {
+                    debug!(%error, "connection ended");
+                },
+                () = place.must_leave() => debug!("a connection that asked for nothing made room"),
             }
         });
     }
     let _ = tokio::time::timeout(END_PATIENCE, under_way.shutdown()).await;
 }
 
-type Connection = http1::Connection<TokioIo<Pin<Box<TimeoutStream<TcpStream>>>>, TowerToHyperService<Router>>;
+/// Notes when a connection asks for something and when it has been answered.
+struct Noting {
+    inner: TowerToHyperService<Router>,
+    place: Arc<ConnectionPlace>,
+}
 
-fn serve(stream: TcpStream, router: Router) -> Connection {
+impl Service<Request<Incoming>> for Noting {
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn call(&self, request: Request<Incoming>) -> Self::Future {
+        let asking = self.place.ask();
+        let answer = self.inner.call(request);
+        Box::pin(async move {
+            let answer = answer.await?;
+            // It goes on asking until the last of the answer is taken.
+            Ok(answer.map(|body| Body::new(Held { body, _asking: asking })))
+        })
+    }
+}
+
+/// A body, and something that lasts as long.
+struct Held {
+    body: Body,
+    _asking: Asking,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(context)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+type Connection = http1::Connection<TokioIo<Pin<Box<TimeoutStream<TcpStream>>>>, Noting>;
+
+fn serve(stream: TcpStream, service: Noting) -> Connection {
     let _ = stream.set_nodelay(true); // tokens are small, and somebody waits for each
     let mut stream = TimeoutStream::new(stream);
     stream.set_write_timeout(Some(WRITE_TIMEOUT));
@@ -102,5 +157,5 @@ fn serve(stream: TcpStream, router: Router) -> Connection {
         .header_read_timeout(HEAD_TIMEOUT)
         .max_headers(FIELDS_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
-        .serve_connection(TokioIo::new(Box::pin(stream)), TowerToHyperService::new(router))
+        .serve_connection(TokioIo::new(Box::pin(stream)), service)
 }

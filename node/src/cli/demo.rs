@@ -14,7 +14,7 @@ use serde_json::json;
 use tokio::runtime::Runtime;
 
 use super::EngineArgs;
-use super::import::import_into;
+use super::import::{UnreadTokenizer, import_into};
 use super::run::{Answer, answer};
 use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel, io_failure};
@@ -79,7 +79,7 @@ pub(super) fn demo(runtime: &Runtime, args: &DemoArgs, as_json: bool) -> Result<
 
     note(&format!("node A imports {} …", checkpoint.display()));
     let (rich, poor) = (DataDir::open(&workplace.path.join("a"))?, DataDir::open(&workplace.path.join("b"))?);
-    let model = import_into(&rich.lock(u64::MAX)?, &checkpoint, Some("demo"), Target::default())?;
+    let model = import_into(&rich.lock(u64::MAX)?, &checkpoint, Some("demo"), Target::default(), UnreadTokenizer::Refused)?;
     let experts = model.manifest.experts.len();
 
     note("node A answers alone, for comparison …");

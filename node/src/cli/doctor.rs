@@ -16,6 +16,7 @@ use crate::failure::{Failure, Kind};
 use crate::memory::default_memory;
 use crate::models::stat_json;
 use crate::output::{human_bytes, print_json, print_line};
+use crate::records::{KEY_ELSEWHERE, clock_text};
 
 /// Less free disk than this, and fetching will soon stop.
 const DISK_FREE_MIN: u64 = 1 << 30;
@@ -52,8 +53,9 @@ fn finding(verdict: Verdict, what: &'static str, found: impl Into<String>, fix: 
 }
 
 pub(super) fn doctor(context: &Context, configuration: &Configuration) -> Result<(), Failure> {
-    let mut findings = vec![of_version(), of_configuration(configuration), of_directory(context), of_key(context), of_clock(context)];
+    let mut findings = vec![of_version(), of_configuration(configuration), of_directory(context)];
     let held = context.open();
+    findings.extend([of_key(context, &held), of_clock(context, &held)]);
     findings.push(of_daemon(&held));
     findings.extend(of_store(context, &held));
     findings.extend(of_models(context, &held));
@@ -113,15 +115,26 @@ fn of_directory(context: &Context) -> Finding {
     }
 }
 
-fn of_key(context: &Context) -> Finding {
+fn of_key(context: &Context, held: &Result<Held, Failure>) -> Finding {
+    if let Ok(Held::Daemon(daemon)) = held
+        && context.ask(daemon, "/api/node").is_ok_and(|node| node["key_is_elsewhere"] == true)
+    {
+        return finding(Verdict::Broken, "key", KEY_ELSEWHERE, "stop one of the two nodes, and start it with another --data-dir");
+    }
     match context.dir.key() {
         Ok(key) => fine("key", key.id().to_string()),
         Err(failure) => finding(Verdict::Broken, "key", failure.message, format!("chmod 600 {}", context.dir.path().join("key").display())),
     }
 }
 
-/// Files from the future mean that this clock was right once and is not now.
-fn of_clock(context: &Context) -> Finding {
+/// Files from the future mean that this clock was right once and is not now; what peers sign says so of a clock that was never right.
+fn of_clock(context: &Context, held: &Result<Held, Failure>) -> Finding {
+    const FIX: &str = "set the clock (timedatectl set-ntp true): records with other dates are not accepted";
+    if let Ok(Held::Daemon(daemon)) = held
+        && let Some(offset_s) = context.ask(daemon, "/api/node").ok().and_then(|node| node["clock_offset_s"].as_i64())
+    {
+        return finding(Verdict::Broken, "clock", clock_text(offset_s.saturating_mul(1000)), FIX);
+    }
     let files = fs::read_dir(context.dir.path()).into_iter().flatten().flatten();
     let modified =
         files.filter_map(|file| Some(file.metadata().ok()?.modified().ok()?.duration_since(UNIX_EPOCH).ok()?.as_millis() as u64));
@@ -129,12 +142,7 @@ fn of_clock(context: &Context) -> Finding {
     let now_ms = now_ms();
     if newest > now_ms + CLOCK_TOLERANCE.as_millis() as u64 {
         let hours = (newest - now_ms) / 3_600_000;
-        return finding(
-            Verdict::Broken,
-            "clock",
-            format!("it is {hours} hours or more behind files that were written here"),
-            "set the clock (timedatectl set-ntp true): records with other dates are not accepted",
-        );
+        return finding(Verdict::Broken, "clock", format!("it is {hours} hours or more behind files that were written here"), FIX);
     }
     fine("clock", format!("{} s since 1970, not behind what was written here", now_ms / 1000))
 }

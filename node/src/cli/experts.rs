@@ -23,6 +23,7 @@ use crate::output::{note, print_json, print_line};
 use crate::probes;
 use crate::profiles::Step;
 use crate::pulling::SETTLE;
+use crate::records::clock_text;
 use crate::specialists::{check_layer, domain_json, map_json, model_of, no_profile, own_body, row_json};
 
 const HEADING: &str = "layer expert   lift             95%        q  routed  trials helps at least";
@@ -200,6 +201,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         };
         note(&format!("[{number}] {}: {trust}{}", claim.node, check_text(&claim.check)));
     }
+    claims.clock_offset_ms.iter().for_each(|offset_ms| note(&format!("warning: {}", clock_text(*offset_ms))));
     claims.refuted.iter().for_each(|(node, why)| note(&format!("[–] {node}: counts for nothing: {why}")));
     claims.missing.iter().for_each(|(node, why)| note(&format!("[–] {node}: what it says could not be had: {why}")));
     note(&format!("{} at {}", found.name, found.manifest.expert_precision));

@@ -25,7 +25,7 @@ use crate::generation::{Generation, GenerationOptions};
 use crate::library::Library;
 use crate::net::network::Network;
 use crate::net::{Multiaddr, new_secret};
-use crate::secret_file;
+use crate::{secret_file, threads};
 
 /// The shortest token that is accepted: shorter ones can be guessed.
 const TOKEN_BYTES_MIN: usize = 16;
@@ -88,6 +88,7 @@ impl FrontDoor {
                 disk_bytes: (context.disk_max < u64::MAX).then_some(context.disk_max),
                 upload_bytes_per_second: args.upload,
                 kv_tokens: kv_tokens(args) as u64,
+                threads_max: threads::threads_max(args.engine.threads()),
             },
             peers,
             group: group.clone(),
@@ -97,6 +98,7 @@ impl FrontDoor {
             started_ms: now_ms(),
             stopping: until_stopping,
             holders: crate::api::HoldersCache::default(),
+            accounts: crate::api::Refreshed::default(),
         };
         let owner = tokens.as_ref().and_then(|tokens| tokens.first().cloned()).unwrap_or_else(|| protocol::hash::to_hex(&new_secret()));
         let access = Access::new(tokens.as_deref(), &owner, args.api_name.iter().cloned());

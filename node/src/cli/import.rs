@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use clap::Args;
 use indicatif::ProgressBar;
+use inference::chat::{ChatTemplate, TEMPLATE_BYTES_MAX};
 use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, import as import_checkpoint};
 use inference::convert::{self, Target};
@@ -18,6 +19,7 @@ use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, expert_parts, trunk_parts};
 use crate::output::{byte_bar, human_bytes, note, print_json, print_line};
+use crate::prompt::{Chat, TemplateFault};
 
 #[derive(Args)]
 pub(super) struct ImportArgs {
@@ -32,6 +34,9 @@ pub(super) struct ImportArgs {
     /// Convert the trunk's weights to another precision than the experts'
     #[arg(long, value_name = "PRECISION")]
     trunk_precision: Option<Precision>,
+    /// Import the model although its tokenizer cannot be read: prompts are token ids then
+    #[arg(long)]
+    without_tokenizer: bool,
 }
 
 #[derive(Args)]
@@ -50,10 +55,18 @@ pub(super) struct RequantizeArgs {
     peers: PeerArgs,
 }
 
+/// What becomes of a checkpoint whose tokenizer cannot be read.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum UnreadTokenizer {
+    Refused,
+    LeftOut,
+}
+
 pub(super) fn import(context: &Context, args: &ImportArgs) -> Result<(), Failure> {
     let open = context.lock()?;
     let target = Target { experts: args.precision, trunk: args.trunk_precision.or(args.precision) };
-    let model = import_into(&open, &args.path, args.name.as_deref(), target)?;
+    let unread = if args.without_tokenizer { UnreadTokenizer::LeftOut } else { UnreadTokenizer::Refused };
+    let model = import_into(&open, &args.path, args.name.as_deref(), target, unread)?;
     report(context, &open, &model)
 }
 
@@ -91,7 +104,13 @@ fn report(context: &Context, open: &OpenDataDir, model: &LocalModel) -> Result<(
 }
 
 /// Imports the checkpoint at `path`. One that is refused leaves nothing behind; one that is interrupted can go on.
-pub(super) fn import_into(open: &OpenDataDir, path: &Path, name: Option<&str>, target: Target) -> Result<LocalModel, Failure> {
+pub(super) fn import_into(
+    open: &OpenDataDir,
+    path: &Path,
+    name: Option<&str>,
+    target: Target,
+    unread: UnreadTokenizer,
+) -> Result<LocalModel, Failure> {
     if let Some(name) = name {
         open.check_name(name, None)?;
     }
@@ -102,12 +121,39 @@ pub(super) fn import_into(open: &OpenDataDir, path: &Path, name: Option<&str>, t
     for (part, (tensors, bytes)) in &checkpoint.skipped {
         note(&format!("left out: {part} ({tensors} tensors, {})", human_bytes(*bytes)));
     }
-    if checkpoint.tokenizer.is_none() {
-        note("warning: the checkpoint has no tokenizer.json; prompts are token ids, such as [1, 2, 3]");
-    }
+    check_text(open, &checkpoint, unread)?;
     let suggested = directory_name(path).map(|name| target.experts.map_or(name.clone(), |precision| format!("{name}-{precision}")));
     let make = |sink: &dyn BlobSink| Ok(import_checkpoint(&checkpoint, target, sink)?);
     make_model(open, (name, suggested), checkpoint.total_bytes(), "import", make)
+}
+
+/// Tries what the checkpoint does with text, before hours are spent on its weights.
+fn check_text(open: &OpenDataDir, checkpoint: &Checkpoint, unread: UnreadTokenizer) -> Result<(), Failure> {
+    match (&checkpoint.tokenizer, &checkpoint.unread_tokenizer) {
+        (Some(bytes), _) => open.dir.try_tokenizer(ContentHash::of(bytes), bytes)?,
+        (None, Some(why)) if unread == UnreadTokenizer::Refused => {
+            let message = format!("{why}; nothing could be said to the model (--without-tokenizer imports it all the same)");
+            return Err(Failure::new(Kind::Integrity, message));
+        }
+        (None, _) => note("warning: the checkpoint has no tokenizer; prompts are token ids, such as [1, 2, 3]"),
+    }
+    let Some(source) = &checkpoint.chat_template else { return Ok(()) };
+    if source.len() > TEMPLATE_BYTES_MAX {
+        let message = format!("the chat template has {} bytes; {TEMPLATE_BYTES_MAX} is the limit", source.len());
+        return Err(Failure::new(Kind::Integrity, message));
+    }
+    let (bos_token, eos_token) = (checkpoint.bos_token.clone(), checkpoint.eos_token.clone());
+    let chat = Chat::new(ChatTemplate { source: source.clone(), bos_token, eos_token });
+    match chat.fault() {
+        None => Ok(()),
+        Some(fault @ TemplateFault::Fails(_)) => {
+            note(&format!(
+                "warning: the chat template cannot be used: {fault}; there can be no conversation with this model, only text to go on with (--raw)"
+            ));
+            Ok(())
+        }
+        Some(fault @ TemplateFault::Exceeds(_)) => Err(Failure::new(Kind::Integrity, format!("the chat template is refused: {fault}"))),
+    }
 }
 
 /// Makes a model of new blobs and keeps it under the name that is wanted, else under the one suggested if that is free. When it fails, the

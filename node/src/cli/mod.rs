@@ -23,6 +23,7 @@ mod serve;
 mod shell;
 mod trust;
 
+use std::num::NonZero;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -47,7 +48,7 @@ use crate::memory::default_memory;
 use crate::net::address::parse_address;
 use crate::net::allowed::{Allowed, AllowedPeers};
 use crate::net::{CALM_LOG, Multiaddr};
-use crate::output;
+use crate::{output, threads};
 
 /// Runs Mixture-of-Experts models together with your other devices: what one lacks, it fetches from its peers.
 #[derive(Parser)]
@@ -197,6 +198,11 @@ struct EngineArgs {
 const CONTEXT_DEFAULT: usize = 8192;
 
 impl EngineArgs {
+    /// Threads that an engine computes on.
+    fn threads(&self) -> usize {
+        self.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from)
+    }
+
     /// Options for a model whose sequences will have up to `tokens` tokens, where that is known.
     fn options(&self, manifest: &ModelManifest, tokens: Option<usize>) -> EngineOptions {
         let own = EngineOptions::for_model(manifest);
@@ -337,7 +343,7 @@ pub(crate) fn main() -> Result<(), Failure> {
     let parsed = parsed.and_then(|matches| Cli::from_arg_matches(&matches).map(|cli| (matches, cli)));
     let (matches, cli) = parsed.or_else(|error| configuration.explain(&error).map_or_else(|| error.exit(), Err))?;
     start_logging(cli.global.verbose, cli.global.quiet);
-    let runtime = Runtime::new().map_err(|error| Failure::new(Kind::Other, format!("cannot start the runtime: {error}")))?;
+    let runtime = threads::runtime().map_err(|error| Failure::new(Kind::Other, format!("cannot start the runtime: {error}")))?;
     watch_for_interrupts(runtime.handle());
     let data_dir = match cli.global.data_dir {
         Some(dir) => dir,
@@ -406,6 +412,9 @@ fn default_data_dir() -> Result<PathBuf, Failure> {
     Ok(dirs.ok_or_else(missing)?.data_dir().to_owned())
 }
 
+/// Largest size that is taken, 1 EiB: a larger one is a mistake, and no limit.
+const SIZE_MAX: u64 = 1 << 60;
+
 /// Reads a size: a number of bytes, or one with kB, MB, GB, TB or KiB, MiB, GiB, TiB.
 fn parse_size(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -423,7 +432,11 @@ fn parse_size(text: &str) -> Result<u64, String> {
         other => return Err(format!("{other:?} is not a unit; write 500MB or 4GiB")),
     };
     let number: f64 = number.parse().map_err(|_| format!("{text:?} is not a size; write 500MB or 4GiB"))?;
-    Ok((number * factor as f64) as u64)
+    let bytes = number * factor as f64;
+    if bytes > SIZE_MAX as f64 {
+        return Err(format!("{text:?} is more than any machine has"));
+    }
+    Ok(bytes as u64)
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {
@@ -456,11 +469,12 @@ mod tests {
 
     #[test]
     fn sizes_have_decimal_and_binary_units() {
-        let sizes = [("0", 0), ("12", 12), ("1.5kB", 1500), ("2GiB", 2 << 30), ("3 MB", 3_000_000), ("1ti", 1 << 40)];
+        let sizes =
+            [("0", 0), ("12", 12), ("1.5kB", 1500), ("2GiB", 2 << 30), ("3 MB", 3_000_000), ("1ti", 1 << 40), ("1048576TiB", 1 << 60)];
         for (text, bytes) in sizes {
             assert_eq!(parse_size(text), Ok(bytes), "{text}");
         }
-        for text in ["", "GB", "-1", "1XB", "1.2.3", "1e3"] {
+        for text in ["", "GB", "-1", "1XB", "1.2.3", "1e3", "1048577TiB", "99999999999999999999GB"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

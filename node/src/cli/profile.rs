@@ -1,11 +1,11 @@
 //! `confrere profile`: measures what a model's experts are good at, tells it, and checks what others tell.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use inference::engine::EngineOptions;
-use inference::profiler::{PROBE_TOKENS_MAX, ProfileError, Profiler};
+use inference::profiler::{PAIRS_AT_ONCE, PROBE_TOKENS_MAX, ProfileError, Profiler};
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, ranking};
 use protocol::profile::{BODY_BYTES_MAX, ProbeSet};
 use protocol::record::Facet;
@@ -25,6 +25,9 @@ use crate::profiles::{Journal, Profile, Step};
 use crate::pulling::SETTLE;
 use crate::records::parse_peer;
 
+/// How long a round of trials should take, and pairs of expert and domain in the first.
+const ROUND_TIME: Duration = Duration::from_millis(800);
+const PAIRS_FIRST: usize = 16;
 /// For measuring a domain again.
 const PER_DOMAIN: Duration = Duration::from_secs(600);
 
@@ -71,7 +74,7 @@ pub(super) struct BuildArgs {
     /// A directory with a file DOMAIN.txt for each domain, probes between lines of %% [default: the nine domains that ship]
     #[arg(long, value_name = "DIR")]
     probes: Option<PathBuf>,
-    /// How long to leave experts out, once the probes have been read: 90s, 10m, 2h. A later build goes on from there
+    /// How long it may take in all: 90s, 10m, 2h. A later build goes on from there. 0 reads the probes to the end, and leaves no expert out
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = parse_time)]
     budget: Duration,
     #[command(flatten)]
@@ -130,8 +133,12 @@ impl Measuring {
         Ok(journal)
     }
 
-    /// Reads all probes; `note_down` is given what came of each. Says whether it got to the end.
-    pub(super) fn read_all(&mut self, mut note_down: impl FnMut(Step) -> Result<(), Failure>) -> Result<bool, Failure> {
+    /// Reads all probes; `go_on` is asked after each, and `note_down` given what came of it. Says whether it got to the end.
+    pub(super) fn read_all(
+        &mut self,
+        go_on: impl Fn() -> bool,
+        mut note_down: impl FnMut(Step) -> Result<(), Failure>,
+    ) -> Result<bool, Failure> {
         let bar = count_bar(self.profiler.tokens(), "probes", "tokens");
         loop {
             bar.set_position(self.profiler.tokens_read());
@@ -140,8 +147,10 @@ impl Measuring {
                 return Ok(true);
             };
             note_down(Step::Read(reading))?;
-            if interrupted() {
-                return Ok(false);
+            if !go_on() {
+                let is_read = self.profiler.tokens_read() == self.profiler.tokens();
+                bar.finish_and_clear();
+                return Ok(is_read);
             }
         }
     }
@@ -153,6 +162,8 @@ pub(super) fn build_profile(options: &EngineOptions) -> ContentHash {
 }
 
 fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
+    let began = instant();
+    let is_over = || !args.budget.is_zero() && instant() - began >= args.budget;
     let set = args.probes.as_deref().map_or_else(|| Ok(probes::shipped()), probes::read)?;
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
@@ -166,13 +177,19 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     if left > 0 {
         note(&format!("reading probes: {left} tokens …"));
     }
-    if !measuring.read_all(|step| journal.add(&step))? {
+    if !measuring.read_all(|| !interrupted() && !is_over(), |step| journal.add(&step))? {
         journal.sync()?;
-        note("interrupted: what was read is kept, and the next build goes on from there");
-        return Err(Failure::interrupted());
+        if interrupted() {
+            note("interrupted: what was read is kept, and the next build goes on from there");
+            return Err(Failure::interrupted());
+        }
+        return read_in_part(context, &found, &measuring, began);
     }
-    note(&format!("leaving experts out for {} s …", args.budget.as_secs_f64()));
-    try_experts(&mut measuring, &mut journal, args.budget)?;
+    if !args.budget.is_zero() {
+        let left = args.budget.saturating_sub(instant() - began);
+        note(&format!("leaving experts out for {:.0} s …", left.as_secs_f64()));
+        try_experts(&mut measuring, &mut journal, left)?;
+    }
     journal.sync()?;
     let bytes = measuring.profiler.body().to_bytes();
     if bytes.len() > BODY_BYTES_MAX {
@@ -188,6 +205,21 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     if interrupted() {
         note("interrupted: what was found is kept, and the next build goes on from there");
         return Err(Failure::interrupted());
+    }
+    Ok(())
+}
+
+/// Says how far a build came whose time was over before all probes had been read: there is no profile yet.
+fn read_in_part(context: &Context, found: &LocalModel, measuring: &Measuring, began: Instant) -> Result<(), Failure> {
+    let (read, of) = (measuring.profiler.tokens_read(), measuring.profiler.tokens());
+    let rest = (instant() - began).mul_f64((of - read) as f64 / read.max(1) as f64);
+    note(&format!(
+        "the time is over: {read} of {of} tokens of the probes were read, and kept; `confrere profile build {}` goes on from there, about {:.0} s more",
+        found.name,
+        rest.as_secs_f64()
+    ));
+    if context.json {
+        return print_json(&json!({"model": found.id.to_string(), "finished": false, "tokens_read": read, "tokens": of}));
     }
     Ok(())
 }
@@ -217,11 +249,13 @@ fn try_experts(measuring: &mut Measuring, journal: &mut Journal, budget: Duratio
     let Measuring { loaded, profiler, .. } = measuring;
     let bar = count_bar(budget.as_millis() as u64, "trials", "ms");
     let began = instant();
+    let mut pairs = PAIRS_FIRST;
     while instant() - began < budget && !interrupted() {
-        let round = profiler.next_round();
+        let round = profiler.next_round(pairs);
         if round.is_empty() {
             break;
         }
+        let round_began = instant();
         let go_on = || {
             bar.set_position((instant() - began).as_millis() as u64);
             instant() - began < budget && !interrupted()
@@ -230,6 +264,9 @@ fn try_experts(measuring: &mut Measuring, journal: &mut Journal, budget: Duratio
         if !found.is_empty() {
             journal.add(&Step::Tried(found))?;
         }
+        // Rounds that end in time, whatever the model and its precision.
+        let goal = pairs as f64 * ROUND_TIME.as_secs_f64() / (instant() - round_began).as_secs_f64().max(1e-3);
+        pairs = (goal as usize).clamp(1, 2 * pairs).min(PAIRS_AT_ONCE);
     }
     bar.finish_and_clear();
     Ok(())
@@ -291,7 +328,7 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     if !claims.held.is_empty() {
         let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
         let mut journal = measuring.resume(&open, &found, &set)?;
-        if !measuring.read_all(|step| journal.add(&step))? {
+        if !measuring.read_all(|| !interrupted(), |step| journal.add(&step))? {
             return Err(Failure::interrupted());
         }
         for (domain, name) in set.domains().keys().enumerate() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use inference::activation_log::{ActivationLog, ENTRIES_DEFAULT};
-use inference::chat::Message;
+use inference::chat::{Message, Role};
 use inference::experts::ExpertUse;
 use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
 use inference::sampler::Sampling;
@@ -99,7 +99,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         ..authors
     };
     let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
-    let messages = [Message { role: "user", content: prompt.clone() }];
+    let messages = [Message { role: Role::User, content: prompt.clone() }];
     let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
     let request =
         loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults).map_err(PromptError::into_failure)?;
@@ -390,7 +390,7 @@ impl Conversation {
         line: &str,
     ) -> Result<(), Failure> {
         let mut messages = self.messages.clone();
-        messages.push(Message { role: "user", content: line.to_owned() });
+        messages.push(Message { role: Role::User, content: line.to_owned() });
         let text = format!("{}{line}", self.text);
         let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
         let request = loaded
@@ -412,7 +412,7 @@ impl Conversation {
         self.taken_in.extend(&answer.generated.tokens);
         self.taken_in.truncate(self.session.tokens());
         self.text = text + &answer.generated.text;
-        messages.push(Message { role: "assistant", content: answer.generated.text.trim().to_owned() });
+        messages.push(Message { role: Role::Assistant, content: answer.generated.text.trim().to_owned() });
         self.messages = messages;
         Ok(())
     }

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
-use std::num::NonZero;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex};
@@ -44,13 +43,15 @@ use crate::net::{Multiaddr, random};
 use crate::output::{announce, human_bytes, note};
 use crate::peer_book::Learned;
 use crate::probes;
-use crate::records::SharedRecords;
+use crate::records::{KEY_ELSEWHERE, SharedRecords, clock_text};
 use crate::specialists::own_body;
 
 /// Where a node listens unless told otherwise.
 pub(super) const DEFAULT_PORT: u16 = 4747;
 /// Where its API is.
 pub(super) const DEFAULT_API_PORT: u16 = 4748;
+/// How often it is asked whether this clock differs from others', or another runs with this node's key.
+const LOOK_PAUSE: Duration = Duration::from_secs(10);
 /// How often the address book is written.
 const NOTES_PAUSE: Duration = Duration::from_secs(300);
 const LISTEN_WAIT: Duration = Duration::from_secs(5);
@@ -130,6 +131,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
     context.runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
         let records = SharedRecords::load(&open.dir, [probes::shipped().hash()])?;
+        let works_for = AllowedPeers::new(&args.execute_for);
         let network = Network::start(NetworkOptions {
             key: &key,
             listen,
@@ -143,9 +145,9 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
                 relay: if args.relay { Relay::Yes } else { Relay::No },
             },
             records: records.clone(),
+            friends: works_for.named().chain(AllowedPeers::new(&args.remote.execute_at).named()).collect(),
         })?;
-        let works_for = AllowedPeers::new(&args.execute_for);
-        let threads = args.engine.threads.map_or_else(|| std::thread::available_parallelism().map_or(1, NonZero::get), usize::from);
+        let threads = args.engine.threads();
         let executes = !works_for.is_empty();
         let memory_bytes = if executes { context.memory_max.saturating_sub(process_bytes()) } else { 0 };
         let own_status = OwnStatus {
@@ -161,7 +163,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         if executes {
             let (key, kernels) = (open.dir.key()?, args.engine.kernels.unwrap_or_else(Kernels::best));
             let options = ExecutorOptions { key, works_for, threads, kernels, bytes_max: Arc::clone(&executor_bytes) };
-            executor::start(Arc::clone(&open.store), options, &network)?;
+            executor::start(Arc::clone(&library), options, &network)?;
         }
         let bodies = Arc::new(own_bodies(&open, &models));
         let (answering, known, dir) = (Arc::clone(&bodies), records.clone(), open.dir.clone());
@@ -213,6 +215,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         if let Some(door) = front_door {
             door.close().await;
         }
+        network.leave().await;
         take_note(&network.peers.borrow(), &open.dir, fingerprint.as_deref());
         records.save_trust()?;
         records.save_records()?;
@@ -279,8 +282,21 @@ async fn keep_notes(network: &Network, dir: &DataDir, group: Option<&str>) -> st
     let mut peers = network.peers.clone();
     let mut told = BTreeSet::new();
     let mut pause = tokio::time::interval(NOTES_PAUSE);
+    let (mut look, mut told_of_clock, mut told_of_key) = (tokio::time::interval(LOOK_PAUSE), false, false);
     loop {
         tokio::select! {
+            _ = look.tick(), if !told_of_clock || !told_of_key => {
+                let (offset_ms, key_is_elsewhere) = {
+                    let records = network.records.lock();
+                    (records.clock_offset_ms().filter(|_| !told_of_clock), records.key_is_elsewhere && !told_of_key)
+                };
+                offset_ms.iter().for_each(|offset_ms| note(&format!("warning: {}", clock_text(*offset_ms))));
+                if key_is_elsewhere {
+                    note(&format!("warning: {KEY_ELSEWHERE}"));
+                }
+                told_of_clock |= offset_ms.is_some();
+                told_of_key |= key_is_elsewhere;
+            }
             // Who is silent is counted once, at the end.
             _ = pause.tick() => {
                 let known = Peers { silent: BTreeSet::new(), ..network.peers.borrow().clone() };

@@ -3,7 +3,6 @@
 //! Weights come from the store, where those that move in arrive by themselves; others are fetched quietly, for a small part of the time,
 //! so that an audit does not crowd out the work. A result that differs is kept as evidence, with the receipt that its maker signed.
 
-use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
@@ -20,16 +19,18 @@ use protocol::{BlobRef, ContentHash, ExpertSlot};
 use serde_json::json;
 use store::BlobStore;
 use tokio::runtime::Handle;
-use tracing::debug;
+use tracing::{debug, warn};
 
+use super::blame::Blamer;
 use super::mover::Quiet;
 use super::report::SharedReport;
 use crate::clock::{instant, interrupted, now_ms, stand_back};
+use crate::evidence::Evidence;
 use crate::net::PeerId;
 use crate::net::address::node_id;
 use crate::net::executor;
 use crate::net::network::Network;
-use crate::output::note;
+use crate::threads;
 
 /// Results that wait to be audited; while so many do, more are passed over and counted.
 const AUDITS_MAX: usize = 1024;
@@ -67,14 +68,14 @@ pub(super) struct AuditorParts {
     pub(super) shape: ExpertShape,
     pub(super) kernels: &'static Kernels,
     /// Where evidence goes.
-    pub(super) evidence: PathBuf,
+    pub(super) evidence: Evidence,
 }
 
 impl Auditor {
     pub(super) fn start(parts: AuditorParts) -> Self {
         let (queue, audits) = mpsc::sync_channel(AUDITS_MAX);
         let report = parts.report.clone();
-        let thread = std::thread::spawn(move || {
+        let thread = threads::watched("auditor", move || {
             stand_back();
             let runner = ExpertRunner::new(parts.shape, 1, parts.kernels);
             AuditThread { parts, runner, fetch_after: instant() }.run(&audits);
@@ -112,11 +113,7 @@ impl AuditThread {
         let mut end = None;
         loop {
             match audits.recv_timeout(Duration::from_millis(20)) {
-                Ok(audit) => {
-                    if let Some(audit) = self.audit(audit, None) {
-                        later.push(audit);
-                    }
-                }
+                Ok(audit) => later.extend(self.audit_or_skip(audit, None)),
                 Err(mpsc::RecvTimeoutError::Timeout) => {}
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
                     end.get_or_insert_with(|| instant() + END_MAX);
@@ -124,7 +121,7 @@ impl AuditThread {
             }
             if let Some(audit) = later.pop() {
                 match self.fetch(audit.blob) {
-                    Some(bytes) => drop(self.audit(audit, Some(bytes))),
+                    Some(bytes) => drop(self.audit_or_skip(audit, Some(bytes))),
                     None => later.push(audit),
                 }
             }
@@ -139,12 +136,25 @@ impl AuditThread {
         }
     }
 
+    /// The same as [`audit`](Self::audit); a fault in it costs this audit alone.
+    fn audit_or_skip(&mut self, audit: Audit, fetched: Option<AlignedBytes>) -> Option<Audit> {
+        threads::caught("an audit", || self.audit(audit, fetched)).unwrap_or_else(|failure| {
+            warn!(%failure, "an audit is left out");
+            self.runner = ExpertRunner::new(self.parts.shape, 1, self.parts.kernels);
+            self.parts.report.lock().audits_skipped += 1;
+            None
+        })
+    }
+
     /// Audits a result; gives it back when the weights are missing.
     fn audit(&mut self, audit: Audit, fetched: Option<AlignedBytes>) -> Option<Audit> {
-        if let Some(fault) = receipt_fault(&audit) {
-            self.accuse(&audit, &fault, None);
-            return None;
-        }
+        let signed = match signed(&audit) {
+            Ok(signed) => signed,
+            Err((fault, signed)) => {
+                self.accuse(&audit, &fault, signed.as_deref(), None);
+                return None;
+            }
+        };
         let shape = self.runner.shape();
         let expert = match fetched {
             Some(bytes) => Expert::from_verified(bytes, shape).ok(),
@@ -164,34 +174,33 @@ impl AuditThread {
             self.parts.report.lock().book.conclude(audit.peer, Verdict::Same);
             self.parts.network.observe(audit.peer, Facet::Execution, Outcome::Good);
         } else {
-            self.accuse(&audit, &format!("sent a wrong result for {}", audit.slot), Some(&ours));
+            self.accuse(&audit, &format!("sent a wrong result for {}", audit.slot), signed.as_deref(), Some(&ours));
         }
         None
     }
 
-    /// Drops a peer and keeps the evidence.
-    fn accuse(&self, audit: &Audit, what: &str, ours: Option<&[u8]>) {
+    /// Drops a peer. Keeps the evidence where what it signed proves something to others.
+    fn accuse(&self, audit: &Audit, what: &str, signed: Option<&[u8]>, ours: Option<&[u8]>) {
         let AuditorParts { report, network, runtime, evidence, .. } = &self.parts;
-        let record = json!({
-            "peer": audit.peer.to_string(), "what": what, "layer": audit.slot.layer, "expert": audit.slot.expert, "blob": audit.blob.hash.to_string(),
-            "at_ms": now_ms(), "nonce": to_hex(&audit.nonce), "receipt": audit.receipt.as_deref().map(to_hex), "input": to_hex(&audit.input),
-            "output": to_hex(&audit.output), "expected_output_hash": ours.map(|ours| ContentHash::of(ours).to_string()),
-        });
-        let path = evidence.join(format!("{}.json", ContentHash::of(&audit.output).to_hex()));
-        let written = std::fs::create_dir_all(evidence).and_then(|()| std::fs::write(&path, record.to_string()));
-        let kept =
-            written.map_or_else(|error| format!("the evidence could not be kept: {error}"), |()| format!("evidence in {}", path.display()));
-        {
-            let mut report = report.lock();
-            report.book.conclude(audit.peer, Verdict::Different);
-            if report.dropped.insert(audit.peer, what.to_owned()).is_some() {
-                return;
+        let kept = match signed {
+            None => "nothing that it signed proves it to others".to_owned(),
+            Some(receipt) => {
+                let record = json!({
+                    "peer": audit.peer.to_string(), "what": what, "layer": audit.slot.layer, "expert": audit.slot.expert,
+                    "blob": audit.blob.hash.to_string(), "at_ms": now_ms(), "nonce": to_hex(&audit.nonce), "receipt": to_hex(receipt),
+                    "input": to_hex(&audit.input), "output": to_hex(&audit.output),
+                    "expected_output_hash": ours.map(|ours| ContentHash::of(ours).to_string()),
+                });
+                let written = evidence.keep(&audit.peer.to_string(), record.to_string().as_bytes());
+                written.map_or_else(
+                    |error| format!("the evidence could not be kept: {error}"),
+                    |path| format!("evidence in {}", path.display()),
+                )
             }
-        }
-        network.observe(audit.peer, Facet::Execution, Outcome::WrongResult);
-        note(&format!("warning: {} {what}: it is no longer asked ({kept})", audit.peer));
-        let (network, peer) = (network.clone(), audit.peer);
-        runtime.spawn(async move { network.drop_peer(peer).await });
+        };
+        report.lock().book.conclude(audit.peer, Verdict::Different);
+        let blamer = Blamer { network: network.clone(), runtime: runtime.clone(), report: report.clone() };
+        blamer.blame(audit.peer, &format!("{what} ({kept})"));
     }
 
     /// Fetches weights for an audit, if the time for it has come; keeps them where there is room.
@@ -216,14 +225,20 @@ impl AuditThread {
     }
 }
 
-/// What is wrong with what the peer signed, if anything is.
-fn receipt_fault(audit: &Audit) -> Option<String> {
-    let (node, receipt) = node_id(audit.peer).zip(audit.receipt.clone())?;
-    let receipt = match Receipt::open(node, audit.nonce, receipt) {
+/// A receipt that the peer signed, if one has come; or what is wrong with it, and the receipt all the same where its signature holds.
+type Signed = Result<Option<Vec<u8>>, (String, Option<Vec<u8>>)>;
+
+fn signed(audit: &Audit) -> Signed {
+    let Some((node, bytes)) = node_id(audit.peer).zip(audit.receipt.clone()) else { return Ok(None) };
+    let receipt = match Receipt::open(node, audit.nonce, bytes.clone()) {
         Ok(receipt) => receipt,
-        Err(error) => return Some(format!("sent a receipt that does not hold: {error}")),
+        Err(error) => return Err((format!("sent a receipt that does not hold: {error}"), None)),
     };
     let (input, output) = (ContentHash::of(&audit.input), ContentHash::of(&audit.output));
     let named = receipt.results.iter().any(|result| result.expert == audit.blob.hash && result.input == input && result.output == output);
-    (!named).then(|| format!("signed something else than the result that it sent for {}", audit.slot))
+    if named {
+        Ok(Some(bytes))
+    } else {
+        Err((format!("signed something else than the result that it sent for {}", audit.slot), Some(bytes)))
+    }
 }

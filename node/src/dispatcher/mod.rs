@@ -4,6 +4,7 @@
 //! Reading, verifying, fetching and running go on beside the engine's work; what is ready is handed over through one queue.
 
 mod auditor;
+mod blame;
 mod choice;
 mod interest;
 mod mover;
@@ -13,7 +14,6 @@ mod report;
 mod saver;
 
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::{Duration, Instant};
 
@@ -36,6 +36,7 @@ use self::remote::{Came, Lateness, LayerRows, Remote};
 pub(crate) use self::report::{RemoteReport, SharedReport, Waited};
 use self::saver::Saver;
 use crate::clock::{instant, interrupted};
+use crate::evidence::Evidence;
 use crate::failure::{Failure, Kind};
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
@@ -47,6 +48,8 @@ use crate::net::network::Network;
 const RESULTS_MAX: usize = 8;
 /// Each read makes an event, and the end of a fetch another.
 const EVENTS_MAX: usize = 2 * reader::READS_MAX;
+/// Before a full queue is tried again.
+const FULL_PAUSE: Duration = Duration::from_millis(1);
 /// How often a wait looks for Ctrl-C.
 const LOOK_UP: Duration = Duration::from_millis(100);
 /// What a read, and a fetch, are thought to cost before they have been measured, in milliseconds.
@@ -89,7 +92,7 @@ pub(crate) struct DispatcherOptions {
     pub(crate) remote: RemoteOptions,
     pub(crate) report: SharedReport,
     /// Where evidence against peers goes.
-    pub(crate) evidence: PathBuf,
+    pub(crate) evidence: Evidence,
     pub(crate) interest: Interest,
 }
 
@@ -276,11 +279,11 @@ impl Dispatcher {
             };
             let forward = async {
                 while let Some(fetched) = arrivals.recv().await {
-                    let _ = happening.send((round, Event::Fetched(fetched)));
+                    tell(&happening, round, Event::Fetched(fetched)).await;
                 }
             };
             let (result, ()) = tokio::join!(fetch, forward);
-            let _ = happening.send((round, Event::FetchEnded(result)));
+            tell(&happening, round, Event::FetchEnded(result)).await;
         });
         self.fetching = Some(Fetching { task, requests: requests.into_iter().map(Some).collect(), since: instant() });
         Ok(())
@@ -476,6 +479,15 @@ impl ExpertSource for Dispatcher {
         if let Some(fetching) = self.fetching.take() {
             fetching.task.abort();
         }
+    }
+}
+
+/// Tells the engine something from an async task. A full queue holds up this task alone, not the thread that others need.
+async fn tell(happening: &std_mpsc::SyncSender<(u64, Event)>, round: u64, event: Event) {
+    let mut event = (round, event);
+    while let Err(std_mpsc::TrySendError::Full(back)) = happening.try_send(event) {
+        event = back;
+        tokio::time::sleep(FULL_PAUSE).await;
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::{Event, SharedFetcher};
+use super::{Event, SharedFetcher, tell};
 use crate::net::fetcher::{Fetched, Want};
 use crate::net::link::Wanted;
 
@@ -89,8 +89,7 @@ async fn run(mut quiet: Quiet, mut moves: mpsc::Receiver<Move>, happening: std_m
     while let Some(Move { round, request, gain }) = moves.recv().await {
         let began = Instant::now();
         let fetched = quiet.bring(request.blob, "an expert to move in").await;
-        // There is room for as many as can be under way.
-        let _ = happening.send((round, Event::MovedIn(request, fetched)));
+        tell(&happening, round, Event::MovedIn(request, fetched)).await;
         let pause = if gain == Gain::Fills { PAUSE_FILLING } else { PAUSE_DISPLACING };
         tokio::time::sleep(began.elapsed().mul_f64(pause)).await;
     }

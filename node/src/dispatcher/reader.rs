@@ -9,6 +9,7 @@ use super::Event;
 use crate::clock::{instant, now_ms};
 use crate::failure::Failure;
 use crate::output::note;
+use crate::threads;
 
 /// Threads that read and verify, where there are as many cores: while one hashes, another's read is under way.
 const READERS_MAX: usize = 2;
@@ -30,20 +31,10 @@ pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, E
     let readers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(READERS_MAX);
     for _ in 0..readers {
         let (queue, happening, store) = (Arc::clone(&queue), happening.clone(), Arc::clone(store));
-        std::thread::spawn(move || {
+        threads::watched("expert-reader", move || {
             while let Ok((round, wish)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
-                let event = match wish {
-                    Read::Wanted(mut request) => match read(&store, &mut request) {
-                        Ok(Some(milliseconds)) => Event::Read(request, milliseconds),
-                        Ok(None) => Event::Missing(request),
-                        Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
-                    },
-                    // Who waits for the expert later reads it again, and hears why that cannot be.
-                    Read::MovedIn(mut request) => {
-                        let here = matches!(read(&store, &mut request), Ok(Some(_)));
-                        Event::ReadIn(request, here)
-                    }
-                };
+                // The engine waits for an event of each read, also of one that ends in a fault.
+                let event = threads::caught("reading an expert", || done(&store, wish)).unwrap_or_else(Event::Failed);
                 if happening.send((round, event)).is_err() {
                     break;
                 }
@@ -51,6 +42,22 @@ pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, E
         });
     }
     (reads, readers)
+}
+
+/// Reads what is wanted.
+fn done(store: &BlobStore, wish: Read) -> Event {
+    match wish {
+        Read::Wanted(mut request) => match read(store, &mut request) {
+            Ok(Some(milliseconds)) => Event::Read(request, milliseconds),
+            Ok(None) => Event::Missing(request),
+            Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
+        },
+        // Who waits for the expert later reads it again, and hears why that cannot be.
+        Read::MovedIn(mut request) => {
+            let here = matches!(read(store, &mut request), Ok(Some(_)));
+            Event::ReadIn(request, here)
+        }
+    }
 }
 
 /// Fills a request's buffer and says how many milliseconds that took, or `None` if the store has it no more.

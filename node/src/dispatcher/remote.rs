@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use inference::expert_runner::ExpertResults;
 use inference::expert_source::LayerInputs;
-use protocol::execute::{EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, foretell, row_bytes};
+use protocol::execute::{EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, USES_MAX, foretell, row_bytes};
 use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ExpertSlot};
 use tokio::runtime::Handle;
@@ -17,12 +17,13 @@ use tokio::sync::mpsc;
 
 use super::Event;
 use super::auditor::{Audit, Auditor};
+use super::blame::Blamer;
 use super::choice::Cost;
 use super::report::SharedReport;
 use crate::clock::instant;
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
-use crate::net::execute_link::{self, ORDERS_MAX, Order, Told};
+use crate::net::execute_link::{self, ORDERS_MAX, Order, Owed, Told};
 use crate::net::network::Network;
 use crate::output::note;
 
@@ -40,6 +41,9 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 const WARM_FOR: Duration = Duration::from_secs(60);
 /// A busy peer is left alone for this long.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
+/// A peer that lacked an expert, or would not run any, is asked again after this long: it may have it, or be willing, by then.
+const LACKS_FOR: Duration = Duration::from_secs(60);
+const REFUSES_FOR: Duration = Duration::from_secs(60);
 
 /// Rows of a layer, as they travel, and which of them each expert works on.
 #[derive(Debug, Default)]
@@ -76,7 +80,8 @@ pub(super) struct Remote {
     report: SharedReport,
     auditor: Auditor,
     happening: std_mpsc::SyncSender<(u64, Event)>,
-    links: BTreeMap<PeerId, mpsc::Sender<Order>>,
+    blamer: Blamer,
+    links: BTreeMap<PeerId, Link>,
     peers: BTreeMap<PeerId, Standing>,
     flights: BTreeMap<u64, Flight>,
     next_number: u64,
@@ -84,14 +89,21 @@ pub(super) struct Remote {
     secret: RandomState,
 }
 
+/// A stream to a peer, and what the peer owes on it.
+struct Link {
+    orders: mpsc::Sender<Order>,
+    owed: Owed,
+}
+
 /// What we know of a peer.
 struct Standing {
     cost: Cost,
-    lacks: HashSet<ContentHash>,
+    /// Experts that it said it lacks, and when.
+    lacks: HashMap<ContentHash, Instant>,
     pause: Duration,
     not_before: Option<Instant>,
-    /// It will not run anything for us.
-    refuses: bool,
+    /// Since when it says that it will not run anything for us.
+    refuses: Option<Instant>,
     /// Experts that it ran or was told of since a while: it has them in memory, as likely as not.
     warm: HashSet<ContentHash>,
     warm_since: Instant,
@@ -145,12 +157,14 @@ impl Remote {
         auditor: Auditor,
         happening: std_mpsc::SyncSender<(u64, Event)>,
     ) -> Self {
+        let blamer = Blamer { network: network.clone(), runtime: runtime.clone(), report: report.clone() };
         Self {
             network,
             runtime,
             allowed,
             report,
             auditor,
+            blamer,
             happening,
             links: BTreeMap::new(),
             peers: BTreeMap::new(),
@@ -165,11 +179,11 @@ impl Remote {
         let now = instant();
         let connected = self.network.peers.borrow().connected.clone();
         let dropped = self.report.lock().dropped.clone();
-        self.links.retain(|peer, orders| connected.contains(peer) && !dropped.contains_key(peer) && !orders.is_closed());
+        self.links.retain(|peer, link| connected.contains(peer) && !dropped.contains_key(peer) && !link.orders.is_closed());
         let mut ready = Vec::new();
         for peer in connected.into_iter().filter(|peer| self.allowed.includes(peer) && !dropped.contains_key(peer)) {
             let standing = self.peers.entry(peer).or_insert_with(Standing::new);
-            if standing.refuses || standing.not_before.is_some_and(|at| at > now) {
+            if standing.refuses_at(now) || standing.not_before.is_some_and(|at| at > now) {
                 continue;
             }
             let busy = self.flights.values().filter(|flight| flight.peer == peer).map(|flight| flight.rows).sum();
@@ -180,13 +194,13 @@ impl Remote {
 
     /// Whether a peer is known to lack an expert.
     pub(super) fn lacks(&self, peer: PeerId, expert: &ContentHash) -> bool {
-        self.peers.get(&peer).is_some_and(|standing| standing.lacks.contains(expert))
+        self.peers.get(&peer).is_some_and(|standing| standing.lacks_at(instant(), expert))
     }
 
     /// Whether a peer can run an expert on a row in less than so many milliseconds.
     pub(super) fn is_nearer(&self, milliseconds: f64, expert: &ContentHash) -> bool {
         self.links.keys().filter(|peer| !self.lacks(**peer, expert)).any(|peer| {
-            let standing = self.peers.get(peer).filter(|standing| !standing.refuses);
+            let standing = self.peers.get(peer).filter(|standing| !standing.refuses_at(instant()));
             standing.is_some_and(|standing| standing.cost.of(1) < milliseconds)
         })
     }
@@ -199,11 +213,12 @@ impl Remote {
         if standing.warm_since.elapsed() > WARM_FOR {
             (standing.warm, standing.warm_since) = (HashSet::new(), instant());
         }
-        let cold = |hash: &ContentHash| !standing.lacks.contains(hash) && standing.warm.insert(*hash);
+        let now = instant();
+        let cold = |hash: &ContentHash| !standing.lacks_at(now, hash) && standing.warm.insert(*hash);
         let hashes: Vec<_> = blobs.iter().map(|blob| blob.hash).filter(cold).take(EXPERTS_MAX).collect();
         if !hashes.is_empty() {
             let order = Order { number: 0, frame: foretell(&hashes), lengths: Vec::new() };
-            let _ = self.link(peer).try_send(order); // nothing is lost with it
+            let _ = self.link(peer).orders.try_send(order); // nothing is lost with it
         }
     }
 
@@ -212,10 +227,10 @@ impl Remote {
         let mut rest = slots;
         while !rest.is_empty() {
             // Within the limits of one request.
-            let mut results = 0;
+            let mut uses = 0;
             let fits = |(slot, _): &&(ExpertSlot, BlobRef)| {
-                results += rows.count(slot.expert) as usize * rows.hidden_size * 4;
-                results <= RESULT_BYTES_MAX
+                uses += rows.count(slot.expert) as usize;
+                uses <= USES_MAX && uses * rows.hidden_size * 4 <= RESULT_BYTES_MAX
             };
             let count = rest.iter().take(EXPERTS_MAX).take_while(fits).count().max(1);
             let (now, later) = rest.split_at(count);
@@ -269,7 +284,7 @@ impl Remote {
             audits: Vec::new(),
         };
         self.flights.insert(number, flight);
-        let sent = self.link(peer).try_send(order);
+        let sent = self.link(peer).orders.try_send(order);
         if sent.is_err() {
             // Told like a stream that breaks, so that it takes the same way.
             let _ =
@@ -278,16 +293,19 @@ impl Remote {
         }
     }
 
-    fn link(&mut self, peer: PeerId) -> &mpsc::Sender<Order> {
+    fn link(&mut self, peer: PeerId) -> &Link {
         self.links.entry(peer).or_insert_with(|| {
             let (orders, queue) = mpsc::channel(ORDERS_MAX);
-            let happening = self.happening.clone();
+            let (happening, blamer, owed) = (self.happening.clone(), self.blamer.clone(), Owed::default());
             let _in_runtime = self.runtime.enter();
-            // The engine takes answers as fast as they come, or has given them up: the queue is as long as all that can be under way.
-            execute_link::start(peer, self.network.streams.clone(), queue, move |told| {
-                let _ = happening.send((0, Event::Told(peer, instant(), told)));
+            execute_link::start(peer, self.network.streams.clone(), queue, owed.clone(), move |told| {
+                // At once: the engine listens only while it waits for something.
+                if let Told::Broken { blame: true, reason } = &told {
+                    blamer.blame(peer, &format!("broke the protocol: {reason}"));
+                }
+                happening.try_send((0, Event::Told(peer, instant(), told))).is_ok()
             });
-            orders
+            Link { orders, owed }
         })
     }
 
@@ -321,7 +339,7 @@ impl Remote {
                 let Some(flight) = self.flights.get_mut(&number).filter(|flight| flight.peer == peer) else { return Came::Nothing };
                 let (slot, blob) = flight.slots[task];
                 flight.open.remove(&task);
-                self.peers.entry(peer).or_insert_with(Standing::new).lacks.insert(blob.hash);
+                self.peers.entry(peer).or_insert_with(Standing::new).lacks.insert(blob.hash, instant());
                 Came::Replace(vec![slot])
             }
             Told::Done { number, receipt } => self.done(peer, number, &receipt),
@@ -329,7 +347,7 @@ impl Remote {
                 let standing = self.peers.entry(peer).or_insert_with(Standing::new);
                 if why == Refusal::Busy {
                     standing.not_before = Some(instant() + BUSY_PAUSE);
-                } else if !std::mem::replace(&mut standing.refuses, true) {
+                } else if standing.refuses.replace(instant()).is_none() {
                     note(&format!("note: {peer} runs no experts for this node: {why}"));
                 }
                 let Some(flight) = self.flights.remove(&number) else { return Came::Nothing };
@@ -337,7 +355,8 @@ impl Remote {
                 self.audit(flight, None);
                 Came::Replace(slots)
             }
-            Told::Broken { blame: true, reason } => self.blame(peer, &format!("broke the protocol: {reason}")),
+            // The link has blamed it where it was to blame.
+            Told::Broken { blame: true, .. } => Came::Replace(self.lose_all(peer)),
             Told::Broken { blame: false, .. } => {
                 let standing = self.peers.entry(peer).or_insert_with(Standing::new);
                 standing.not_before = Some(instant() + standing.pause);
@@ -423,7 +442,10 @@ impl Remote {
 
     /// Gives up what is under way: nobody waits for it any more.
     pub(super) fn cancel(&mut self) {
-        for (_, flight) in std::mem::take(&mut self.flights) {
+        for (number, flight) in std::mem::take(&mut self.flights) {
+            if let Some(link) = self.links.get(&flight.peer) {
+                link.owed.give_up(number);
+            }
             self.audit(flight, None);
         }
     }
@@ -445,16 +467,15 @@ impl Remote {
     }
 
     fn blame(&mut self, peer: PeerId, what: &str) -> Came {
-        if self.report.lock().dropped.insert(peer, what.to_owned()).is_none() {
-            note(&format!("warning: {peer} {what}: it is no longer asked"));
-        }
-        self.network.observe(peer, Facet::Execution, Outcome::WrongResult);
-        let network = self.network.clone();
-        self.runtime.spawn(async move { network.drop_peer(peer).await });
-        // All that it was asked for is placed anew, but for what is used already: the answer at fault is no longer open.
+        self.blamer.blame(peer, what);
+        Came::Replace(self.lose_all(peer))
+    }
+
+    /// As [`lose`](Self::lose), but with what it has answered already: what is used by now is no longer waited for.
+    fn lose_all(&mut self, peer: PeerId) -> Vec<ExpertSlot> {
         let mut slots: Vec<_> = self.flights.values().filter(|flight| flight.peer == peer).flat_map(Flight::all_slots).collect();
         slots.extend(self.lose(peer));
-        Came::Replace(slots)
+        slots
     }
 }
 
@@ -472,12 +493,35 @@ impl Standing {
     fn new() -> Self {
         Self {
             cost: COST_FIRST,
-            lacks: HashSet::new(),
+            lacks: HashMap::new(),
             pause: PAUSE_FIRST,
             not_before: None,
-            refuses: false,
+            refuses: None,
             warm: HashSet::new(),
             warm_since: instant(),
         }
+    }
+
+    fn lacks_at(&self, now: Instant, expert: &ContentHash) -> bool {
+        self.lacks.get(expert).is_some_and(|since| now.duration_since(*since) < LACKS_FOR)
+    }
+
+    fn refuses_at(&self, now: Instant) -> bool {
+        self.refuses.is_some_and(|since| now.duration_since(since) < REFUSES_FOR)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_is_asked_again_for_what_it_lacked() {
+        let (mut standing, expert, now) = (Standing::new(), ContentHash::of(b"expert"), instant());
+        assert!(!standing.lacks_at(now, &expert) && !standing.refuses_at(now));
+        standing.lacks.insert(expert, now);
+        standing.refuses = Some(now);
+        assert!(standing.lacks_at(now + LACKS_FOR.mul_f64(0.99), &expert) && standing.refuses_at(now + REFUSES_FOR.mul_f64(0.99)));
+        assert!(!standing.lacks_at(now + LACKS_FOR, &expert) && !standing.refuses_at(now + REFUSES_FOR));
     }
 }

@@ -6,7 +6,9 @@ use protocol::BlobRef;
 use store::BlobStore;
 
 use crate::clock::{now_ms, stand_back};
+use crate::failure::Failure;
 use crate::output::note;
+use crate::threads;
 
 const SAVES_MAX: usize = 8;
 
@@ -19,15 +21,17 @@ pub(super) struct Saver {
 impl Saver {
     pub(super) fn start(store: Arc<BlobStore>) -> Self {
         let (queue, saves) = mpsc::sync_channel::<(BlobRef, Vec<u8>)>(SAVES_MAX);
-        let thread = std::thread::spawn(move || {
+        let thread = threads::watched("saver", move || {
             stand_back();
             let mut full = false;
             for (blob, bytes) in saves {
-                let saved = store.writer(blob).and_then(|mut writer| {
-                    writer.write(&bytes)?;
-                    writer.finish(now_ms())
+                let saved = threads::caught("keeping an expert", || {
+                    store.writer(blob).and_then(|mut writer| {
+                        writer.write(&bytes)?;
+                        writer.finish(now_ms())
+                    })
                 });
-                match saved {
+                match saved.and_then(|saved| saved.map_err(Failure::from)) {
                     Ok(_) => {}
                     Err(error) if full => drop(error),
                     Err(error) => {

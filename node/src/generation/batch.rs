@@ -12,6 +12,7 @@ use inference::session::Session;
 use super::tally::{Tally, uses};
 use super::{Done, Event, Job, Shared, Stopped, TOGETHER_MAX, TOGETHER_OF_ONE_MAX};
 use crate::clock::instant;
+use crate::failure::{Failure, Kind};
 use crate::loading::Loaded;
 use crate::net::PeerId;
 use crate::places::Places;
@@ -359,6 +360,13 @@ impl<'a> Batch<'a> {
         let experts = self.loaded.engine.experts();
         let mut counts = self.shared.activity.lock();
         (0..self.places.count()).for_each(|place| counts.in_memory[place] = experts.is_in_memory(place));
+    }
+}
+
+impl Drop for Batch<'_> {
+    /// Whatever ends a batch, nobody waits for it in vain.
+    fn drop(&mut self) {
+        self.fail_all(&Stopped::Failed(Failure::new(Kind::Other, "the answer ended by a fault of this node; its log says more")));
     }
 }
 

@@ -7,7 +7,7 @@ mod queue;
 mod tally;
 mod worker;
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -24,6 +24,7 @@ use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::Failure;
 use crate::federation::Federation;
 use crate::prompt::ModelText;
+use crate::threads;
 
 /// Requests that are decoded together at most.
 pub(crate) const TOGETHER_MAX: usize = LOGITS_TOKENS;
@@ -69,10 +70,20 @@ struct State {
     loading: Option<watch::Sender<()>>,
 }
 
-/// Something to do for a model; without a job, to load it.
+/// Something to do for a model.
 struct Item {
     found: LocalModel,
-    job: Option<Job>,
+    task: Task,
+}
+
+/// What is to be done.
+enum Task {
+    /// A request to answer.
+    Answer(Job),
+    /// The model is to be loaded, as long as somebody waits for that.
+    Load(Weak<()>),
+    /// The model is to be loaded, whether or not somebody waits.
+    LoadFirst,
 }
 
 /// A request on its way.
@@ -144,7 +155,7 @@ impl Generation {
         let mut queue = FairQueue::new(QUEUE_MAX, QUEUE_OF_ONE_MAX);
         let state = first.clone().map_or(ModelState::None, ModelState::Loading);
         if let Some(found) = first {
-            assert!(queue.push("", Item { found, job: None }).is_ok(), "an empty queue has room");
+            assert!(queue.push("", Item { found, task: Task::LoadFirst }).is_ok(), "an empty queue has room");
         }
         let (loading, waiting) = watch::channel(());
         let federation = federation.for_client(waiting);
@@ -155,8 +166,7 @@ impl Generation {
             activity: Activity::default(),
         });
         let worker = worker::Worker { shared: Arc::clone(&shared), open, federation, options };
-        let thread =
-            std::thread::Builder::new().name("generation".to_owned()).spawn(move || worker.work()).expect("a thread can be started");
+        let thread = threads::watched("generation", move || worker.work());
         Self { shared, thread: Arc::new(Mutex::new(Some(thread))) }
     }
 
@@ -170,7 +180,9 @@ impl Generation {
     }
 
     pub(crate) fn waiting(&self) -> usize {
-        self.shared.lock().queue.len()
+        let mut state = self.shared.lock();
+        self.shared.let_go(&mut state);
+        state.queue.len()
     }
 
     /// Has a model loaded, if it is not; waits for that as long as `patience`.
@@ -181,7 +193,8 @@ impl Generation {
         {
             return Ok(Arc::clone(model));
         }
-        self.push(user, Item { found: found.clone(), job: None })?;
+        let waits = Arc::new(());
+        self.push(user, Item { found: found.clone(), task: Task::Load(Arc::downgrade(&waits)) })?;
         let loaded = async {
             while states.changed().await.is_ok() {
                 match &*states.borrow_and_update() {
@@ -192,7 +205,9 @@ impl Generation {
             }
             Err(Stopped::Stopping)
         };
-        tokio::time::timeout(patience, loaded).await.unwrap_or(Err(Stopped::Loading))
+        let ready = tokio::time::timeout(patience, loaded).await.unwrap_or(Err(Stopped::Loading));
+        drop(waits);
+        ready
     }
 
     /// Puts a request into the queue. It is given up when nobody holds the receiver any more.
@@ -200,7 +215,7 @@ impl Generation {
         // Room for the whole answer: whoever reads slowly does not hold up the others.
         let (events, receiver) = mpsc::channel(request.tokens_max.saturating_add(EVENTS_MORE));
         let job = Job { user: user.to_owned(), request, events, asked: instant() };
-        self.push(user, Item { found: model.found.clone(), job: Some(job) })?;
+        self.push(user, Item { found: model.found.clone(), task: Task::Answer(job) })?;
         Ok(receiver)
     }
 
@@ -209,10 +224,12 @@ impl Generation {
         if state.stopping.is_some() {
             return Err(Stopped::Stopping);
         }
-        if state.queue.len() >= QUEUE_MAX {
-            state.queue.retain(|item| !item.is_abandoned());
+        let refused = state.queue.push(user, item);
+        if let Err(item) = refused {
+            // Whichever limit it was: those who have gone make room.
+            self.shared.let_go(&mut state);
+            state.queue.push(user, item).map_err(|_| Stopped::QueueFull)?;
         }
-        state.queue.push(user, item).map_err(|_| Stopped::QueueFull)?;
         self.shared.news.notify_one();
         Ok(())
     }
@@ -235,6 +252,13 @@ impl Generation {
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets go of what waits for nobody.
+    fn let_go(&self, state: &mut State) {
+        let before = state.queue.len();
+        state.queue.retain(|item| !item.is_abandoned());
+        self.activity.lock().abandoned += (before - state.queue.len()) as u64;
     }
 
     /// What is next of the users whom `may` lets, if anything is.
@@ -267,12 +291,17 @@ impl Shared {
 }
 
 impl Item {
+    /// Whether nobody waits for it any more.
     fn is_abandoned(&self) -> bool {
-        self.job.as_ref().is_some_and(|job| job.events.is_closed())
+        match &self.task {
+            Task::Answer(job) => job.events.is_closed(),
+            Task::Load(waits) => waits.strong_count() == 0,
+            Task::LoadFirst => false,
+        }
     }
 
     fn fail(self, why: Stopped) {
-        if let Some(job) = self.job {
+        if let Task::Answer(job) = self.task {
             let _ = job.events.try_send(Event::Failed(why));
         }
     }

@@ -4,13 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::batch::Batch;
-use super::{GenerationOptions, Item, ModelState, ReadyModel, Shared, Stopped};
+use super::{GenerationOptions, Item, ModelState, ReadyModel, Shared, Stopped, Task};
 use crate::clock::instant;
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::failure::Failure;
 use crate::federation::Federation;
 use crate::loading::Loaded;
 use crate::output::note;
+use crate::threads;
 
 /// How often uses of experts are written down.
 const USES_PAUSE: Duration = Duration::from_secs(30);
@@ -32,8 +33,16 @@ impl Worker {
             }
             let id = item.found.id;
             self.shared.model.send_replace(ModelState::Loading(item.found.clone()));
-            match self.load(&item.found) {
-                Ok(mut loaded) => next = self.serve(&mut loaded, item),
+            // A fault of a model's own files or of a pass ends with this model's requests; the thread answers for others.
+            match threads::caught("loading the model", || self.load(&item.found)).and_then(|loaded| loaded) {
+                Ok(mut loaded) => {
+                    let served = threads::caught("answering", || self.serve(&mut loaded, item));
+                    next = served.unwrap_or_else(|failure| {
+                        note(&format!("error: {failure}; the model is loaded anew when it is asked for"));
+                        self.shared.model.send_replace(ModelState::Failed(id, failure));
+                        None
+                    });
+                }
                 Err(failure) => {
                     self.shared.model.send_replace(ModelState::Failed(id, failure.clone()));
                     item.fail(Stopped::Failed(failure));
@@ -65,15 +74,19 @@ impl Worker {
         let mut next = Some(first);
         loop {
             while let Some(item) = next.take().or_else(|| self.shared.next(|user| batch.admits(user))) {
-                let fits = item.found.id == found.id && item.job.as_ref().is_none_or(|job| batch.fits(&job.request));
+                let fits = item.found.id == found.id
+                    && match &item.task {
+                        Task::Answer(job) => batch.fits(&job.request),
+                        Task::Load(_) | Task::LoadFirst => true,
+                    };
                 if !fits && !item.is_abandoned() {
                     next = Some(item);
                     break;
                 }
-                match item.job {
-                    Some(job) => batch.admit(job),
+                match item.task {
+                    Task::Answer(job) => batch.admit(job),
                     // Whoever asked for the model waits to hear of it.
-                    None => drop(self.shared.model.send_replace(ModelState::Ready(Arc::clone(&ready)))),
+                    Task::Load(_) | Task::LoadFirst => drop(self.shared.model.send_replace(ModelState::Ready(Arc::clone(&ready)))),
                 }
             }
             if self.shared.must_stop() {
@@ -81,6 +94,8 @@ impl Worker {
             }
             if !batch.is_empty() {
                 batch.step();
+                // By the clock: under steady load there is no better time.
+                self.write_uses(&found, &mut written, false);
                 continue;
             }
             let is_over = self.shared.is_stopping() || next.is_some();

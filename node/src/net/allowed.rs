@@ -49,6 +49,11 @@ impl AllowedPeers {
         self.anybody || self.peers.contains(peer)
     }
 
+    /// Those that are named.
+    pub(crate) fn named(&self) -> impl Iterator<Item = PeerId> {
+        self.peers.iter().copied()
+    }
+
     /// Whether nobody may.
     pub(crate) fn is_empty(&self) -> bool {
         !self.anybody && self.peers.is_empty()

@@ -9,6 +9,8 @@ use protocol::{BlobRef, ContentHash, GroupCheck, GroupHashes};
 use store::{BlobStore, PartialBlob, StoreError};
 use tokio::sync::mpsc;
 
+use crate::threads;
+
 /// Groups that are verified or wait for it: as many as can be on their way, see [`protocol::exchange`].
 pub(crate) const WORK_MAX: usize = 1100;
 /// While one writes to the disk, the other hashes.
@@ -131,7 +133,12 @@ impl Work {
     /// Verifies the group and keeps it if it is right.
     pub(crate) fn run(self) -> Done {
         let Self { assembly, peer, hash, serial, check, bytes } = self;
-        let right = assembly.take(&check, &bytes);
+        // A fault here fails this blob, not the thread that all fetches need.
+        let taken = threads::caught("verifying a group", || assembly.take(&check, &bytes));
+        let right = taken.unwrap_or_else(|failure| {
+            let (action, path) = ("keep a group of", hash.to_string());
+            Err(StoreError::Io { action, path, source: std::io::Error::other(failure) })
+        });
         Done { peer, hash, serial, check, right }
     }
 }
@@ -142,7 +149,7 @@ pub(crate) fn start_verifiers(done: &mpsc::Sender<Done>) -> std_mpsc::SyncSender
     let works = Arc::new(Mutex::new(works));
     for _ in 0..VERIFIERS {
         let (works, done) = (Arc::clone(&works), done.clone());
-        std::thread::spawn(move || {
+        threads::watched("verifier", move || {
             while let Ok(work) = { works.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
                 if done.blocking_send(work.run()).is_err() {
                     break;

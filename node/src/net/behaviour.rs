@@ -8,12 +8,13 @@ use libp2p::{allow_block_list, autonat, dcutr, identify, mdns, memory_connection
 
 use super::crowding;
 use super::finder::{Table, table};
+use super::friends::Friends;
 use super::gossip;
 use super::network::{Relay, Role};
 use super::relaying::relay_limits;
 
-const PENDING_MAX: u32 = 32;
-const ESTABLISHED_IN_MAX: u32 = 128;
+/// Dials under way. How many handshakes come in is bounded in `handshakes`, and how many connections in `crowding`.
+const PENDING_OUT_MAX: u32 = 32;
 const ESTABLISHED_OUT_MAX: u32 = 64;
 const ESTABLISHED_PER_PEER_MAX: u32 = 3;
 
@@ -46,15 +47,15 @@ pub(super) struct Choices<'a> {
     /// Bytes of memory beyond which the process makes no more connections.
     pub(super) memory_max: u64,
     pub(super) role: &'a Role,
+    /// Peers whose places others cannot take.
+    pub(super) friends: &'a Friends,
 }
 
 impl Behaviour {
     pub(super) fn new(keypair: &Keypair, relay_client: relay::client::Behaviour, choices: &Choices<'_>) -> Result<Self, std::io::Error> {
         let local = keypair.public().to_peer_id();
         let limits = ConnectionLimits::default()
-            .with_max_pending_incoming(Some(PENDING_MAX))
-            .with_max_pending_outgoing(Some(PENDING_MAX))
-            .with_max_established_incoming(Some(ESTABLISHED_IN_MAX))
+            .with_max_pending_outgoing(Some(PENDING_OUT_MAX))
             .with_max_established_outgoing(Some(ESTABLISHED_OUT_MAX))
             .with_max_established_per_peer(Some(ESTABLISHED_PER_PEER_MAX));
         let mdns = if choices.mdns { Some(mdns::tokio::Behaviour::new(mdns::Config::default(), local)?) } else { None };
@@ -67,7 +68,7 @@ impl Behaviour {
         Ok(Self {
             limits: connection_limits::Behaviour::new(limits),
             memory: memory_connection_limits::Behaviour::with_max_bytes(choices.memory_max as usize),
-            crowding: crowding::Behaviour::default(),
+            crowding: crowding::Behaviour::new(choices.friends.clone()),
             blocked: allow_block_list::Behaviour::default(),
             identify: identify::Behaviour::new(identify),
             ping: ping::Behaviour::default(),

@@ -13,31 +13,44 @@ use inference::aligned::AlignedBytes;
 use inference::expert::Expert;
 use inference::expert_runner::ExpertRunner;
 use inference::kernels::Kernels;
-use libp2p::{Stream, StreamProtocol};
+use libp2p::{PeerId, Stream, StreamProtocol};
 use protocol::execute::{
-    self, Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, Refusal, RequestHead, row_bytes,
+    self, Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_BYTES_MAX, REQUEST_HEAD_BYTES, RESULT_BYTES_MAX, Receipt, ReceiptResult,
+    Refusal, RequestHead, row_bytes,
 };
 use protocol::expert_blob::ExpertShape;
 use protocol::message::STREAM_ACK;
 use protocol::{ContentHash, NodeKey};
 use store::BlobStore;
-use tokio::sync::{Semaphore, mpsc};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
+use crate::library::Library;
 use crate::net::allowed::AllowedPeers;
+use crate::net::byte_budget::ByteBudget;
 use crate::net::network::Network;
+use crate::net::stream_slots::{SlotLimits, StreamSlot, StreamSlots};
+use crate::threads;
 
-/// Streams of all peers together.
-const STREAMS_MAX: usize = 32;
+/// Streams of peers that this node works for.
+const STREAMS: SlotLimits = SlotLimits { strangers: 32, friends: 16, of_one: 4 };
+/// Streams of others: each is told so when it asks, and closed.
+const REFUSALS: SlotLimits = SlotLimits { strangers: 8, friends: 8, of_one: 1 };
 /// Requests that wait for the thread that computes.
 const QUEUE_MAX: usize = 16;
 /// Experts that wait to be read ahead.
 const FORETOLD_MAX: usize = 64;
 /// Shapes of experts that memory to compute is kept for.
 const SHAPES_MAX: usize = 8;
+/// Bytes of requests and results under way, of all peers: this, or a quarter of what experts may take, but never less than a request.
+const UNDER_WAY_BYTES_MAX: usize = 128 << 20;
+const UNDER_WAY_BYTES_MIN: usize = RESULT_BYTES_MAX + REQUEST_BYTES_MAX;
+/// Who opens a stream, and is not worked for, has this long to ask and be told.
+const REFUSAL_TIMEOUT: Duration = Duration::from_secs(5);
+const FIRST_TIMEOUT: Duration = Duration::from_secs(60);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 /// For the body of a request, and for writing one answer: a peer that is slower is let go.
 const TRANSFER_TIMEOUT: Duration = Duration::from_secs(30);
@@ -58,29 +71,47 @@ struct Work {
     answers: mpsc::Sender<(Answer, Vec<u8>)>,
 }
 
-/// Accepts streams until the network ends.
-pub(crate) fn start(store: Arc<BlobStore>, options: ExecutorOptions, network: &Network) -> Result<(), Failure> {
+/// What streams hand their requests to.
+#[derive(Clone)]
+struct Desk {
+    queue: std_mpsc::SyncSender<Work>,
+    foretold: std_mpsc::SyncSender<ContentHash>,
+    under_way: ByteBudget,
+}
+
+/// Accepts streams until the network ends. Only experts of the models in `library` run.
+pub(crate) fn start(library: Arc<Library>, options: ExecutorOptions, network: &Network) -> Result<(), Failure> {
     let accepted = network.streams.clone().accept(StreamProtocol::new(EXECUTE_PROTOCOL));
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
     let (queue, work) = std_mpsc::sync_channel(QUEUE_MAX);
     let works_for = options.works_for.clone();
-    let experts = Arc::new(HotExperts::new(store, Arc::clone(&options.bytes_max)));
+    let under_way = (options.bytes_max.load(Ordering::Relaxed) / 4).min(UNDER_WAY_BYTES_MAX as u64) as usize;
+    let experts = Arc::new(HotExperts::new(library, Arc::clone(&options.bytes_max)));
     let (foretold, ahead) = std_mpsc::sync_channel(FORETOLD_MAX);
     let reading = Arc::clone(&experts);
-    std::thread::spawn(move || ahead.into_iter().for_each(|hash| drop(reading.get(hash))));
-    let mut worker = Worker { experts, runners: HashMap::new(), options };
-    std::thread::spawn(move || work.into_iter().for_each(|work| worker.work(work)));
-    let room = Arc::new(Semaphore::new(STREAMS_MAX));
+    threads::start("executor-reader", ahead, move || {
+        let reading = Arc::clone(&reading);
+        move |hash| drop(reading.get(hash))
+    });
+    let options = Arc::new(options);
+    threads::start("executor", work, move || {
+        let mut worker = Worker { experts: Arc::clone(&experts), runners: HashMap::new(), options: Arc::clone(&options) };
+        move |work| worker.work(work)
+    });
+    let desk = Desk { queue, foretold, under_way: ByteBudget::new(under_way.max(UNDER_WAY_BYTES_MIN)) };
+    let slots = StreamSlots::new("an execute stream", STREAMS, network.friends.clone());
+    let refusals = StreamSlots::new("an execute stream of a peer that this node does not work for", REFUSALS, network.friends.clone());
     tokio::spawn(async move {
         while let Some((peer, stream)) = incoming.next().await {
-            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
-                warn!(%peer, "refused an execute stream: {STREAMS_MAX} are open");
-                continue;
-            };
-            let (queue, foretold, allowed) = (queue.clone(), foretold.clone(), works_for.includes(&peer));
+            let allowed = works_for.includes(&peer);
+            let Some(slot) = if allowed { &slots } else { &refusals }.take(peer) else { continue };
+            let desk = desk.clone();
             tokio::spawn(async move {
-                let _held = permit;
-                let end = serve(stream, allowed, &queue, &foretold).await;
+                let end = if allowed {
+                    slot.hold(serve(stream, peer, &desk, &slot)).await
+                } else {
+                    slot.hold(async { timeout(REFUSAL_TIMEOUT, refuse(stream)).await? }).await
+                };
                 debug!(%peer, reason = ?end.err(), "execute stream ended");
             });
         }
@@ -88,31 +119,51 @@ pub(crate) fn start(store: Arc<BlobStore>, options: ExecutorOptions, network: &N
     Ok(())
 }
 
-async fn serve(
-    mut stream: Stream,
-    allowed: bool,
-    queue: &std_mpsc::SyncSender<Work>,
-    foretold: &std_mpsc::SyncSender<ContentHash>,
-) -> std::io::Result<()> {
+/// Tells a peer that this node does not work for it, once it asks.
+async fn refuse(mut stream: Stream) -> std::io::Result<()> {
     write(&mut stream, &[STREAM_ACK], &[]).await?;
+    let mut head = [0; REQUEST_HEAD_BYTES];
+    stream.read_exact(&mut head).await?;
+    let (number, _) = numbered(&head);
+    write(&mut stream, &Answer::Refused(Refusal::NotAllowed).to_bytes(number), &[]).await?;
+    stream.close().await
+}
+
+/// The number of a request, and its head if that makes sense.
+fn numbered(head: &[u8; REQUEST_HEAD_BYTES]) -> (u64, Option<RequestHead>) {
+    let number = u64::from_le_bytes(*head.first_chunk().expect("a head begins with its number"));
+    (number, RequestHead::from_bytes(head).ok())
+}
+
+async fn serve(mut stream: Stream, peer: PeerId, desk: &Desk, slot: &StreamSlot) -> std::io::Result<()> {
+    write(&mut stream, &[STREAM_ACK], &[]).await?;
+    let mut patience = FIRST_TIMEOUT;
     loop {
         let mut head = [0; REQUEST_HEAD_BYTES];
-        timeout(IDLE_TIMEOUT, stream.read_exact(&mut head)).await??;
-        let number = u64::from_le_bytes(*head.first_chunk().expect("a head begins with its number"));
-        let head = match RequestHead::from_bytes(&head) {
-            Ok(head) if allowed => head,
-            refused => {
-                let why = if refused.is_ok() { Refusal::NotAllowed } else { Refusal::Malformed };
-                write(&mut stream, &Answer::Refused(why).to_bytes(number), &[]).await?;
-                return stream.close().await;
-            }
+        timeout(patience, stream.read_exact(&mut head)).await??;
+        patience = IDLE_TIMEOUT;
+        slot.note_asked();
+        let (number, head) = numbered(&head);
+        let Some(head) = head else {
+            write(&mut stream, &Answer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;
+            return stream.close().await;
         };
-        let mut body = vec![0; head.body_bytes()]; // from counts within their limits
+        // Before anything is allocated: what is announced counts until the last answer is written.
+        let body_bytes = head.body_bytes();
+        let held = desk.under_way.take(peer, body_bytes + head.uses as usize * head.hidden_size as usize * 4);
+        if held.is_none() {
+            skip(&mut stream, body_bytes).await?;
+            if !head.foretells() {
+                write(&mut stream, &Answer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
+            }
+            continue;
+        }
+        let mut body = vec![0; body_bytes];
         timeout(TRANSFER_TIMEOUT, stream.read_exact(&mut body)).await??;
         if head.foretells() {
             // What does not fit into the queue is read when it is asked for.
             for hash in execute::foretold(&body) {
-                let _ = foretold.try_send(hash);
+                let _ = desk.foretold.try_send(hash);
             }
             continue;
         }
@@ -123,14 +174,22 @@ async fn serve(
         drop(body);
         // Room for every answer: the thread that computes never waits for a peer that does not read.
         let (answers, mut said) = mpsc::channel(request.tasks.len() + 1);
-        if queue.try_send(Work { request, answers }).is_err() {
+        if desk.queue.try_send(Work { request, answers }).is_err() {
             write(&mut stream, &Answer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
             continue;
         }
         while let Some((answer, bytes)) = said.recv().await {
             write(&mut stream, &answer.to_bytes(number), &bytes).await?;
         }
+        drop(held);
     }
+}
+
+/// Reads so many bytes and keeps none.
+async fn skip(stream: &mut Stream, bytes: usize) -> std::io::Result<()> {
+    let mut rest = stream.take(bytes as u64);
+    let skipped = timeout(TRANSFER_TIMEOUT, futures::io::copy(&mut rest, &mut futures::io::sink())).await??;
+    if skipped == bytes as u64 { Ok(()) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
 }
 
 async fn write(stream: &mut Stream, head: &[u8], bytes: &[u8]) -> std::io::Result<()> {
@@ -144,7 +203,7 @@ async fn write(stream: &mut Stream, head: &[u8], bytes: &[u8]) -> std::io::Resul
 
 /// The thread that computes.
 struct Worker {
-    options: ExecutorOptions,
+    options: Arc<ExecutorOptions>,
     experts: Arc<HotExperts>,
     runners: HashMap<ExpertShape, ExpertRunner>,
 }
@@ -198,7 +257,7 @@ impl Worker {
 
 /// Experts in memory, the least recently used forgotten first; others come from the store.
 struct HotExperts {
-    store: Arc<BlobStore>,
+    library: Arc<Library>,
     bytes_max: Arc<AtomicU64>,
     hot: Mutex<Hot>,
     /// Told whenever a read has ended.
@@ -216,28 +275,48 @@ struct Hot {
 }
 
 impl HotExperts {
-    fn new(store: Arc<BlobStore>, bytes_max: Arc<AtomicU64>) -> Self {
-        Self { store, bytes_max, hot: Mutex::default(), read: Condvar::new() }
+    fn new(library: Arc<Library>, bytes_max: Arc<AtomicU64>) -> Self {
+        Self { library, bytes_max, hot: Mutex::default(), read: Condvar::new() }
     }
 
-    /// An expert, if the store has one of that hash.
+    /// An expert of a model that is here, if the store has it. What else has that hash, a trunk's table say, is not looked at.
     fn get(&self, hash: ContentHash) -> Option<Arc<Expert>> {
+        if !self.library.has_expert(&hash) {
+            return None;
+        }
         let lock = || self.hot.lock().unwrap_or_else(PoisonError::into_inner);
         let mut hot = self.read.wait_while(lock(), |hot| hot.reading.contains(&hash)).unwrap_or_else(PoisonError::into_inner);
         if let Some(expert) = hot.get(hash) {
             return Some(expert);
         }
+        let store = &self.library.open.store;
+        let bytes = store.length(&hash)?;
+        // Before it is read: memory for two experts where there is room for one is too much.
+        hot.make_room(bytes, self.bytes_max.load(Ordering::Relaxed));
+        hot.bytes += bytes;
         hot.reading.insert(hash);
         drop(hot);
-        let expert = load(&self.store, hash).map(Arc::new);
-        let mut hot = lock();
-        hot.reading.remove(&hash);
-        if let Some(expert) = &expert {
-            hot.insert(hash, Arc::clone(expert), self.bytes_max.load(Ordering::Relaxed));
-        }
+        let _done = ReadEnds { experts: self, hash, bytes };
+        let expert = Arc::new(load(store, hash)?);
+        lock().insert(hash, Arc::clone(&expert), bytes);
+        Some(expert)
+    }
+}
+
+/// The end of a read, also of one that failed: others wait for it.
+struct ReadEnds<'a> {
+    experts: &'a HotExperts,
+    hash: ContentHash,
+    bytes: u64,
+}
+
+impl Drop for ReadEnds<'_> {
+    fn drop(&mut self) {
+        let mut hot = self.experts.hot.lock().unwrap_or_else(PoisonError::into_inner);
+        hot.bytes -= self.bytes;
+        hot.reading.remove(&self.hash);
         drop(hot);
-        self.read.notify_all();
-        expert
+        self.experts.read.notify_all();
     }
 }
 
@@ -251,12 +330,16 @@ impl Hot {
         Some(Arc::clone(expert))
     }
 
-    fn insert(&mut self, hash: ContentHash, expert: Arc<Expert>, bytes_max: u64) {
+    fn insert(&mut self, hash: ContentHash, expert: Arc<Expert>, bytes: u64) {
         self.uses += 1;
-        self.bytes += expert.bytes();
+        self.bytes += bytes;
         self.experts.insert(hash, (expert, self.uses));
         self.by_use.insert(self.uses, hash);
-        while self.bytes > bytes_max {
+    }
+
+    /// Forgets what was used longest ago until there is room for so many more bytes, or nothing is left.
+    fn make_room(&mut self, bytes: u64, bytes_max: u64) {
+        while self.bytes + bytes > bytes_max {
             let Some((_, oldest)) = self.by_use.pop_first() else { break };
             if let Some((gone, _)) = self.experts.remove(&oldest) {
                 self.bytes -= gone.bytes();

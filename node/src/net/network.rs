@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::time::Duration;
 
 use libp2p::{Multiaddr, PeerId};
 use protocol::trust::{Facet, Outcome, score};
@@ -9,9 +10,14 @@ use protocol::{ModelId, NodeKey};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::address::node_id;
+use super::friends::Friends;
 use super::group::GroupKey;
-use crate::clock::now_ms;
+use crate::clock::{instant, now_ms};
 use crate::records::{RecordKind, SharedRecords};
+
+/// How long a node that leaves waits for its connections to end.
+pub(super) const LEAVE_PATIENCE: Duration = Duration::from_millis(500);
+const LEAVE_PAUSE: Duration = Duration::from_millis(2);
 
 /// What a node's network is made of.
 pub(crate) struct NetworkOptions<'a> {
@@ -31,6 +37,8 @@ pub(crate) struct NetworkOptions<'a> {
     pub(crate) role: Role,
     /// What peers have signed and what is thought of them.
     pub(crate) records: SharedRecords,
+    /// Peers that the user named, besides `peers`.
+    pub(crate) friends: Vec<PeerId>,
 }
 
 /// What a node is to others.
@@ -116,6 +124,8 @@ pub(crate) struct Network {
     pub(crate) streams: libp2p_stream::Control,
     pub(crate) peers: watch::Receiver<Peers>,
     pub(crate) records: SharedRecords,
+    /// Peers whose places others cannot take.
+    pub(super) friends: Friends,
     pub(super) commands: mpsc::Sender<Command>,
 }
 
@@ -127,6 +137,7 @@ pub(super) enum Command {
     Stay(Vec<Multiaddr>),
     Offer(Vec<ModelId>),
     Tell(RecordKind, Vec<u8>, oneshot::Sender<bool>),
+    Leave(oneshot::Sender<()>),
 }
 
 impl Network {
@@ -161,6 +172,25 @@ impl Network {
     pub(crate) async fn tell_record(&self, kind: RecordKind, bytes: Vec<u8>) -> bool {
         let (told, wait) = oneshot::channel();
         self.commands.send(Command::Tell(kind, bytes, told)).await.is_ok() && wait.await.unwrap_or(false)
+    }
+
+    /// Ends all connections in order, so that peers turn to others at once; returns when they are ended, or after [`LEAVE_PATIENCE`].
+    pub(crate) async fn leave(&self) {
+        let (left, wait) = oneshot::channel();
+        if self.commands.send(Command::Leave(left)).await.is_ok() {
+            let _ = wait.await;
+        }
+    }
+
+    /// The same, for a thread that drives no tasks.
+    pub(crate) fn leave_blocking(&self) {
+        let (left, mut wait) = oneshot::channel();
+        let until = instant() + LEAVE_PATIENCE;
+        if self.commands.try_send(Command::Leave(left)).is_ok() {
+            while instant() < until && matches!(wait.try_recv(), Err(oneshot::error::TryRecvError::Empty)) {
+                std::thread::sleep(LEAVE_PAUSE);
+            }
+        }
     }
 
     /// Stays connected to a peer at one of these addresses, as to one that the user named at the start.

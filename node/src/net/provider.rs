@@ -9,19 +9,21 @@ use libp2p::{PeerId, Stream};
 use protocol::message::{Answer, FETCH_PROTOCOL, RANGE_BYTES_MAX, REQUEST_BYTES, Request, STREAM_ACK, Subject};
 use protocol::{ContentHash, ModelId, ModelManifest};
 use store::BlobStore;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::debug;
 
 use crate::clock::instant;
 use crate::failure::{Failure, Kind};
 use crate::net::network::Network;
 use crate::net::status::OwnStatus;
+use crate::net::stream_slots::{SlotLimits, StreamSlot, StreamSlots};
 use crate::net::upload;
 use crate::records::TOLD_BYTES_MAX;
 
-const STREAMS_MAX: usize = 256;
-pub(super) const STREAMS_PER_PEER_MAX: usize = 8;
+/// Streams of fetches, and as many of exchanges.
+pub(super) const STREAMS: SlotLimits = SlotLimits { strangers: 224, friends: 32, of_one: 8 };
+/// Who opens a stream wants something.
+const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 /// How old the records may be that are told.
 const TOLD_FOR: Duration = Duration::from_secs(1);
@@ -36,19 +38,12 @@ pub(crate) struct Provider {
     told: Mutex<Option<(Instant, Arc<Vec<u8>>)>>,
     /// The blobs of each model that somebody has asked about.
     blobs: Mutex<HashMap<ModelId, Arc<Vec<ContentHash>>>>,
-    pub(super) streams_of: Arc<Mutex<HashMap<PeerId, usize>>>,
 }
 
 impl Provider {
     /// Offers the models of a library and the blobs of its store.
     pub(crate) fn new(own_status: OwnStatus) -> Self {
-        Self {
-            store: Arc::clone(&own_status.library.open.store),
-            own_status,
-            told: Mutex::default(),
-            blobs: Mutex::default(),
-            streams_of: Arc::default(),
-        }
+        Self { store: Arc::clone(&own_status.library.open.store), own_status, told: Mutex::default(), blobs: Mutex::default() }
     }
 
     /// The records that are held, as they were a moment ago: putting them together takes time that others wait for.
@@ -85,23 +80,18 @@ pub(crate) fn start(provider: Provider, network: &Network, bytes_per_second_max:
     };
     let mut incoming = accept(libp2p::StreamProtocol::new(FETCH_PROTOCOL))?;
     let provider = Arc::new(provider);
-    tokio::spawn(upload::serve(Arc::clone(&provider), accept(upload::protocol())?, network.peers.clone(), bytes_per_second_max));
-    let room = Arc::new(Semaphore::new(STREAMS_MAX));
+    let friends = &network.friends;
+    let exchanges = StreamSlots::new("an exchange stream", STREAMS, friends.clone());
+    let exchange = accept(upload::protocol())?;
+    tokio::spawn(upload::serve(Arc::clone(&provider), exchange, exchanges, network.peers.clone(), bytes_per_second_max));
+    let slots = StreamSlots::new("a fetch stream", STREAMS, friends.clone());
     tokio::spawn(async move {
         while let Some((peer, stream)) = incoming.next().await {
             // The queue behind `incoming` has no room: take each stream off at once and decide afterwards.
-            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
-                warn!(%peer, "refused a stream: {STREAMS_MAX} are open");
-                continue;
-            };
-            let Some(place) = Place::take(&provider.streams_of, peer, STREAMS_PER_PEER_MAX) else {
-                warn!(%peer, "refused a stream: the peer has {STREAMS_PER_PEER_MAX}");
-                continue;
-            };
+            let Some(slot) = slots.take(peer) else { continue };
             let provider = Arc::clone(&provider);
             tokio::spawn(async move {
-                let _held = (permit, place);
-                let end = serve(&provider, peer, stream).await;
+                let end = slot.hold(serve(&provider, peer, stream, &slot)).await;
                 debug!(%peer, reason = ?end.err(), "stream ended");
             });
         }
@@ -109,46 +99,22 @@ pub(crate) fn start(provider: Provider, network: &Network, bytes_per_second_max:
     Ok(())
 }
 
-/// One of a peer's streams; given back when dropped.
-pub(super) struct Place {
-    streams_of: Arc<Mutex<HashMap<PeerId, usize>>>,
-    peer: PeerId,
-}
-
-impl Place {
-    pub(super) fn take(streams_of: &Arc<Mutex<HashMap<PeerId, usize>>>, peer: PeerId, most: usize) -> Option<Self> {
-        let mut counts = streams_of.lock().unwrap_or_else(PoisonError::into_inner);
-        let count = counts.entry(peer).or_default();
-        if *count >= most {
-            return None;
-        }
-        *count += 1;
-        Some(Self { streams_of: Arc::clone(streams_of), peer })
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let mut counts = self.streams_of.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(count) = counts.get_mut(&self.peer) {
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.peer);
-            }
-        }
-    }
-}
-
-async fn serve(provider: &Provider, peer: PeerId, mut stream: Stream) -> std::io::Result<()> {
+async fn serve(provider: &Arc<Provider>, peer: PeerId, mut stream: Stream, slot: &StreamSlot) -> std::io::Result<()> {
     write(&mut stream, &[STREAM_ACK], &[]).await?;
     let mut request = [0; REQUEST_BYTES];
+    let mut patience = FIRST_TIMEOUT;
     loop {
-        timeout(IDLE_TIMEOUT, stream.read_exact(&mut request)).await??;
+        timeout(patience, stream.read_exact(&mut request)).await??;
+        patience = IDLE_TIMEOUT;
+        slot.note_asked();
         let Ok(request) = Request::from_bytes(&request) else {
             write(&mut stream, &Answer::Refused.to_bytes(), &[]).await?;
             return stream.close().await;
         };
-        let (answer, bytes) = answer(provider, &peer, request);
+        // Reading a manifest or counting what is here may take a disk's time.
+        let answering = Arc::clone(provider);
+        let answered = tokio::task::spawn_blocking(move || answer(&answering, &peer, request)).await;
+        let (answer, bytes) = answered.map_err(std::io::Error::other)?;
         write(&mut stream, &answer.to_bytes(), &bytes).await?;
     }
 }

@@ -10,44 +10,37 @@ use libp2p::{PeerId, Stream, StreamProtocol};
 use protocol::message::STREAM_ACK;
 use protocol::query::{ANSWER_BYTES_MAX, QUERY_BYTES_MAX, QUERY_PROTOCOL, Query, QueryAnswer};
 use protocol::record::rate::{Allowance, Rates};
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
-use tracing::{debug, warn};
+use tracing::debug;
 
-use super::provider::Place;
 use super::stream;
+use super::stream_slots::{SlotLimits, StreamSlot, StreamSlots};
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
 use crate::net::network::Network;
 
-/// Questions that are answered at a time, of all peers and of one.
-const STREAMS_MAX: usize = 32;
-const STREAMS_PER_PEER_MAX: usize = 2;
+/// Streams of questions.
+const STREAMS: SlotLimits = SlotLimits { strangers: 24, friends: 8, of_one: 2 };
 /// Questions that one peer may ask: each takes a ranking.
 const OF_PEER: Allowance = Allowance { burst: 20, per_second: 1 };
+/// Who opens a stream, or has had an answer, has this long to ask.
+const QUESTION_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Answers what peers ask, until the network ends.
 pub(crate) fn start(network: &Network, answer: impl Fn(&Query) -> QueryAnswer + Send + Sync + 'static) -> Result<(), Failure> {
     let accepted = network.streams.clone().accept(StreamProtocol::new(QUERY_PROTOCOL));
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
-    let (answer, room) = (Arc::new(answer), Arc::new(Semaphore::new(STREAMS_MAX)));
-    let (streams_of, rates) = (Arc::default(), Arc::new(Mutex::new(Rates::new(OF_PEER))));
+    let (answer, slots) = (Arc::new(answer), StreamSlots::new("a question", STREAMS, network.friends.clone()));
+    let rates = Arc::new(Mutex::new(Rates::new(OF_PEER)));
     tokio::spawn(async move {
         while let Some((peer, stream)) = incoming.next().await {
-            let Ok(permit) = Arc::clone(&room).try_acquire_owned() else {
-                warn!(%peer, "refused a question: {STREAMS_MAX} are being answered");
-                continue;
-            };
-            let Some(place) = Place::take(&streams_of, peer, STREAMS_PER_PEER_MAX) else {
-                warn!(%peer, "refused a question: the peer asks {STREAMS_PER_PEER_MAX} already");
-                continue;
-            };
+            let Some(slot) = slots.take(peer) else { continue };
             let (answer, rates) = (Arc::clone(&answer), Arc::clone(&rates));
             tokio::spawn(async move {
-                let end = serve(stream, &answer, || rates.lock().unwrap_or_else(PoisonError::into_inner).take(now_ms(), peer)).await;
+                let may_ask = || rates.lock().unwrap_or_else(PoisonError::into_inner).take(now_ms(), peer);
+                let end = slot.hold(serve(stream, &answer, &slot, may_ask)).await;
                 debug!(%peer, reason = ?end.err(), "query stream ended");
-                drop((permit, place));
             });
         }
     });
@@ -57,11 +50,13 @@ pub(crate) fn start(network: &Network, answer: impl Fn(&Query) -> QueryAnswer + 
 async fn serve<F: Fn(&Query) -> QueryAnswer + Send + Sync + 'static>(
     mut stream: Stream,
     answer: &Arc<F>,
+    slot: &StreamSlot,
     may_ask: impl Fn() -> bool,
 ) -> io::Result<()> {
     timeout(IDLE_TIMEOUT, write(&mut stream, &[STREAM_ACK])).await??;
     loop {
-        let body = timeout(IDLE_TIMEOUT, read(&mut stream, QUERY_BYTES_MAX)).await??;
+        let body = timeout(QUESTION_TIMEOUT, read(&mut stream, QUERY_BYTES_MAX)).await??;
+        slot.note_asked();
         let query = Query::from_body(&body).map_err(io::Error::other)?;
         if !may_ask() {
             return Err(io::Error::other("it asks too much"));

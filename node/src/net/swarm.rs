@@ -15,13 +15,14 @@ use libp2p::swarm::{ConnectionId, SwarmEvent};
 use libp2p::{Multiaddr, PeerId, Swarm, identify, mdns};
 use protocol::message::FETCH_PROTOCOL;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 use tracing::{debug, info, warn};
 
 use super::address::{ip_of, is_relayed, is_tcp, peer_id, peer_of, with_peer};
 use super::behaviour::{Behaviour, BehaviourEvent, Choices};
 use super::finder::Finder;
-use super::network::{Command, Met, Network, NetworkOptions, Peers, Source};
+use super::friends::Friends;
+use super::network::{Command, LEAVE_PATIENCE, Met, Network, NetworkOptions, Peers, Source};
 use super::relaying::Relaying;
 use super::transport::transport;
 use crate::clock::now_ms;
@@ -39,6 +40,8 @@ const BOOK_ROUND: usize = 8;
 const BOOK_PAUSE: Duration = Duration::from_millis(500);
 /// Of the dials that may be under way, these leave some for others.
 const BOOK_DIALS_MAX: usize = 24;
+/// For frames that say goodbye to get out.
+const LAST_FRAMES: Duration = Duration::from_millis(20);
 /// Peers whose addresses are remembered.
 const MET_MAX: usize = 256;
 /// How long a peer may take to say what it speaks.
@@ -47,7 +50,7 @@ pub(super) const IDENTIFY_WAIT: Duration = Duration::from_secs(2);
 impl Network {
     /// Starts the network on the current runtime.
     pub(crate) fn start(options: NetworkOptions<'_>) -> Result<Self, Failure> {
-        let NetworkOptions { key, mut listen, peers, book, mdns, group, memory_max, role, records } = options;
+        let NetworkOptions { key, mut listen, peers, book, mdns, group, memory_max, role, records, friends } = options;
         let failed = |error: &dyn fmt::Display| Failure::new(Kind::Other, format!("cannot start the network: {error}"));
         let keypair = libp2p::identity::Keypair::ed25519_from_bytes(key.secret()).map_err(|error| failed(&error))?;
         let local = keypair.public().to_peer_id();
@@ -59,7 +62,8 @@ impl Network {
             listen = relaying.open_from_start();
         }
         let (transport, relay_client) = transport(&keypair, group).map_err(|error| failed(&error))?;
-        let choices = Choices { mdns, memory_max, role: &role };
+        let friends = Friends::new(friends.into_iter().chain(peers.iter().filter_map(peer_of)), records.clone());
+        let choices = Choices { mdns, memory_max, role: &role, friends: &friends };
         let behaviour = Behaviour::new(&keypair, relay_client, &choices).map_err(|error| failed(&error))?;
         let config = libp2p::swarm::Config::with_tokio_executor().with_idle_connection_timeout(IDLE_TIMEOUT);
         let mut swarm = Swarm::new(transport, behaviour, local, config);
@@ -92,12 +96,13 @@ impl Network {
             mdns,
             records: records.clone(),
             noisy: HashMap::new(),
+            friends: friends.clone(),
         };
         task.shut_out_unwelcome();
         peers.iter().for_each(|address| task.want(address));
         task.look_around();
         tokio::spawn(task.run(command_queue));
-        Ok(Self { local, streams, peers: seen, records, commands })
+        Ok(Self { local, streams, peers: seen, records, friends, commands })
     }
 }
 
@@ -119,6 +124,7 @@ pub(super) struct SwarmTask {
     pub(super) records: SharedRecords,
     /// Peers whose gossip is not heard until then.
     pub(super) noisy: HashMap<PeerId, Instant>,
+    friends: Friends,
 }
 
 /// A peer that the user named: dialled until it answers, and again when it is lost.
@@ -187,6 +193,7 @@ impl SwarmTask {
                     Some(Command::Stay(addresses)) => {
                         for address in addresses.iter().filter(|address| !self.named.contains(address)).cloned().collect::<Vec<_>>() {
                             self.want(&address);
+                            peer_of(&address).into_iter().for_each(|peer| self.friends.name(peer));
                             self.named.push(address);
                         }
                     }
@@ -196,12 +203,38 @@ impl SwarmTask {
                         self.look_around();
                         let _ = begun.send(());
                     }
+                    Some(Command::Leave(left)) => {
+                        self.leave().await;
+                        let _ = left.send(());
+                        return;
+                    }
                     None => return,
                 },
                 () = wake => {}
             }
             self.look_around();
         }
+    }
+
+    /// Ends all connections, and goes on driving them until that has reached the peers or takes too long: of QUIC, nobody else would tell them.
+    async fn leave(&mut self) {
+        let peers: Vec<_> = self.swarm.connected_peers().copied().collect();
+        for peer in peers {
+            let _ = self.swarm.disconnect_peer_id(peer);
+        }
+        let end = async {
+            while self.swarm.network_info().connection_counters().num_established() > 0 {
+                self.swarm.select_next_some().await;
+            }
+            // The last frames are the operating system's to send, from another task.
+            let _ = timeout(LAST_FRAMES, async {
+                loop {
+                    self.swarm.select_next_some().await;
+                }
+            })
+            .await;
+        };
+        let _ = timeout(LEAVE_PATIENCE, end).await;
     }
 
     /// Does what is due, and publishes what is known.

@@ -13,6 +13,7 @@ use libp2p::pnet::{PnetConfig, PnetError};
 use libp2p::{PeerId, Transport, noise, quic, relay, tcp, yamux};
 
 use super::group::GroupKey;
+use super::handshakes::BoundedHandshakes;
 
 /// For connecting, and for proving who one is.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(5);
@@ -21,6 +22,15 @@ const STREAMS_MAX: usize = 64;
 
 /// The transports of a node, and what makes the circuits through relays; one in a group speaks only under the group's key.
 pub(super) fn transport(
+    keypair: &Keypair,
+    group: Option<GroupKey>,
+) -> Result<(Boxed<(PeerId, StreamMuxerBox)>, relay::client::Behaviour), noise::Error> {
+    let (transport, relay_client) = unbounded(keypair, group)?;
+    Ok((BoundedHandshakes::new(transport).boxed(), relay_client))
+}
+
+/// The same, before the handshakes that come in are bounded.
+fn unbounded(
     keypair: &Keypair,
     group: Option<GroupKey>,
 ) -> Result<(Boxed<(PeerId, StreamMuxerBox)>, relay::client::Behaviour), noise::Error> {

@@ -21,13 +21,15 @@ use tracing::{debug, warn};
 
 use crate::clock::now_ms;
 use crate::net::network::Peers;
-use crate::net::provider::{Place, Provider, STREAMS_PER_PEER_MAX};
+use crate::net::provider::Provider;
+use crate::net::stream_slots::{StreamSlot, StreamSlots};
 
-const STREAMS_MAX: usize = 256;
 const HAPPENED_MAX: usize = 256;
 /// Messages that wait to be written to one peer: an answer to each of its requests.
 const OUTGOING_MAX: usize = 2 * REQUESTS_MAX as usize;
 const TICK: Duration = Duration::from_millis(100);
+/// Who opens a stream wants something; while others are quicker to send it, that may take a while.
+const FIRST_TIMEOUT: Duration = Duration::from_secs(30);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 
 /// A stream, by the order of coming: a peer may have several.
@@ -51,6 +53,7 @@ enum Outgoing {
 
 struct Serving {
     provider: Arc<Provider>,
+    slots: StreamSlots,
     machine: Uploads<StreamNumber>,
     began: Instant,
     streams: HashMap<StreamNumber, Served>,
@@ -65,7 +68,6 @@ struct Serving {
 struct Served {
     outgoing: mpsc::Sender<Outgoing>,
     tasks: [JoinHandle<()>; 2],
-    _place: Place,
 }
 
 impl Drop for Served {
@@ -78,6 +80,7 @@ impl Drop for Served {
 pub(super) async fn serve(
     provider: Arc<Provider>,
     mut incoming: libp2p_stream::IncomingStreams,
+    slots: StreamSlots,
     peers: watch::Receiver<Peers>,
     bytes_per_second_max: Option<u64>,
 ) {
@@ -85,6 +88,7 @@ pub(super) async fn serve(
     let generation = provider.store.generation();
     let mut serving = Serving {
         provider,
+        slots,
         machine: Uploads::new(bytes_per_second_max),
         began: Instant::now(),
         streams: HashMap::new(),
@@ -121,12 +125,7 @@ pub(super) fn protocol() -> StreamProtocol {
 
 impl Serving {
     fn begin(&mut self, peer: PeerId, stream: Stream) {
-        if self.streams.len() >= STREAMS_MAX {
-            return warn!(%peer, "refused a stream: {STREAMS_MAX} are open");
-        }
-        let Some(place) = Place::take(&self.provider.streams_of, peer, STREAMS_PER_PEER_MAX) else {
-            return warn!(%peer, "refused a stream: the peer has too many");
-        };
+        let Some(slot) = self.slots.take(peer) else { return };
         self.next_stream += 1;
         let number = self.next_stream;
         let (outgoing, queue) = mpsc::channel(OUTGOING_MAX);
@@ -136,7 +135,11 @@ impl Serving {
         let (reading, writing) = (self.happened.clone(), self.happened.clone());
         let tasks = [
             tokio::spawn(async move {
-                let end = read(reader, number, &reading).await.err().map_or_else(|| "closed".to_owned(), |error| error.to_string());
+                let end = slot
+                    .hold(read(reader, number, &slot, &reading))
+                    .await
+                    .err()
+                    .map_or_else(|| "closed".to_owned(), |error| error.to_string());
                 let _ = reading.send(Happened::Ended(number, end)).await;
             }),
             tokio::spawn(async move {
@@ -145,7 +148,7 @@ impl Serving {
                 }
             }),
         ];
-        self.streams.insert(number, Served { outgoing, tasks, _place: place });
+        self.streams.insert(number, Served { outgoing, tasks });
         self.tell(Event::PeerUp { peer: number });
     }
 
@@ -289,14 +292,17 @@ fn bits_of(store: &BlobStore, blobs: &[ContentHash]) -> Bitfield {
     bits
 }
 
-async fn read(mut reader: ReadHalf<Stream>, number: StreamNumber, happened: &mpsc::Sender<Happened>) -> io::Result<()> {
+async fn read(mut reader: ReadHalf<Stream>, number: StreamNumber, slot: &StreamSlot, happened: &mpsc::Sender<Happened>) -> io::Result<()> {
+    let mut patience = FIRST_TIMEOUT;
     loop {
         let mut head = [0; HEAD_BYTES];
-        timeout(IDLE_TIMEOUT, reader.read_exact(&mut head)).await??;
+        timeout(patience, reader.read_exact(&mut head)).await??;
         let head = Head::of_request(&head).map_err(io::Error::other)?;
         let mut body = vec![0; head.length as usize]; // within the limit of its kind
         timeout(IDLE_TIMEOUT, reader.read_exact(&mut body)).await??;
         let message = ToProvider::from_body(head, &body).map_err(io::Error::other)?;
+        patience = IDLE_TIMEOUT;
+        slot.note_asked();
         if happened.send(Happened::Asked(number, message)).await.is_err() {
             return Ok(());
         }

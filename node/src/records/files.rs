@@ -13,10 +13,9 @@ use protocol::record::Facet;
 use protocol::trust::{Ruling, Tally, TrustBook};
 use store::RealDisk;
 use store::disk::{read_file, replace_file};
-use tracing::warn;
 
 use super::{RECORDS_BYTES_MAX, RecordKind, frames};
-use crate::data_dir::{DataDir, io_failure};
+use crate::data_dir::{DataDir, io_failure, keep_damaged};
 use crate::failure::{Failure, Kind};
 
 const TRUST_BYTES_MAX: u64 = 4 << 20;
@@ -25,7 +24,12 @@ impl DataDir {
     pub(super) fn records(&self) -> Result<Vec<(RecordKind, Vec<u8>)>, Failure> {
         let path = self.path().join("records");
         let bytes = read_file(&path, RECORDS_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
-        Ok(frames(&bytes.unwrap_or_default()))
+        let bytes = bytes.unwrap_or_default();
+        let (frames, read) = frames(&bytes);
+        if read < bytes.len() {
+            keep_damaged(&path, "its end makes no sense; records come again from peers");
+        }
+        Ok(frames)
     }
 
     pub(super) fn set_records(&self, bytes: &[u8]) -> Result<(), Failure> {
@@ -49,7 +53,10 @@ impl DataDir {
             }
         }
         if damaged > 0 {
-            warn!(damaged, path = %self.path().join("trust").display(), "lines cannot be read: what was seen of some peers is lost");
+            keep_damaged(
+                &self.path().join("trust"),
+                &format!("{damaged} of its lines cannot be read: what was seen of some peers is lost"),
+            );
         }
         for line in read("rulings")?.lines() {
             let ruling = line.split_once(' ').and_then(|(word, key)| Some((ruling_of(word)?, key.trim().parse().ok()?)));

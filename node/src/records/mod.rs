@@ -35,6 +35,8 @@ const CAUGHT_UP_MAX: usize = 2000;
 const EXPIRE_EVERY_MS: u64 = 60_000;
 /// Domains of bodies of which it is remembered what came of measuring them again.
 const CHECKED_MAX: usize = 4096;
+/// Nodes of which it is remembered that their records were not of this time.
+const DATED_MAX: usize = 256;
 /// Kinds of observations that wait to be written down; what was proven wrong does not wait.
 const UNSAVED_MAX: usize = 256;
 
@@ -72,6 +74,10 @@ pub(crate) struct Records {
     /// This node.
     own: NodeId,
     expired_ms: u64,
+    /// Of nodes whose newest record was refused for its date: how far that is ahead of this node's clock, in milliseconds.
+    dated: BTreeMap<NodeId, i64>,
+    /// Whether another node has signed something with this node's key.
+    pub(crate) key_is_elsewhere: bool,
     pub(crate) counts: Counts,
 }
 
@@ -81,6 +87,8 @@ pub(crate) struct Counts {
     pub(crate) taken: u64,
     pub(crate) ignored: u64,
     pub(crate) refused: u64,
+    /// Of those ignored, the ones that are not of this time.
+    pub(crate) misdated: u64,
     pub(crate) over_rate: u64,
     pub(crate) bytes_in: u64,
     pub(crate) bytes_out: u64,
@@ -109,6 +117,8 @@ impl SharedRecords {
             seen: BTreeMap::new(),
             own: dir.key()?.id(),
             expired_ms: 0,
+            dated: BTreeMap::new(),
+            key_is_elsewhere: false,
             counts: Counts::default(),
         };
         let now_ms = now_ms();
@@ -200,7 +210,7 @@ impl SharedRecords {
     /// Takes in what a peer holds, as it was asked. Says how many were new, or that the peer hands on forgeries.
     pub(crate) fn catch_up(&self, teller: NodeId, bytes: &[u8]) -> Result<usize, Refused> {
         let mut new = 0;
-        for (kind, envelope) in frames(bytes).into_iter().take(CAUGHT_UP_MAX) {
+        for (kind, envelope) in frames(bytes).0.into_iter().take(CAUGHT_UP_MAX) {
             // One by one: others want the records, too.
             match self.lock().open(now_ms(), kind, envelope, Checked::Told(teller)) {
                 Ok(()) => new += 1,
@@ -284,6 +294,9 @@ impl Records {
                 self.book.take_attestation(attestation, &|node| best(trust, now_ms, own, node))
             }),
             RecordKind::Node => self.verified::<NodeRecord>(now_ms, bytes, checked).and_then(|node| {
+                // This node signs its own newest: a newer one that comes from elsewhere was signed by another with the same key.
+                let newest = self.book.node(&own).map(|known| known.record().head.seq).filter(|_| node.node() == own);
+                self.key_is_elsewhere |= checked != Checked::Before && newest.is_some_and(|newest| newest < node.record().head.seq);
                 let trust = &self.trust;
                 self.book.take_node(node, &|node| best(trust, now_ms, own, node))
             }),
@@ -294,6 +307,12 @@ impl Records {
         {
             self.observe(now_ms, node, Facet::Profile, Outcome::WrongResult);
         }
+        if let Err(Refused::Times { node, issued_ms }) = taken {
+            self.counts.misdated += 1;
+            if node != own && (self.dated.len() < DATED_MAX || self.dated.contains_key(&node)) {
+                self.dated.insert(node, issued_ms.saturating_sub(now_ms).cast_signed() - now_ms.saturating_sub(issued_ms).cast_signed());
+            }
+        }
         match &taken {
             Ok(()) => self.counts.taken += 1,
             Err(refused) if refused.is_forgery() => self.counts.refused += 1,
@@ -302,9 +321,22 @@ impl Records {
         taken
     }
 
+    /// How far the clocks of others are ahead of this node's, in milliseconds, when most of those whose records come here say so: then it is this
+    /// one that is wrong.
+    pub(crate) fn clock_offset_ms(&self) -> Option<i64> {
+        let timely = self.book.nodes(now_ms()).filter(|node| node.node() != self.own && !self.dated.contains_key(&node.node())).count();
+        if self.dated.len() <= timely {
+            return None;
+        }
+        let mut offsets: Vec<_> = self.dated.values().copied().collect();
+        offsets.sort_unstable();
+        offsets.get(offsets.len() / 2).copied()
+    }
+
     fn verified<R: Record>(&mut self, now_ms: u64, bytes: Vec<u8>, checked: Checked) -> Result<Verified<R>, Refused> {
         let record = Verified::<R>::open(now_ms, bytes)?;
         let node = record.node();
+        self.dated.remove(&node);
         let stranger = !self.book.knows(&node) && best(&self.trust, now_ms, self.own, &node) <= score(0.0, 0.0);
         // After the signature: nobody can use up another's allowance.
         let within = match checked {
@@ -407,17 +439,32 @@ fn kind_of(envelope: &[u8]) -> RecordKind {
     }
 }
 
-/// Reads frames of records; stops where they end, or where they make no sense.
-pub(crate) fn frames(mut bytes: &[u8]) -> Vec<(RecordKind, Vec<u8>)> {
-    let mut frames = Vec::new();
-    while let Some((&[kind, a, b, c, d], rest)) = bytes.split_first_chunk() {
+/// Reads frames of records, and says how many bytes they have: it stops where they end, or where they make no sense.
+pub(crate) fn frames(bytes: &[u8]) -> (Vec<(RecordKind, Vec<u8>)>, usize) {
+    let (mut frames, mut left) = (Vec::new(), bytes);
+    while let Some((&[kind, a, b, c, d], rest)) = left.split_first_chunk() {
         let length = u32::from_le_bytes([a, b, c, d]) as usize;
         let Some((envelope, after)) = rest.split_at_checked(length) else { break };
         frames.extend(RecordKind::of(kind).map(|kind| (kind, envelope.to_vec())));
-        bytes = after;
+        left = after;
     }
-    frames
+    (frames, bytes.len() - left.len())
 }
+
+/// What a clock that differs from those of others means, for people.
+pub(crate) fn clock_text(offset_ms: i64) -> String {
+    let seconds = offset_ms.unsigned_abs() / 1000;
+    let length = match seconds {
+        0..=7199 => format!("{} minutes", seconds / 60),
+        7200..=172_799 => format!("{} hours", seconds / 3600),
+        _ => format!("{} days", seconds / 86_400),
+    };
+    let (others, own) = if offset_ms > 0 { ("ahead of", "slow") } else { ("behind", "fast") };
+    format!("what peers sign is dated {length} {others} this clock, and is not accepted: this clock is probably {own}")
+}
+
+/// What it means that another node runs with the same key, for people.
+pub(crate) const KEY_ELSEWHERE: &str = "another node runs with the same key: peers take the two for one, and each loses what is meant for the other; give one a data directory of its own";
 
 /// The peer that a user means: a key, or a peer id.
 pub(crate) fn parse_peer(text: &str) -> Result<NodeId, Failure> {
@@ -437,8 +484,9 @@ mod tests {
     #[test]
     fn frames_stop_where_they_make_no_sense() {
         let mut bytes = vec![1, 2, 0, 0, 0, 9, 9, 7, 1, 0, 0, 0, 5, 3, 0, 0, 0, 0];
-        assert_eq!(frames(&bytes), [(RecordKind::Profile, vec![9, 9]), (RecordKind::Node, vec![])]);
+        assert_eq!(frames(&bytes), (vec![(RecordKind::Profile, vec![9, 9]), (RecordKind::Node, vec![])], bytes.len()));
+        let whole = bytes.len();
         bytes.extend([1, 255, 255, 255, 255, 1]);
-        assert_eq!(frames(&bytes).len(), 2);
+        assert_eq!((frames(&bytes).0.len(), frames(&bytes).1), (2, whole));
     }
 }

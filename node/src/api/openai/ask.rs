@@ -1,6 +1,6 @@
 //! What a client asks of the OpenAI endpoints: every field checked, those that this node does not have refused by name.
 
-use inference::chat::Message;
+use inference::chat::{Message, Role};
 use inference::sampler::Sampling;
 use serde_json::{Value, json};
 
@@ -16,6 +16,10 @@ const STOPS_MAX: usize = 4;
 const STOP_CHARS_MAX: usize = 256;
 /// Tokens of an answer in `/v1/completions` unless told otherwise, as OpenAI has it.
 const COMPLETION_TOKENS: usize = 16;
+
+/// Members that a message of OpenAI's may have besides role and content. This node has none of what they are for, so they must be empty.
+const OF_MESSAGES: [&str; 10] =
+    ["name", "tool_calls", "tool_call_id", "function_call", "audio", "refusal", "annotations", "reasoning_details", "tool_name", "parsed"];
 
 /// Which of the two endpoints.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -122,7 +126,9 @@ impl Ask {
             error @ PromptError::TooLong { .. } => {
                 ApiError::invalid(error.into_failure().message).param(field).code("context_length_exceeded")
             }
-            // The template is the model's, but what it cannot take is the client's.
+            // The template is the model's, but what it does not take is the client's.
+            error @ PromptError::Refused(_) => ApiError::invalid(error.into_failure().message).param(field),
+            error @ PromptError::Template(_) => ApiError::server(error.into_failure().message).code("template_failed"),
             PromptError::Failed(failure) if matches!(failure.kind, Kind::Usage | Kind::Other) => {
                 ApiError::invalid(failure.message).param(field)
             }
@@ -158,9 +164,9 @@ fn messages(value: Value) -> Result<Vec<Message>, ApiError> {
 fn message(value: Value, path: &str) -> Result<Message, ApiError> {
     let mut fields = Fields::of(value, path)?;
     let role = match fields.text("role")?.as_deref() {
-        Some("system" | "developer") => "system",
-        Some("user") => "user",
-        Some("assistant") => "assistant",
+        Some("system" | "developer") => Role::System,
+        Some("user") => Role::User,
+        Some("assistant") => Role::Assistant,
         Some(other) => {
             let message = format!("{path}.role {other:?} is not supported; system, developer, user and assistant are");
             return Err(ApiError::invalid(message).code("unsupported_value").param(format!("{path}.role")));
@@ -176,10 +182,19 @@ fn message(value: Value, path: &str) -> Result<Message, ApiError> {
             .map(|(number, value)| part(value, &format!("{content_path}[{number}]")))
             .collect::<Result<_, _>>()?,
         Some(other) => return Err(wrong(&content_path, "a text or a list of parts", &other)),
+        // An answer that was nothing but calls, or nothing at all.
+        None if role == Role::Assistant => String::new(),
         None => return Err(ApiError::invalid(format!("{content_path} is missing")).param(content_path)),
     };
-    for name in ["name", "tool_calls", "tool_call_id", "function_call", "audio", "refusal"] {
-        fields.only(name, &[json!([])])?;
+    for name in OF_MESSAGES {
+        fields.take_empty(name);
+        fields.only(name, &[])?;
+    }
+    if role == Role::Assistant {
+        // What it thought is not a part of what it said; models are not shown it again.
+        for thought in ["reasoning_content", "reasoning"] {
+            let _ = fields.text(thought)?;
+        }
     }
     fields.none_left()?;
     Ok(Message { role, content })
@@ -253,6 +268,11 @@ fn refuse_unsupported(endpoint: Endpoint, fields: &mut Fields) -> Result<(), Api
     fields.only("presence_penalty", &[json!(0), json!(0.0)])?;
     fields.only("frequency_penalty", &[json!(0), json!(0.0)])?;
     fields.only("logit_bias", &[json!({})])?;
+    fields.only("service_tier", &[json!("auto"), json!("default")])?;
+    // These change nothing anywhere: what they are for does not exist here.
+    for ignored in ["safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "parallel_tool_calls"] {
+        let _ = fields.take(ignored);
+    }
     match endpoint {
         Endpoint::Chat => {
             fields.only("tools", &[json!([])])?;
@@ -262,13 +282,8 @@ fn refuse_unsupported(endpoint: Endpoint, fields: &mut Fields) -> Result<(), Api
             fields.only("response_format", &[json!({"type": "text"})])?;
             fields.only("modalities", &[json!(["text"])])?;
             fields.only("store", &[json!(false)])?;
-            fields.only("service_tier", &[json!("auto"), json!("default")])?;
             for refused in ["audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"] {
                 fields.only(refused, &[])?;
-            }
-            // These change nothing anywhere: what they are for does not exist here.
-            for ignored in ["safety_identifier", "prompt_cache_key", "prompt_cache_retention", "metadata", "parallel_tool_calls"] {
-                let _ = fields.take(ignored);
             }
         }
         Endpoint::Completions => {
@@ -319,7 +334,7 @@ mod tests {
                 "messages[0].content[0]",
                 "unsupported_value",
             ),
-            (json!({"messages": [{"role": "user", "content": "x", "name": "y"}]}), "messages[0].name", "unsupported_value"),
+            (json!({"messages": [{"role": "user", "content": "x", "name": "y"}]}), "messages[0].name", "unsupported_parameter"),
         ];
         for (more, param, code) in cases {
             let error = chat(&more).expect_err(&more.to_string());
@@ -338,6 +353,21 @@ mod tests {
         for case in cases.as_array().expect("a list") {
             assert_eq!(chat(case).expect_err(&case.to_string())["type"], "invalid_request_error", "{case}");
         }
+    }
+
+    #[test]
+    fn an_answer_may_come_back_with_every_member_that_it_may_have() {
+        let echoed = json!({"role": "assistant", "content": "b", "refusal": null, "annotations": [], "audio": null, "function_call": null, "name": "",
+            "tool_calls": [], "reasoning_content": "so", "reasoning": null, "whatever": null});
+        let empty = json!({"role": "assistant", "content": null, "tool_calls": null});
+        let user = json!({"role": "user", "content": "a"});
+        let ask =
+            chat(&json!({"messages": [user, echoed, empty, user], "thinking": null, "extra_body": null, "min_p": null})).expect("fine");
+        let What::Conversation(messages) = ask.what else { panic!("a conversation") };
+        assert_eq!(messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>(), ["a", "b", "", "a"]);
+        assert!(chat(&json!({"messages": [{"role": "user", "content": null}]})).is_err());
+        assert!(chat(&json!({"messages": [user, {"role": "assistant", "content": "b", "annotations": [{}]}]})).is_err());
+        assert!(chat(&json!({"stream": true, "stream_options": {"include_usage": true, "foo": null}})).is_ok());
     }
 
     #[test]
