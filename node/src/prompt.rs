@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use inference::chat::{ChatError, ChatTemplate, Message, Rendering};
+use inference::chat::{ChatError, ChatTemplate, Message, Rendering, Role};
 use inference::generate::GenerateRequest;
 use inference::sampler::Sampling;
 use inference::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
@@ -56,6 +56,13 @@ impl Chat {
             rendered.map_err(|error| broken = TemplateFault::of(error)).ok()
         });
         Self { template, next_turn: broken.map_or(Ok(next_turn), Err) }
+    }
+
+    /// Whether the template says nothing of what the system says, and takes such a conversation all the same.
+    pub(crate) fn leaves_out_system(&self) -> bool {
+        const RULE: &str = "\u{1}rule\u{1}";
+        let messages = [(Role::System, RULE), (Role::User, "hello")].map(|(role, content)| Message { role, content: content.to_owned() });
+        sandbox::render(&self.template, &messages, rendering(true, NEXT_TURN_BYTES_MAX)).is_ok_and(|text| !text.contains(RULE))
     }
 
     /// Why the template cannot be used, if that is so.

@@ -89,7 +89,12 @@ fn a_template_that_would_end_the_process_is_refused() {
 
 #[test]
 fn a_template_with_an_error_is_told_at_the_import_and_is_nobody_s_fault_but_the_model_s() {
-    let (node, dir) = (Node::new(), tempfile::tempdir().expect("a directory"));
+    let node = Node::new();
+    let silent = tempfile::tempdir().expect("a directory");
+    with_template(silent.path(), "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}");
+    let ended = import(&node, silent.path(), "s");
+    assert!(ended.code == Some(0) && ended.err.contains("leaves out system messages"), "{}", ended.err);
+    let dir = tempfile::tempdir().expect("a directory");
     with_template(dir.path(), "{% for m in messages %}\n{{ m.content }");
     let ended = import(&node, dir.path(), "m");
     assert!(ended.code == Some(0) && ended.err.contains("cannot be used: line 2"), "{}", ended.err);

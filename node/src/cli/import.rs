@@ -145,7 +145,12 @@ fn check_text(open: &OpenDataDir, checkpoint: &Checkpoint, unread: UnreadTokeniz
     let (bos_token, eos_token) = (checkpoint.bos_token.clone(), checkpoint.eos_token.clone());
     let chat = Chat::new(ChatTemplate { source: source.clone(), bos_token, eos_token });
     match chat.fault() {
-        None => Ok(()),
+        None => {
+            if chat.leaves_out_system() {
+                note("warning: the chat template leaves out system messages: they have no effect on this model");
+            }
+            Ok(())
+        }
         Some(fault @ TemplateFault::Fails(_)) => {
             note(&format!(
                 "warning: the chat template cannot be used: {fault}; there can be no conversation with this model, only text to go on with (--raw)"
