@@ -2,6 +2,7 @@
 #![expect(clippy::disallowed_methods, reason = "how long honest news takes beside a flood is told by a clock")]
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use futures::StreamExt;
@@ -209,26 +210,31 @@ fn a_flood_of_forgeries_costs_little_and_does_not_drown_honest_news() {
     assert!(refused < 20_000, "{refused} signatures were checked");
 }
 
-/// Two nodes with one key: whoever runs them is told.
+/// News that a node did not say, signed with its key: whoever runs it is told that the key is in use elsewhere.
 #[test]
 fn a_key_that_runs_twice_is_told() {
-    let (between, one, other) = (Node::new(), Node::new(), Node::new());
-    one.id(); // makes the key
-    fs::copy(one.path().join("key"), other.path().join("key")).expect("copied");
-    let middle = between.serve();
-    let api = format!("127.0.0.1:{}", free_port());
-    let serve = |node: &Node, api: &str| node.serve_with(&["--listen", "/ip4/127.0.0.1/tcp/0", "--peer", &middle.address, "--api", api]);
-    let _one = serve(&one, &api);
+    let node = Node::new();
+    let key = NodeKey::from_secret(&[9; 32]);
+    fs::write(node.path().join("key"), "09".repeat(32)).expect("written");
+    fs::set_permissions(node.path().join("key"), fs::Permissions::from_mode(0o600)).expect("only its owner reads it");
+    let (serving, api) = serve(&node);
     let is_told = || api_json(&api, "/api/node")["key_is_elsewhere"] == true;
     let began = Instant::now();
-    while api_json(&api, "/api/records")["nodes"].as_array().is_none_or(|nodes| nodes.len() < 2) {
-        assert!(began.elapsed() < Duration::from_secs(60), "the two know of each other");
+    while !knows(&api, &key) {
+        assert!(began.elapsed() < Duration::from_secs(30), "it speaks of itself");
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(!is_told());
-    let _other = serve(&other, &format!("127.0.0.1:{}", free_port()));
+    let runtime = runtime();
+    let say = runtime.block_on(gossiper(serving.address.clone()));
+    runtime.block_on(say.send((NODE_TOPIC, node_record(&key, 1)))).expect("said");
+    std::thread::sleep(Duration::from_millis(500));
+    assert!(!is_told(), "what is older may be its own");
+    runtime.block_on(say.send((NODE_TOPIC, node_record(&key, now_ms() + 1000)))).expect("said");
     while !is_told() {
-        assert!(began.elapsed() < Duration::from_secs(90), "it is told");
+        assert!(began.elapsed() < Duration::from_secs(60), "it is told");
         std::thread::sleep(Duration::from_millis(50));
     }
+    let told = node.run(&["doctor"]);
+    assert!(told.out.contains("another node runs with the same key"), "{}", told.out);
 }
