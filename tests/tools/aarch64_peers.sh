@@ -41,6 +41,8 @@ serve() {
 
 # ask NODE DATA: generates with the experts of the node at $address.
 ask() {
+    # A tokenizer is tried in a process of its own, and an emulated program cannot start itself: x86-64 has tried this one.
+    mkdir -p "$work/$2" && cp "$work/x86/tokenizers" "$work/$2/"
     "$1" --data-dir "$work/$2" run "$id" "fn main() {" "${words[@]}" --peer "$address" --allow-unsigned --execute-at any --audit 1 \
         --timeout 60 >"$work/$2.json" 2>"$work/$2.log" || { cat "$work/$2.log" >&2; exit 1; }
     [ "$(field "$work/$2.json" "['tokens']")" = "$(field "$work/alone" "['tokens']")" ] || { echo "$2: OTHER TOKENS" >&2; exit 1; }
