@@ -22,7 +22,7 @@ const PEERS: usize = 12;
 const BYTES_MORE_MAX: u64 = 96 << 20;
 /// Honest peers may take so many times as long, and so much more: the crowd shares their two cores.
 const TIMES_MAX: u32 = 2;
-const MORE_MAX: Duration = Duration::from_secs(20);
+const MORE_MAX: Duration = Duration::from_secs(8);
 
 /// Hostile peers that got a connection.
 static LET_IN: AtomicUsize = AtomicUsize::new(0);

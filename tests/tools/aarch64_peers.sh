@@ -14,6 +14,7 @@ work=$(mktemp -d)
 servers=()
 cleanup() {
     for pid in "${servers[@]}"; do kill "$pid" 2>/dev/null || true; done
+    wait # a node says goodbye before it ends
     rm -rf "$work"
 }
 trap cleanup EXIT

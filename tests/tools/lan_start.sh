@@ -9,6 +9,7 @@ n=cflan$$
 pids=()
 cleanup() {
     for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+    wait # a node says goodbye before it ends
     for name in hub a b c; do ip netns del "$n$name" 2>/dev/null || true; done
     rm -rf "$work"
 }

@@ -12,6 +12,7 @@ n=cfnat$$
 pids=()
 cleanup() {
     for pid in "${pids[@]}"; do kill "$pid" 2>/dev/null || true; done
+    wait # a node says goodbye before it ends
     for name in pub nata natb a b; do ip netns del "$n$name" 2>/dev/null || true; done
     rm -rf "$work"
 }

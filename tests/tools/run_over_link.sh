@@ -4,7 +4,7 @@ set -euo pipefail
 root=$(cd "$(dirname "$0")/../.." && pwd)
 binary=$root/target/release/confrere
 work=$(mktemp -d)
-trap '[ -z "${server:-}" ] || kill "$server" 2>/dev/null || true; rm -rf "$work"' EXIT
+trap '[ -z "${server:-}" ] || kill "$server" 2>/dev/null || true; wait; rm -rf "$work"' EXIT
 "$binary" --data-dir "$work/a" --quiet import "$root/models/confrere-18m" --name shipped
 ip netns exec m0 "$binary" --data-dir "$work/a" serve --listen /ip4/10.88.0.1/tcp/4747 >"$work/out" 2>/dev/null &
 server=$!

@@ -3,7 +3,7 @@
 //! A few peers at a time are sent groups, in turns of so many bytes; each has its own queue, the urgent first. What a peer does
 //! not read stops only that peer. A blob is opened, and so verified, before anything of it is sent.
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use super::Urgency;
 use super::upload_events::{Action, Event, Sent};
@@ -42,7 +42,11 @@ const RETRY_MS: u32 = 1000;
 pub struct Uploads<P> {
     peers: BTreeMap<P, Peer>,
     blobs: HashMap<ContentHash, Blob>,
-    to_open: VecDeque<ContentHash>,
+    /// Every blob of which something is in a queue. It is in `blobs` or in `to_open`.
+    asked: HashMap<ContentHash, Asked<P>>,
+    /// Blobs to open, in the order of asking.
+    to_open: BTreeMap<u64, ContentHash>,
+    next_place: u64,
     slots: Vec<Slot<P>>,
     waiting: VecDeque<P>, // peers with something to send and no slot
     bucket: Option<Bucket>,
@@ -50,9 +54,20 @@ pub struct Uploads<P> {
     actions: Vec<Action<P>>,
 }
 
+/// A place in a peer's queue: the urgent first, then by the request's id.
+type QueueKey = (Urgency, u32);
+
+/// Who asks for something of a blob, and where in their queues it is.
+#[derive(Debug)]
+struct Asked<P> {
+    by: BTreeMap<P, BTreeSet<QueueKey>>,
+    /// Where it is in `to_open`.
+    place: Option<u64>,
+}
+
 #[derive(Debug)]
 struct Peer {
-    queue: BTreeMap<(Urgency, u32), Wish>,
+    queue: BTreeMap<QueueKey, Wish>,
     follows: BTreeMap<u32, ModelId>,
     sending_bytes: u64,
     taken_bytes: u64,
@@ -108,8 +123,9 @@ impl<P: Copy + Ord> Uploads<P> {
     /// Nobody there; at most `bytes_per_second_max` go out, if that is given.
     pub fn new(bytes_per_second_max: Option<u64>) -> Self {
         let bucket = bytes_per_second_max.map(|rate| Bucket { bytes_per_second: rate.max(1), bytes: 0, filled_ms: 0 });
-        let (slots, waiting, to_open) = (Vec::new(), VecDeque::new(), VecDeque::new());
-        Self { peers: BTreeMap::new(), blobs: HashMap::new(), to_open, slots, waiting, bucket, uses: 0, actions: Vec::new() }
+        let (blobs, asked, to_open) = (HashMap::new(), HashMap::new(), BTreeMap::new());
+        let (slots, waiting, actions) = (Vec::new(), VecDeque::new(), Vec::new());
+        Self { peers: BTreeMap::new(), blobs, asked, to_open, next_place: 0, slots, waiting, bucket, uses: 0, actions }
     }
 
     /// Takes an event in and says what to do.
@@ -143,8 +159,60 @@ impl<P: Copy + Ord> Uploads<P> {
         self.peers.values().map(|state| state.queue.len()).sum()
     }
 
+    /// Puts a wish into a peer's queue; one of the same id and urgency makes room.
+    fn enqueue(&mut self, peer: P, key: QueueKey, wish: Wish) {
+        self.dequeue(peer, key);
+        let Some(state) = self.peers.get_mut(&peer) else { return };
+        state.queue.insert(key, wish);
+        let asked = self.asked.entry(wish.hash).or_insert_with(|| Asked { by: BTreeMap::new(), place: None });
+        let is_new = asked.by.is_empty();
+        asked.by.entry(peer).or_default().insert(key);
+        if is_new && !self.blobs.contains_key(&wish.hash) {
+            self.open_later(wish.hash);
+        }
+    }
+
+    fn dequeue(&mut self, peer: P, key: QueueKey) {
+        if let Some(wish) = self.peers.get_mut(&peer).and_then(|state| state.queue.remove(&key)) {
+            self.forget_asked(peer, key, wish.hash);
+        }
+    }
+
+    /// Takes out of `asked` what is no longer in a peer's queue.
+    fn forget_asked(&mut self, peer: P, key: QueueKey, hash: ContentHash) {
+        let Some(asked) = self.asked.get_mut(&hash) else { return };
+        if let Some(keys) = asked.by.get_mut(&peer) {
+            keys.remove(&key);
+            if keys.is_empty() {
+                asked.by.remove(&peer);
+            }
+        }
+        if asked.by.is_empty() {
+            if let Some(place) = asked.place {
+                self.to_open.remove(&place);
+            }
+            self.asked.remove(&hash);
+        }
+    }
+
+    /// Puts a blob that is asked for at the end of those to open.
+    fn open_later(&mut self, hash: ContentHash) {
+        let Some(asked) = self.asked.get_mut(&hash) else { return };
+        asked.place = Some(self.next_place);
+        self.to_open.insert(self.next_place, hash);
+        self.next_place += 1;
+    }
+
+    /// Whether somebody asks for something of a blob who takes what is sent.
+    fn is_wanted(&self, now_ms: u64, hash: &ContentHash) -> bool {
+        let is_awake = |peer: &P| self.peers.get(peer).is_some_and(|state| !state.is_stuck(now_ms));
+        self.asked.get(hash).is_some_and(|asked| asked.by.keys().any(is_awake))
+    }
+
     fn remove_peer(&mut self, peer: P) {
-        self.peers.remove(&peer);
+        if let Some(state) = self.peers.remove(&peer) {
+            state.queue.into_iter().for_each(|(key, wish)| self.forget_asked(peer, key, wish.hash));
+        }
         self.slots.retain(|slot| slot.peer != peer);
         self.waiting.retain(|waiting| *waiting != peer);
     }
@@ -164,7 +232,10 @@ impl<P: Copy + Ord> Uploads<P> {
                 };
                 return self.actions.push(Action::Send { peer, what });
             }
-            ToProvider::Cancel { id } => return state.queue.retain(|(_, queued), _| *queued != id),
+            ToProvider::Cancel { id } => {
+                let cancelled: Vec<_> = state.queue.keys().filter(|(_, queued)| *queued == id).copied().collect();
+                return cancelled.into_iter().for_each(|key| self.dequeue(peer, key));
+            }
             // A list is short, and nothing can be verified without it.
             ToProvider::Hashes { id, blob } => (id, Urgency::Now, Wish { hash: blob, part: Part::Hashes }),
             ToProvider::Group { id, urgency, blob, group } => (id, urgency, Wish { hash: blob, part: Part::Group(group) }),
@@ -172,21 +243,19 @@ impl<P: Copy + Ord> Uploads<P> {
         if state.queue.len() >= REQUESTS_MAX as usize {
             return self.actions.push(Action::Send { peer, what: Sent::Busy { id, retry_ms: RETRY_MS } });
         }
-        state.queue.insert((urgency, id), wish);
+        self.enqueue(peer, (urgency, id), wish);
         if let Some(Blob::Open { length, .. }) = self.blobs.get(&wish.hash).copied() {
-            return self.check_wishes(peer, wish.hash, length);
-        }
-        if !self.blobs.contains_key(&wish.hash) && !self.to_open.contains(&wish.hash) {
-            self.to_open.push_back(wish.hash);
+            self.check_wishes(peer, wish.hash, length);
         }
     }
 
     /// Refuses groups that a blob does not have, and takes the peer's turn on.
     fn check_wishes(&mut self, peer: P, hash: ContentHash, length: u64) {
-        let Some(state) = self.peers.get_mut(&peer) else { return };
+        let Some(keys) = self.asked.get(&hash).and_then(|asked| asked.by.get(&peer)) else { return };
+        let Some(state) = self.peers.get(&peer) else { return };
         let count = group_count(length).unwrap_or(0);
-        let beyond = |wish: &Wish| wish.hash == hash && matches!(wish.part, Part::Group(group) if group >= count);
-        if state.queue.values().any(beyond) {
+        let is_beyond = |key| matches!(state.queue.get(key), Some(Wish { part: Part::Group(group), .. }) if *group >= count);
+        if keys.iter().any(is_beyond) {
             self.remove_peer(peer);
             return self.actions.push(Action::HangUp { peer, why: "it asked for a group that the blob does not have" });
         }
@@ -202,28 +271,26 @@ impl<P: Copy + Ord> Uploads<P> {
         if opening >= OPENING_MAX || self.to_open.is_empty() {
             return;
         }
-        let (stuck, awake): (Vec<_>, Vec<_>) = self.peers.values().partition(|state| state.is_stuck(now_ms));
-        let asked_by = |peers: &[&Peer]| peers.iter().flat_map(|state| state.queue.values()).map(|wish| wish.hash).collect::<HashSet<_>>();
-        let (wanted, patient) = (asked_by(&awake), asked_by(&stuck));
-        self.to_open.retain(|hash| wanted.contains(hash) || patient.contains(hash)); // others were taken back meanwhile
         while opening < OPENING_MAX {
-            let first = self.to_open.iter().find(|hash| wanted.contains(hash)).or(self.to_open.front());
+            let first = self.to_open.values().find(|hash| self.is_wanted(now_ms, hash)).or(self.to_open.values().next());
             let Some(&hash) = first else { return };
             if self.blobs.len() >= OPEN_BLOBS_MAX {
                 let open = self.blobs.iter().filter_map(|(hash, blob)| match blob {
-                    Blob::Open { used, .. } if !wanted.contains(hash) => Some((patient.contains(hash), *used, *hash)),
+                    Blob::Open { used, .. } if !self.is_wanted(now_ms, hash) => Some((self.asked.contains_key(hash), *used, *hash)),
                     _ => None,
                 });
-                let Some((later, _, oldest)) = open.min().filter(|(later, ..)| !later || wanted.contains(&hash)) else {
+                let Some((later, _, oldest)) = open.min().filter(|(later, ..)| !later || self.is_wanted(now_ms, &hash)) else {
                     return; // until one of those is sent
                 };
                 self.blobs.remove(&oldest);
                 self.actions.push(Action::Shut { hash: oldest });
                 if later {
-                    self.to_open.push_back(oldest);
+                    self.open_later(oldest);
                 }
             }
-            self.to_open.retain(|other| *other != hash);
+            if let Some(place) = self.asked.get_mut(&hash).and_then(|asked| asked.place.take()) {
+                self.to_open.remove(&place);
+            }
             self.blobs.insert(hash, Blob::Opening);
             self.actions.push(Action::Open { hash });
             opening += 1;
@@ -231,25 +298,20 @@ impl<P: Copy + Ord> Uploads<P> {
     }
 
     fn opened(&mut self, hash: ContentHash, length: Option<u64>) {
-        let peers: Vec<_> = self.peers.keys().copied().collect();
         let Some(length) = length.filter(|&length| group_count(length).is_some()) else {
             self.blobs.remove(&hash);
-            for peer in peers {
-                let Some(state) = self.peers.get_mut(&peer) else { continue };
-                let refused: Vec<_> = state.queue.iter().filter(|(_, wish)| wish.hash == hash).map(|(key, _)| *key).collect();
-                for key in refused {
-                    state.queue.remove(&key);
-                    self.actions.push(Action::Send { peer, what: Sent::NotHave { id: key.1 } });
-                }
+            let by = self.asked.get(&hash).map(|asked| asked.by.clone()).unwrap_or_default();
+            for (peer, key) in by.into_iter().flat_map(|(peer, keys)| keys.into_iter().map(move |key| (peer, key))) {
+                self.dequeue(peer, key);
+                self.actions.push(Action::Send { peer, what: Sent::NotHave { id: key.1 } });
             }
             return;
         };
         self.uses += 1;
         self.blobs.insert(hash, Blob::Open { length, used: self.uses });
+        let peers: Vec<_> = self.asked.get(&hash).into_iter().flat_map(|asked| asked.by.keys().copied()).collect();
         for peer in peers {
-            if self.peers.get(&peer).is_some_and(|state| state.queue.values().any(|wish| wish.hash == hash)) {
-                self.check_wishes(peer, hash, length);
-            }
+            self.check_wishes(peer, hash, length);
         }
     }
 
@@ -347,11 +409,11 @@ impl<P: Copy + Ord> Uploads<P> {
         if self.bucket.as_mut().is_some_and(|bucket| !bucket.take(length)) {
             return false;
         }
-        state.queue.remove(&key);
         if state.sending_bytes == 0 {
             state.took_ms = now_ms;
         }
         state.sending_bytes += length;
+        self.dequeue(peer, key);
         self.uses += 1;
         self.blobs.insert(wish.hash, Blob::Open { length: blob_length, used: self.uses });
         if let Some(slot) = self.slots.iter_mut().find(|slot| slot.peer == peer) {
@@ -368,7 +430,7 @@ impl<P: Copy + Ord> Uploads<P> {
 }
 
 /// The first thing in a peer's queue whose blob is open, with the blob's length.
-fn next_wish(state: &Peer, blobs: &HashMap<ContentHash, Blob>) -> Option<((Urgency, u32), Wish, u64)> {
+fn next_wish(state: &Peer, blobs: &HashMap<ContentHash, Blob>) -> Option<(QueueKey, Wish, u64)> {
     state.queue.iter().find_map(|(key, wish)| match blobs.get(&wish.hash)? {
         Blob::Opening => None,
         Blob::Open { length, .. } => Some((*key, *wish, *length)),

@@ -30,6 +30,30 @@ fn groups(actions: &[Action<Peer>], to: Peer) -> u64 {
 }
 
 #[test]
+fn what_is_taken_back_leaves_nothing() {
+    let mut uploads = Uploads::new(None);
+    (0..3).for_each(|peer| drop(uploads.handle(0, Event::PeerUp { peer })));
+    for round in 0..200u32 {
+        let (peer, blob) = ((round % 3) as u8, (round % 50) as u8);
+        // The second takes the place of the first, and is another blob's.
+        uploads.handle(0, Event::Received { peer, message: group(round, blob, 0) });
+        uploads.handle(0, Event::Received { peer, message: group(round, blob + 1, 0) });
+        for (hash, asked) in &uploads.asked {
+            let place = asked.place.map(|place| uploads.to_open[&place]);
+            assert!(place == Some(*hash) || place.is_none() && uploads.blobs.contains_key(hash), "it is opened, or waits for that");
+        }
+        let placed = uploads.asked.values().filter(|asked| asked.place.is_some()).count();
+        assert_eq!(uploads.to_open.len(), placed, "each waits once");
+        if round % 2 == 0 {
+            uploads.handle(0, Event::Received { peer, message: ToProvider::Cancel { id: round } });
+        }
+    }
+    assert_eq!(uploads.open_requests(), 100);
+    (0..3).for_each(|peer| drop(uploads.handle(0, Event::PeerDown { peer })));
+    assert!(uploads.asked.is_empty() && uploads.to_open.is_empty());
+}
+
+#[test]
 fn one_peer_has_1024_requests_and_no_more() {
     let mut uploads = Uploads::new(None);
     uploads.handle(0, Event::PeerUp { peer: 1 });
