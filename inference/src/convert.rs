@@ -3,9 +3,9 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use half::{bf16, f16};
+use protocol::decoder::TensorSpec;
 use protocol::expert_blob::{ExpertShape, HEADER_BYTES};
-use protocol::manifest::TrunkTensor;
-use protocol::model_config::TensorSpec;
+use protocol::manifest::{PackedBlob, Part, TrunkTensor};
 use protocol::{BlobRef, ModelManifest, Precision};
 use rayon::prelude::*;
 
@@ -57,8 +57,9 @@ pub fn requantize<E: Send>(
     read: &(dyn Fn(BlobRef) -> Result<Vec<u8>, E> + Sync),
     sink: &dyn BlobSink,
 ) -> Result<ModelManifest, RequantizeError<E>> {
-    let packed = manifest.trunk.iter().map(|tensor| tensor.precision).chain([manifest.expert_precision]).find(|p| p.is_packed());
-    if let Some(precision) = packed {
+    let tensors = manifest.parts.iter().flat_map(|part| &part.trunk).map(|tensor| tensor.precision);
+    let experts = manifest.parts.iter().flat_map(|part| &part.experts).map(|expert| expert.precision);
+    if let Some(precision) = tensors.chain(experts).find(|precision| precision.is_packed()) {
         return Err(RequantizeError::Packed(precision));
     }
     let done = AtomicU64::new(0);
@@ -67,30 +68,35 @@ pub fn requantize<E: Send>(
         let so_far = done.fetch_add(source.length, Ordering::Relaxed) + source.length;
         if sink.progress(so_far) { Ok(blob) } else { Err(RequantizeError::Import(ImportError::Interrupted)) }
     };
-    let specs = manifest.config.trunk_tensors();
-    let tensors: Vec<_> = manifest.trunk.iter().zip(&specs).collect();
-    let trunk = tensors.into_par_iter().map(|(tensor, spec)| {
-        let to = target.of_tensor(spec, tensor.precision);
-        if to == tensor.precision {
-            return Ok(tensor.clone());
-        }
-        let bytes = read(tensor.blob).map_err(|error| RequantizeError::Read(tensor.name.clone(), error))?;
-        let blob = put(tensor.blob, &convert_matrix(&bytes, tensor.precision, to, spec.sides()))?;
-        Ok(TrunkTensor { name: tensor.name.clone(), precision: to, blob })
-    });
-    let trunk: Vec<_> = trunk.collect::<Result<_, RequantizeError<E>>>()?;
-    let expert_precision = target.experts.unwrap_or(manifest.expert_precision);
-    let (from, to) = (manifest.config.expert_shape(manifest.expert_precision), manifest.config.expert_shape(expert_precision));
-    let slots: Vec<_> = manifest.config.expert_slots().zip(&manifest.experts).collect();
-    let experts = slots.into_par_iter().map(|(slot, &blob)| {
-        if from == to {
-            return Ok(blob);
-        }
-        let bytes = read(blob).map_err(|error| RequantizeError::Read(slot.to_string(), error))?;
-        put(blob, &convert_expert(from.planes().map(|plane| (&bytes[plane], from.precision)), to))
-    });
-    let experts = experts.collect::<Result<_, RequantizeError<E>>>()?;
-    let made = ModelManifest { trunk, expert_precision, experts, ..manifest.clone() };
+    let convert = |part: &Part| {
+        let specs = part.decoder().tensors();
+        let tensors: Vec<_> = part.trunk.iter().zip(&specs).collect();
+        let trunk = tensors.into_par_iter().map(|(tensor, spec)| {
+            let to = target.of_tensor(spec, tensor.precision);
+            if to == tensor.precision {
+                return Ok(tensor.clone());
+            }
+            let bytes = read(tensor.blob).map_err(|error| RequantizeError::Read(tensor.role.to_string(), error))?;
+            let blob = put(tensor.blob, &convert_matrix(&bytes, tensor.precision, to, spec.sides()))?;
+            Ok(TrunkTensor { precision: to, blob, ..tensor.clone() })
+        });
+        let trunk = trunk.collect::<Result<_, RequantizeError<E>>>()?;
+        let slots: Vec<_> = part.slots().zip(&part.experts).collect();
+        let experts = slots.into_par_iter().map(|(slot, expert)| {
+            let precision = target.experts.unwrap_or(expert.precision);
+            if precision == expert.precision {
+                return Ok(*expert);
+            }
+            let (from, to) = (part.expert_shape(expert.precision), part.expert_shape(precision));
+            let bytes = read(expert.blob).map_err(|error| RequantizeError::Read(slot.to_string(), error))?;
+            let blob = put(expert.blob, &convert_expert(from.planes().map(|plane| (&bytes[plane], from.precision)), to))?;
+            Ok(PackedBlob { precision, blob })
+        });
+        let experts = experts.collect::<Result<_, RequantizeError<E>>>()?;
+        Ok::<_, RequantizeError<E>>(Part { kind: part.kind, config: part.config.clone(), trunk, experts })
+    };
+    let parts = manifest.parts.iter().map(convert).collect::<Result<_, _>>()?;
+    let made = ModelManifest { parts, ..manifest.clone() };
     if made == *manifest {
         return Err(RequantizeError::Same);
     }

@@ -1,29 +1,30 @@
-//! Tokens in, logits out: a model, its experts, its threads, and the memory that a forward pass works in.
+//! Tokens or rows in, logits or rows out: a model, its experts, and the memory that a pass through its layers works in.
 //!
-//! All buffers are made once. A pass takes in tokens of one or of several sequences; none changes a bit of another's results.
+//! All buffers are made once. A pass takes in rows of one or of several sequences; none changes a bit of another's results.
 
-use protocol::manifest::TrunkTensor;
-use protocol::{ExpertSlot, ModelConfig, ModelManifest};
+use std::ops::Range;
+
+use protocol::{Decoder, ExpertSlot, ModelManifest, PartKind};
 
 use crate::activation_log::ActivationLog;
-use crate::attention::{self, Heads, norm_and_rotate};
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
-use crate::kv_cache::{KvCache, KvPrecision};
-use crate::model::{LayerWeights, Model};
-use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Places, Watch, feed_forward, foresee};
+use crate::machine::Machine;
+use crate::mixer::gqa::{GqaSizes, GqaWork};
+use crate::mixer::kv_cache::KvCache;
+pub use crate::mixer::kv_cache::KvPrecision;
+pub use crate::mixer::rope::Position;
+use crate::mixer::{MixerInput, Share};
+use crate::model::{MixerWeights, Model, expert_forms};
+use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Places, Watch, feed_forward, predict};
 use crate::pool::Pool;
-use crate::rope::{Position, Rotation};
 use crate::session::Session;
 
 /// Tokens that go through the layers together at most, unless memory is short: changes no bit.
 pub const BATCH_TOKENS: usize = 512;
-/// Tokens whose logits are computed together.
+/// Rows whose logits are computed together.
 pub const LOGITS_TOKENS: usize = 16;
-
-/// Tokens whose queries and keys a thread turns by their positions at a time.
-const TURNED: usize = 16;
 
 /// How an engine works; nothing here changes a result, but for the precision of keys and values.
 #[derive(Clone, Copy, Debug)]
@@ -48,9 +49,9 @@ impl EngineOptions {
         Self {
             threads: std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
             kernels: Kernels::best(),
-            kv: if manifest.expert_precision.is_packed() { KvPrecision::F16 } else { KvPrecision::F32 },
+            kv: if manifest.usual_precision().is_packed() { KvPrecision::F16 } else { KvPrecision::F32 },
             batch_tokens: BATCH_TOKENS,
-            context: manifest.config.max_position_embeddings as usize,
+            context: manifest.decoder().context as usize,
             kv_tokens: 0,
         }
     }
@@ -59,9 +60,9 @@ impl EngineOptions {
 /// A model ready to run.
 #[derive(Debug)]
 pub struct Engine {
+    machine: Machine,
     model: Model,
     experts: Experts,
-    pool: Pool,
     options: EngineOptions,
     work: Work,
     /// Where routing is noted down, if it is.
@@ -70,27 +71,47 @@ pub struct Engine {
     pub left_out: Vec<ExpertSlot>,
 }
 
-/// Some tokens of one sequence.
+/// What a sequence goes on with.
 #[derive(Debug)]
-pub struct Sequence<'a> {
+pub struct Piece<'a> {
     /// What came before.
     pub session: &'a mut Session,
     /// What comes now.
-    pub tokens: &'a [u32],
+    pub input: Input<'a>,
+    /// Where each row stands, if not one after the other as text does.
+    pub positions: Option<&'a [Position]>,
 }
 
-/// A sequence's share of a pass.
-#[derive(Debug)]
-pub(crate) struct Part<'a> {
-    pub(crate) session: &'a mut Session,
-    pub(crate) tokens: &'a [u32],
-    /// Its first row in the batch.
-    pub(crate) first: usize,
-    /// Tokens taken in before.
-    pub(crate) past: usize,
+/// Rows of a piece.
+#[derive(Clone, Copy, Debug)]
+pub enum Input<'a> {
+    /// A row for each token: its embedding.
+    Tokens(&'a [u32]),
+    /// Rows made elsewhere, (rows, hidden_size): embeddings of a picture or a sound, or what earlier layers made of some.
+    Rows(&'a [f32]),
 }
 
-/// Why tokens could not be taken in. The sessions are as they were before.
+impl<'a> Piece<'a> {
+    /// Tokens of a text.
+    pub fn tokens(session: &'a mut Session, tokens: &'a [u32]) -> Self {
+        Self { session, input: Input::Tokens(tokens), positions: None }
+    }
+}
+
+/// What a pass is for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Want {
+    /// Keys and values alone.
+    Nothing,
+    /// Hidden states after the last layer of the span: [`Engine::row`].
+    Rows,
+    /// Logits after the last row of each piece, at most [`LOGITS_TOKENS`] pieces: [`Engine::logits`] by piece.
+    Last,
+    /// Logits after each row of all pieces: [`Engine::logits_of`] by row.
+    All,
+}
+
+/// Why rows could not be taken in. The sessions are as they were before.
 #[derive(Debug, thiserror::Error)]
 pub enum ForwardError {
     /// A token that the model does not have.
@@ -109,18 +130,22 @@ pub enum ForwardError {
         /// The most there may be.
         context: usize,
     },
+    /// Pieces, rows, positions or layers that do not fit each other or the engine.
+    #[error("a pass cannot be: {0}")]
+    Shape(&'static str),
     /// An expert was not to be had.
     #[error(transparent)]
     Experts(#[from] ExpertsError),
 }
 
 impl Engine {
-    /// Puts together a model and its experts.
-    pub fn new(model: Model, experts: Experts, options: EngineOptions) -> Self {
-        let options = EngineOptions { batch_tokens: options.batch_tokens.clamp(1, options.context.max(1)), ..options };
-        let pool = Pool::new(options.threads);
-        let work = Work::new(&WorkSizes::new(&model.manifest, &options, pool.threads()));
-        Self { model, experts, pool, options, work, log: None, left_out: Vec::new() }
+    /// Puts together a model and its experts, to run on `machine`, whose threads and kernels count.
+    pub fn new(machine: &Machine, model: Model, experts: Experts, options: EngineOptions) -> Self {
+        let (threads, kernels) = (machine.threads(), machine.kernels());
+        let batch_tokens = options.batch_tokens.clamp(1, options.context.max(1));
+        let options = EngineOptions { threads, kernels, batch_tokens, ..options };
+        let work = Work::new(model.decoder(), &WorkSizes::new(&model.manifest, model.part, &options));
+        Self { machine: machine.clone(), model, experts, options, work, log: None, left_out: Vec::new() }
     }
 
     /// The model.
@@ -138,21 +163,24 @@ impl Engine {
         &self.options
     }
 
-    /// Bytes that trunk, experts in memory and working memory take; sequences have their own.
-    pub fn bytes(&self) -> u64 {
-        let trunk: u64 = self.model.manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
-        let work = WorkSizes::new(&self.model.manifest, &self.options, self.pool.threads()).bytes();
-        trunk + work + self.experts.bytes()
+    /// The machine that it runs on.
+    pub fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// Bytes of working memory.
+    pub fn work_bytes(&self) -> u64 {
+        WorkSizes::new(&self.model.manifest, self.model.part, &self.options).bytes()
     }
 
     /// An empty sequence.
     pub fn session(&self) -> Session {
-        Session::new(&self.model, self.options.kv)
+        Session::new(self.model.decoder(), self.options.kv)
     }
 
     /// Bytes that the keys and values of a sequence of `tokens` tokens take.
     pub fn session_bytes(&self, tokens: usize) -> u64 {
-        KvCache::bytes(&self.model.config, self.options.kv, tokens)
+        KvCache::bytes(self.model.decoder(), self.options.kv, tokens)
     }
 
     /// Longest sequence, prompt and answer together, in tokens.
@@ -160,56 +188,97 @@ impl Engine {
         self.options.context.min(self.model.context())
     }
 
-    /// Takes in `tokens`; returns the logits after the last, (vocab_size).
+    /// Rows of a pass at most.
+    pub fn rows_max(&self) -> usize {
+        self.options.batch_tokens
+    }
+
+    /// All layers.
+    pub fn all_layers(&self) -> Range<u32> {
+        0..self.model.decoder().layers()
+    }
+
+    /// Takes in `tokens`, pass by pass; returns the logits after the last, (vocab_size).
     pub fn forward(&mut self, session: &mut Session, tokens: &[u32]) -> Result<&mut [f32], ForwardError> {
-        self.check(session, tokens)?;
-        let start = session.tokens();
-        for tokens in tokens.chunks(self.options.batch_tokens) {
-            self.pass(&mut [Sequence { session, tokens }]).inspect_err(|_| session.rewind(start))?;
-        }
-        let last = self.work.x.tokens() - 1;
-        self.head(last, 1);
+        self.in_passes(session, tokens, Want::Last, |_, _, _| Ok::<_, ForwardError>(()))?;
         Ok(self.logits(0))
     }
 
-    /// Takes in `tokens`; `each` is told the place of each among them and the logits after it.
+    /// Takes in `tokens`, pass by pass; `each` is told the place of each among them and the logits after it.
     pub fn forward_each<E: From<ForwardError>>(
         &mut self,
         session: &mut Session,
         tokens: &[u32],
         mut each: impl FnMut(usize, &mut [f32]) -> Result<(), E>,
     ) -> Result<(), E> {
-        self.check(session, tokens)?;
-        let start = session.tokens();
-        let mut place = 0;
-        for tokens in tokens.chunks(self.options.batch_tokens) {
-            self.pass(&mut [Sequence { session, tokens }]).inspect_err(|_| session.rewind(start))?;
-            for first in (0..tokens.len()).step_by(LOGITS_TOKENS) {
-                let count = LOGITS_TOKENS.min(tokens.len() - first);
-                self.head(first, count);
-                for i in 0..count {
-                    each(place, self.logits(i))?;
-                    place += 1;
-                }
+        self.in_passes(session, tokens, Want::All, |engine, first, count| {
+            (0..count).try_for_each(|row| each(first + row, engine.logits_of(row)))
+        })
+    }
+
+    /// Takes in `tokens`, pass by pass; `after` each, it is told the place of the pass's first row and how many there are. When a pass fails, the
+    /// session is as it was before all of them.
+    fn in_passes<E: From<ForwardError>>(
+        &mut self,
+        session: &mut Session,
+        tokens: &[u32],
+        want: Want,
+        mut after: impl FnMut(&mut Self, usize, usize) -> Result<(), E>,
+    ) -> Result<(), E> {
+        // All of them before the first: what would fail at the end must not begin.
+        self.check(&Piece::tokens(session, tokens))?;
+        let (start, layers) = (session.tokens(), self.all_layers());
+        let mut first = 0;
+        for piece in tokens.chunks(self.options.batch_tokens) {
+            let is_last = first + piece.len() == tokens.len();
+            let want = if want == Want::Last && !is_last { Want::Nothing } else { want };
+            if let Err(error) = self.pass(&mut [Piece::tokens(session, piece)], layers.clone(), want) {
+                session.rewind(start);
+                return Err(error.into());
             }
+            after(self, first, piece.len())?;
+            first += piece.len();
         }
         Ok(())
     }
 
-    /// Takes in one token of each sequence, at most [`LOGITS_TOKENS`] sequences; [`logits`](Self::logits) has what follows each.
-    pub fn decode(&mut self, sequences: &mut [Sequence<'_>]) -> Result<(), ForwardError> {
-        for sequence in &*sequences {
-            self.check(sequence.session, sequence.tokens)?;
+    /// Takes the rows of all pieces through the layers of `span`, at most [`rows_max`](Self::rows_max) of them. Tokens enter at the first
+    /// layer; logits come of the last.
+    pub fn pass(&mut self, pieces: &mut [Piece<'_>], span: Range<u32>, want: Want) -> Result<(), ForwardError> {
+        let layers = self.all_layers();
+        let rows: usize = pieces.iter().map(|piece| self.rows_of(&piece.input)).sum();
+        if span.is_empty() || span.end > layers.end {
+            return Err(ForwardError::Shape("its span names layers that are not there"));
         }
-        assert!(sequences.len() <= LOGITS_TOKENS && sequences.iter().all(|s| s.tokens.len() == 1), "one token of each of a few sequences");
-        self.pass(sequences)?;
-        self.head(0, sequences.len());
+        if rows > self.options.batch_tokens {
+            return Err(ForwardError::Shape("more rows than the engine has memory for"));
+        }
+        if span.start > 0 && pieces.iter().any(|piece| matches!(piece.input, Input::Tokens(_))) {
+            return Err(ForwardError::Shape("tokens enter at the first layer"));
+        }
+        if span.end < layers.end && matches!(want, Want::Last | Want::All) || want == Want::Last && pieces.len() > LOGITS_TOKENS {
+            return Err(ForwardError::Shape("logits come of the last layer, for a few pieces at a time"));
+        }
+        for piece in &*pieces {
+            self.check(piece)?;
+        }
+        self.through(pieces, span, rows)?;
+        (self.work.head_first, self.work.head_count) = (0, 0);
+        if want == Want::Last {
+            let mut end = 0;
+            let mut last = [0; LOGITS_TOKENS];
+            for (piece, last) in pieces.iter().zip(&mut last) {
+                end += self.rows_of(&piece.input);
+                *last = end - 1;
+            }
+            self.head(&last[..pieces.len()]);
+        }
         Ok(())
     }
 
-    /// The logits of the n-th sequence or token that the head was last computed for.
+    /// The logits after the last row of the n-th piece of the last pass, which [wanted](Want::Last) them.
     pub fn logits(&mut self, n: usize) -> &mut [f32] {
-        let (vocab, logits) = (self.model.config.vocab_size as usize, &self.work.logits);
+        let (vocab, logits) = (self.model.decoder().vocab_size as usize, &self.work.logits);
         if logits.tokens() == 1 {
             return &mut self.work.logits.data_mut()[..vocab];
         }
@@ -217,46 +286,111 @@ impl Engine {
         &mut self.work.one_logits
     }
 
-    fn check(&self, session: &Session, tokens: &[u32]) -> Result<(), ForwardError> {
-        if let Some(&token) = tokens.iter().find(|&&token| token >= self.model.config.vocab_size) {
-            return Err(ForwardError::Token { token, vocab_size: self.model.config.vocab_size });
+    /// The logits after a row of the last pass, which [wanted](Want::All) them. Cheapest row by row, ascending.
+    pub fn logits_of(&mut self, row: usize) -> &mut [f32] {
+        let here = self.work.head_first..self.work.head_first + self.work.head_count;
+        if !here.contains(&row) {
+            let count = LOGITS_TOKENS.min(self.work.x.tokens() - row);
+            let rows: [usize; LOGITS_TOKENS] = std::array::from_fn(|i| row + i);
+            self.head(&rows[..count]);
+            (self.work.head_first, self.work.head_count) = (row, count);
         }
-        let total = session.tokens() + tokens.len();
-        if total > self.context() || tokens.is_empty() {
+        self.logits(row - self.work.head_first)
+    }
+
+    /// The hidden state of a row after the last pass, (hidden_size): not normed where its span ended before the last layer or with it.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        self.work.x.copy_token(row, 0, out);
+    }
+
+    fn rows_of(&self, input: &Input<'_>) -> usize {
+        match input {
+            Input::Tokens(tokens) => tokens.len(),
+            Input::Rows(rows) => rows.len() / self.model.decoder().hidden_size as usize,
+        }
+    }
+
+    fn check(&self, piece: &Piece<'_>) -> Result<(), ForwardError> {
+        let decoder = self.model.decoder();
+        match piece.input {
+            Input::Tokens(tokens) => {
+                if let Some(&token) = tokens.iter().find(|&&token| token >= decoder.vocab_size) {
+                    return Err(ForwardError::Token { token, vocab_size: decoder.vocab_size });
+                }
+            }
+            Input::Rows(rows) if !rows.len().is_multiple_of(decoder.hidden_size as usize) => {
+                return Err(ForwardError::Shape("rows are as long as hidden states"));
+            }
+            Input::Rows(_) => {}
+        }
+        let rows = self.rows_of(&piece.input);
+        if piece.positions.is_some_and(|positions| positions.len() != rows) {
+            return Err(ForwardError::Shape("each row has a position, or none has"));
+        }
+        let total = piece.session.tokens() + rows;
+        if total > self.context() || rows == 0 {
             return Err(ForwardError::Context { tokens: total, context: self.context() });
         }
         Ok(())
     }
 
-    /// Takes tokens through all layers; their final hidden states are then in `work.x`.
-    fn pass(&mut self, sequences: &mut [Sequence<'_>]) -> Result<(), ForwardError> {
-        let mut parts = Vec::with_capacity(sequences.len());
-        let mut rows = 0;
-        for Sequence { session, tokens } in sequences {
-            let past = session.tokens();
-            session.cache_mut().reserve(past + tokens.len());
-            parts.push(Part { session, tokens, first: rows, past });
-            rows += tokens.len();
+    /// Takes rows through some layers; their hidden states are then in `work.x`.
+    fn through(&mut self, pieces: &mut [Piece<'_>], span: Range<u32>, rows: usize) -> Result<(), ForwardError> {
+        let Self { machine, model, experts, options, work, log, left_out } = self;
+        let hidden = model.decoder().hidden_size as usize;
+        work.begin(rows);
+        let mut shares = Vec::with_capacity(pieces.len());
+        let mut tokens = Vec::with_capacity(rows); // 0 where a row is none's
+        let mut first = 0;
+        for Piece { session, input, positions } in pieces.iter_mut() {
+            let (past, next) = (session.tokens(), session.next_position());
+            let rows = match input {
+                Input::Tokens(ids) => {
+                    for (row, &token) in (first..).zip(*ids) {
+                        model.embedding.view().row(token as usize, &mut work.one_x);
+                        work.x.set_token(row, &work.one_x);
+                    }
+                    tokens.extend_from_slice(ids);
+                    ids.len()
+                }
+                Input::Rows(data) => {
+                    (first..).zip(data.chunks_exact(hidden)).for_each(|(row, data)| work.x.set_token(row, data));
+                    tokens.resize(tokens.len() + data.len() / hidden, 0);
+                    data.len() / hidden
+                }
+            };
+            match positions {
+                Some(positions) => work.positions.extend_from_slice(positions),
+                None => work.positions.extend((0..rows).map(|i| Position::of_text(next as usize + i))),
+            }
+            session.cache_mut().reserve(past + rows);
+            shares.push(Share { session, first, rows, past });
+            first += rows;
         }
-        let Self { model, experts, pool, options, work, log, left_out } = self;
-        let heads = heads(&model.config);
-        work.begin(model, &parts, rows);
+        let mut pool = machine.pool();
+        let pool = &mut *pool;
+        let positions = &work.positions;
+        work.gqa.begin(&shares, rows, |row| positions[row]);
         experts.begin_pass();
-        for (number, weights) in model.layers.iter().enumerate() {
-            norm_rows(pool, &work.x, &weights.input_layernorm, model.eps(), &mut work.scales, &mut work.normed);
-            work.attention(pool, options.kernels, model, heads, number, weights, &mut parts);
+        for number in span.start as usize..span.end as usize {
+            let weights = &model.layers[number];
+            norm_rows(pool, &work.x, &weights.mixer_norm, model.eps(), &mut work.scales, &mut work.normed);
+            let input =
+                MixerInput { pool, kernels: options.kernels, layer: number, x: &work.normed, tiles: &work.tiles, shares: &mut shares };
+            let MixerWeights::Gqa(mixer) = &weights.mixer;
+            work.gqa.run(mixer, input, &mut work.out);
             add(work.x.data_mut(), work.out.data());
-            if let Some(next) = model.layers.get(number + 1)
+            if let Some(next) = model.layers.get(number + 1).filter(|_| number + 1 < span.end as usize)
                 && rows <= LOOKING_AHEAD
                 && experts.looks_ahead()
             {
-                norm_rows(pool, &work.x, &next.post_attention_layernorm, model.eps(), &mut work.scales, &mut work.normed);
-                foresee(pool, options.kernels, model, number, (&work.normed, &work.tiles), &mut work.moe);
+                norm_rows(pool, &work.x, &next.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
+                predict(pool, options.kernels, model, number, (&work.normed, &work.tiles), &mut work.moe);
             }
-            norm_rows(pool, &work.x, &weights.post_attention_layernorm, model.eps(), &mut work.scales, &mut work.normed);
-            let positions = |row: usize| {
-                let part = parts.iter().rfind(|part| part.first <= row).expect("every row is of a part");
-                (part.past + row - part.first, part.tokens[row - part.first])
+            norm_rows(pool, &work.x, &weights.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
+            let place = |row: usize| {
+                let share = shares.iter().rfind(|share| share.first <= row).expect("every row is of a piece");
+                (share.past + row - share.first, tokens[row])
             };
             let result = feed_forward(
                 pool,
@@ -267,7 +401,7 @@ impl Engine {
                 experts,
                 &mut work.moe,
                 &mut work.out,
-                Watch { log: log.as_mut().map(|log| (log, &positions as Places<'_>)), left_out },
+                Watch { log: log.as_mut().map(|log| (log, &place as Places<'_>)), left_out },
             );
             if let Err(error) = result {
                 experts.cancel();
@@ -275,239 +409,156 @@ impl Engine {
             }
             add(work.x.data_mut(), work.out.data());
         }
-        parts.iter_mut().for_each(|part| part.session.advance(part.tokens.len()));
+        for piece in pieces {
+            let rows = match piece.input {
+                Input::Tokens(tokens) => tokens.len(),
+                Input::Rows(data) => data.len() / hidden,
+            };
+            piece.session.advance(rows, piece.positions);
+        }
         Ok(())
     }
 
-    /// Computes the logits after `count` rows of the last pass.
-    fn head(&mut self, first: usize, count: usize) {
-        let Self { model, pool, options, work, .. } = self;
-        let width = model.norm.len();
+    /// Computes the logits after some rows of the last pass, [`LOGITS_TOKENS`] at most.
+    fn head(&mut self, rows: &[usize]) {
+        let Self { machine, model, options, work, .. } = self;
+        let pool: &mut Pool = &mut machine.pool();
         let mut tile_list = [Tile { first: 0, rows: 0 }; LOGITS_TOKENS];
         let mut used = 0;
-        for tile in tiles(0, count) {
+        for tile in tiles(0, rows.len()) {
             tile_list[used] = tile;
             used += 1;
         }
         let tile_list = &tile_list[..used];
-        work.head_x.resize(count);
-        for i in 0..count {
-            work.x.copy_token(first + i, 0, &mut work.one_x);
+        work.head_x.resize(rows.len());
+        for (i, &row) in rows.iter().enumerate() {
+            work.x.copy_token(row, 0, &mut work.one_x);
             work.head_x.set_token(i, &work.one_x);
         }
-        norm_rows(pool, &work.head_x, &model.norm, model.eps(), &mut work.scales, &mut work.head_normed);
-        let head = model.lm_head().view();
+        norm_rows(pool, &work.head_x, &model.final_norm, model.eps(), &mut work.scales, &mut work.head_normed);
+        let head = model.head().view();
         let (data, tokens) = (work.head_normed.data(), work.head_normed.tokens());
-        work.operand.fill(pool, width, head.forms(), tile_list, |row| Vector::of(data, tokens, 0, row));
-        work.logits.resize(count);
-        project(pool, options.kernels, &[head], &work.operand, tile_list, &mut work.logits);
+        work.head_operand.fill(pool, work.head_normed.width(), head.forms(), tile_list, |row| Vector::of(data, tokens, 0, row));
+        work.logits.resize(rows.len());
+        project(pool, options.kernels, &[head], &work.head_operand, tile_list, &mut work.logits);
     }
-}
-
-fn heads(config: &ModelConfig) -> Heads {
-    Heads { heads: config.num_attention_heads as usize, kv_heads: config.num_key_value_heads as usize, head_dim: config.head_dim as usize }
 }
 
 /// Sizes of all buffers of an engine: what they are made of, and what they are counted by.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WorkSizes {
-    rows: usize,
-    threads: usize,
-    hidden: usize,
+    gqa: GqaSizes,
     vocab: usize,
-    heads: Heads,
-    context: usize,
-    qkv: usize,
-    trunk: Forms,
     pub(crate) assigned: usize,
     pub(crate) experts: usize,
     pub(crate) intermediate: usize,
+    /// Width of the widest network that is no routed expert; 0 where there is none.
     pub(crate) dense: usize,
+    /// Whether layers have a shared expert.
+    pub(crate) shared: bool,
     pub(crate) expert_forms: Forms,
 }
 
 impl WorkSizes {
-    pub(crate) fn new(manifest: &ModelManifest, options: &EngineOptions, threads: usize) -> Self {
-        let config = &manifest.config;
-        let heads = heads(config);
+    pub(crate) fn new(manifest: &ModelManifest, part: PartKind, options: &EngineOptions) -> Self {
+        let trunk = manifest.part(part).map(|part| &part.trunk[..]).unwrap_or_default();
+        let decoder = manifest.part(part).expect("the model has the part").decoder();
         let rows = options.batch_tokens.clamp(1, options.context.max(1)).max(1);
-        let per_token = config.num_experts_per_tok as usize;
-        let panels = |width: usize| width.next_multiple_of(16);
-        let forms = |tensor: &TrunkTensor| Forms::of(tensor.precision);
+        let forms = trunk.iter().fold(Forms { plain: true, packed: false }, |forms, tensor| forms.or(Forms::of(tensor.precision)));
+        let (dense, shared) = decoder.widths_beside_experts();
         Self {
-            rows,
-            threads,
-            hidden: config.hidden_size as usize,
-            vocab: config.vocab_size as usize,
-            heads,
-            context: options.context,
-            qkv: panels(heads.query_width()) + 2 * panels(heads.kv_heads * heads.head_dim),
-            trunk: manifest.trunk.iter().map(forms).fold(Forms { plain: true, packed: false }, Forms::or),
-            assigned: rows * per_token,
-            experts: config.num_experts as usize,
-            intermediate: config.moe_intermediate_size as usize,
-            dense: config.intermediate_size as usize,
-            expert_forms: Forms::of(manifest.expert_precision),
+            gqa: GqaSizes::new(decoder, (rows, options.threads.max(1), options.context), forms),
+            vocab: decoder.vocab_size as usize,
+            assigned: rows * decoder.experts_per_token() as usize,
+            experts: decoder.experts() as usize,
+            intermediate: decoder.moe().map_or(0, |moe| moe.width as usize),
+            dense: dense.max(shared) as usize,
+            shared: shared > 0,
+            expert_forms: expert_forms(manifest, part),
         }
     }
 
-    fn widest(&self) -> usize {
-        self.hidden.max(self.heads.query_width())
-    }
-
     pub(crate) fn rows(&self) -> usize {
-        self.rows
+        self.gqa.rows
     }
 
     pub(crate) fn threads(&self) -> usize {
-        self.threads
+        self.gqa.threads
     }
 
     pub(crate) fn hidden(&self) -> usize {
-        self.hidden
+        self.gqa.hidden
     }
 
     pub(crate) fn trunk_forms(&self) -> Forms {
-        self.trunk
+        self.gqa.forms
     }
 
-    fn partials(&self) -> usize {
-        attention::partial_numbers_max(self.rows, self.context, self.heads)
+    fn head_rows(&self) -> usize {
+        LOGITS_TOKENS.min(self.rows())
     }
 
     /// Bytes of all buffers.
     pub(crate) fn bytes(&self) -> u64 {
-        let head_rows = LOGITS_TOKENS.min(self.rows.max(1));
-        let rows = 3 * Rows::bytes(self.rows, self.hidden) + Rows::bytes(self.rows, self.qkv) + 2 * Rows::bytes(head_rows, self.hidden);
-        let logits = Rows::bytes(head_rows, self.vocab) + 4 * self.vocab as u64;
-        let attention = 4 * (self.rows * (2 * self.heads.query_width() + self.kv_width() + self.heads.head_dim) + self.partials()) as u64;
-        let scratch = self.threads as u64 * attention::Scratch::bytes(self.heads);
-        rows + logits + attention + scratch + Operand::bytes(self.rows, self.widest(), self.trunk) + MoeWork::bytes(self)
-    }
-
-    fn kv_width(&self) -> usize {
-        self.heads.kv_heads * self.heads.head_dim
+        let hidden = self.hidden();
+        let rows = 3 * Rows::bytes(self.rows(), hidden) + 2 * Rows::bytes(self.head_rows(), hidden);
+        let logits = Rows::bytes(self.head_rows(), self.vocab) + 4 * self.vocab as u64;
+        let head = Operand::bytes(self.head_rows(), hidden, self.trunk_forms());
+        rows + logits + head + self.gqa.bytes() + MoeWork::bytes(self)
     }
 }
 
 /// The memory that a pass works in.
 #[derive(Debug)]
 struct Work {
-    x: Rows, // (tokens, hidden_size), the residual stream
+    x: Rows, // (rows, hidden_size), the residual stream
     normed: Rows,
     out: Rows,
-    qkv: Rows,
     scales: Vec<f32>,
-    operand: Operand,
     tiles: Vec<Tile>,
-    rotations: Vec<Rotation>,
-    tasks: Vec<attention::Task>,
-    turned: Vec<f32>, // (tokens, heads × head_dim + kv_heads × head_dim): queries and keys with their positions
-    mixed: Vec<f32>,  // (tokens, heads × head_dim)
-    partials: Vec<f32>,
-    scratch: Vec<attention::Scratch>,
-    values: Vec<f32>,
+    positions: Vec<Position>,
+    gqa: GqaWork,
     moe: MoeWork,
     head_x: Rows,
     head_normed: Rows,
+    head_operand: Operand,
     logits: Rows,
+    /// The rows of the pass whose logits are there, where all are wanted.
+    head_first: usize,
+    head_count: usize,
     one_x: Vec<f32>,
     one_logits: Vec<f32>,
 }
 
 impl Work {
-    fn new(sizes: &WorkSizes) -> Self {
-        let rows = sizes.rows;
-        let head_rows = LOGITS_TOKENS.min(rows);
+    fn new(decoder: &Decoder, sizes: &WorkSizes) -> Self {
+        let (rows, hidden, head_rows) = (sizes.rows(), sizes.hidden(), sizes.head_rows());
         Self {
-            x: Rows::with_capacity(rows, sizes.hidden),
-            normed: Rows::with_capacity(rows, sizes.hidden),
-            out: Rows::with_capacity(rows, sizes.hidden),
-            qkv: Rows::with_capacity(rows, sizes.qkv),
+            x: Rows::with_capacity(rows, hidden),
+            normed: Rows::with_capacity(rows, hidden),
+            out: Rows::with_capacity(rows, hidden),
             scales: Vec::with_capacity(rows),
-            operand: Operand::with_capacity(rows, sizes.widest(), sizes.trunk),
             tiles: Vec::with_capacity(rows),
-            rotations: vec![Rotation::default(); rows],
-            tasks: Vec::new(),
-            turned: vec![0.0; rows * (sizes.heads.query_width() + sizes.kv_width())],
-            mixed: vec![0.0; rows * sizes.heads.query_width()],
-            partials: Vec::with_capacity(sizes.partials()),
-            scratch: (0..sizes.threads).map(|_| attention::Scratch::new(sizes.heads)).collect(),
-            values: vec![0.0; TURNED * sizes.kv_width()],
+            positions: Vec::with_capacity(rows),
+            gqa: GqaWork::new(decoder, &sizes.gqa),
             moe: MoeWork::new(sizes),
-            head_x: Rows::with_capacity(head_rows, sizes.hidden),
-            head_normed: Rows::with_capacity(head_rows, sizes.hidden),
+            head_x: Rows::with_capacity(head_rows, hidden),
+            head_normed: Rows::with_capacity(head_rows, hidden),
+            head_operand: Operand::with_capacity(head_rows, hidden, sizes.trunk_forms()),
             logits: Rows::with_capacity(head_rows, sizes.vocab),
-            one_x: vec![0.0; sizes.hidden],
+            head_first: 0,
+            head_count: 0,
+            one_x: vec![0.0; hidden],
             one_logits: vec![0.0; sizes.vocab],
         }
     }
 
-    /// Prepares for the tokens of a pass: embeddings, positions, tasks.
-    fn begin(&mut self, model: &Model, parts: &[Part<'_>], rows: usize) {
+    /// Prepares for the rows of a pass.
+    fn begin(&mut self, rows: usize) {
         self.x.resize(rows);
         self.out.resize(rows);
-        self.qkv.resize(rows);
         self.tiles.clear();
         self.tiles.extend(tiles(0, rows));
-        attention::plan(parts, heads(&model.config), &mut self.tasks);
-        for part in parts {
-            for (i, &token) in part.tokens.iter().enumerate() {
-                model.embed_tokens.view().row(token as usize, &mut self.one_x);
-                self.x.set_token(part.first + i, &self.one_x);
-                model.rope.at(Position::of_text(part.past + i), &mut self.rotations[part.first + i]);
-            }
-        }
-    }
-
-    /// From `normed` to `out`.
-    #[expect(clippy::too_many_arguments, reason = "an engine's parts, lent one by one")]
-    fn attention(
-        &mut self,
-        pool: &mut Pool,
-        kernels: &Kernels,
-        model: &Model,
-        heads: Heads,
-        layer: usize,
-        weights: &LayerWeights,
-        parts: &mut [Part<'_>],
-    ) {
-        let (q, k, v) = (weights.q_proj.view(), weights.k_proj.view(), weights.v_proj.view());
-        let (data, rows) = (self.normed.data(), self.normed.tokens());
-        let forms = q.forms().or(k.forms()).or(v.forms());
-        self.operand.fill(pool, model.config.hidden_size as usize, forms, &self.tiles, |row| Vector::of(data, rows, 0, row));
-        project(pool, kernels, &[q, k, v], &self.operand, &self.tiles, &mut self.qkv);
-        let (query, kv) = (heads.query_width(), heads.kv_heads * heads.head_dim);
-        let (qkv, rotations, eps) = (&self.qkv, &self.rotations, model.eps());
-        let width = query + kv;
-        pool.chunks(&mut self.turned[..rows * width], TURNED * width, |chunk, _, out| {
-            qkv.copy_tokens(chunk * TURNED, 0, query, out, width);
-            qkv.copy_tokens(chunk * TURNED, q.panels(), kv, &mut out[query..], width);
-            for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                let (queries, keys) = out.split_at_mut(query);
-                let rotation = &rotations[chunk * TURNED + i];
-                norm_and_rotate(queries, weights.q_norm.as_deref(), heads.head_dim, eps, rotation);
-                norm_and_rotate(keys, weights.k_norm.as_deref(), heads.head_dim, eps, rotation);
-            }
-        });
-        for part in parts.iter_mut() {
-            for from in (0..part.tokens.len()).step_by(TURNED) {
-                let count = TURNED.min(part.tokens.len() - from);
-                let values = &mut self.values[..count * kv];
-                self.qkv.copy_tokens(part.first + from, q.panels() + k.panels(), kv, values, kv);
-                for (i, value) in values.chunks_exact(kv).enumerate() {
-                    let key = &self.turned[(part.first + from + i) * width + query..][..kv];
-                    part.session.cache_mut().put(layer, part.past + from + i, key, value);
-                }
-            }
-        }
-        self.partials.resize(attention::partial_numbers(&self.tasks, heads), 0.0);
-        let mixed = &mut self.mixed[..rows * query];
-        let queries = (&self.turned[..], width);
-        attention::attend(pool, heads, layer, parts, &self.tasks, queries, &mut self.partials, &mut self.scratch, mixed);
-        let o = weights.o_proj.view();
-        let mixed = &self.mixed;
-        self.operand.fill(pool, query, o.forms(), &self.tiles, |row| Vector::alone(&mixed[row * query..][..query]));
-        project(pool, kernels, &[o], &self.operand, &self.tiles, &mut self.out);
+        self.positions.clear();
     }
 }

@@ -1,6 +1,6 @@
 //! The seam through which the engine asks for experts it does not hold. Whoever implements it decides where they come from.
 
-use protocol::{BlobRef, ExpertSlot};
+use protocol::{BlobRef, ExpertSlot, Precision};
 
 use crate::aligned::AlignedBytes;
 use crate::expert_runner::ExpertResults;
@@ -13,6 +13,8 @@ pub struct ExpertRequest {
     pub slot: ExpertSlot,
     /// Its bytes.
     pub blob: BlobRef,
+    /// Their number format.
+    pub precision: Precision,
     /// As many bytes of memory, to be filled.
     pub buffer: AlignedBytes,
 }
@@ -64,10 +66,10 @@ pub trait ExpertSource: Send {
     fn request(&mut self, requests: Vec<ExpertRequest>, inputs: &LayerInputs<'_>);
 
     /// Begins to bring the weights of `requests`, which a layer will probably want.
-    fn foresee(&mut self, requests: Vec<ExpertRequest>);
+    fn prefetch(&mut self, requests: Vec<ExpertRequest>);
 
     /// Tells whoever may be asked to run them of experts that a layer will probably want, lest they have to be read first.
-    fn foretell(&mut self, blobs: &[BlobRef]);
+    fn hint(&mut self, blobs: &[BlobRef]);
 
     /// Begins to bring the weights of an expert whose results are brought often. Nobody waits for it: what somebody waits for comes first,
     /// and where it [`displaces`](Gain) another there is no hurry at all.

@@ -3,16 +3,17 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use protocol::expert_blob::ExpertBlobError;
-use protocol::{ExpertSlot, ModelManifest};
+use protocol::decoder::FeedForward;
+use protocol::expert_blob::{ExpertBlobError, ExpertShape};
+use protocol::manifest::PackedBlob;
+use protocol::{BlobRef, ExpertSlot, ModelManifest, PartKind, Precision};
 
 use crate::aligned::AlignedBytes;
-use crate::cache_policy::PolicyKind;
 use crate::expert::Expert;
-use crate::expert_cache::ExpertCache;
+use crate::expert_memory::{ExpertMemory, ExpertNumber, Inner};
 use crate::expert_runner::ExpertResults;
 use crate::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, Gain, LayerInputs, Origin, SourceError};
-use crate::worth::Worth;
+use crate::retention::RetentionValue;
 
 /// Where the experts of a run were when the model first needed each of them, and how often they had to be brought.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -42,18 +43,18 @@ pub struct ExpertUse {
     /// Bytes read from the store for the others.
     pub bytes_read: u64,
     /// Experts that were asked for before their layer's turn, …
-    pub foreseen: u64,
+    pub prefetched: u64,
     /// … and how many of them the layer then wanted.
-    pub foreseen_used: u64,
+    pub prefetched_used: u64,
     /// Experts of which peers were told before their layer's turn, …
-    pub foretold: u64,
+    pub hinted: u64,
     /// … and how many of them the layer then had to ask for.
-    pub foretold_used: u64,
+    pub hinted_used: u64,
 }
 
 /// Where an expert was when a layer wanted it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum Whence {
+pub enum ServedFrom {
     /// In memory.
     #[default]
     Memory,
@@ -65,7 +66,7 @@ pub enum Whence {
     Fetched,
 }
 
-impl Whence {
+impl ServedFrom {
     /// Whether it was on this node.
     pub fn is_here(self) -> bool {
         matches!(self, Self::Memory | Self::Disk)
@@ -109,20 +110,26 @@ enum Coming {
     /// On its way on a guess.
     Guessed,
     /// It came on a guess, and has not been used.
-    Foreseen,
+    Prefetched,
     /// On its way, and the layer at work waits for it.
     Wanted,
 }
 
 /// Memory and source of experts, for one model.
 pub struct Experts {
-    manifest: Arc<ModelManifest>,
-    cache: ExpertCache,
+    part: PartKind,
+    /// By place: each expert, and its number in memory.
+    blobs: Vec<PackedBlob>,
+    numbers: Vec<ExpertNumber>,
+    /// The shape of each, but for its precision.
+    shape: ExpertShape,
+    largest: usize,
+    memory: ExpertMemory,
     source: Box<dyn ExpertSource>,
     usage: ExpertUse,
     seen: Vec<bool>,
     /// By slot, where it was when it was last wanted.
-    whence: Vec<Whence>,
+    served_from: Vec<ServedFrom>,
     /// By layer, the number of its first slot; dense layers have none.
     first_slots: Vec<usize>,
     /// By slot.
@@ -138,7 +145,7 @@ pub struct Experts {
     far: Guesses,
     /// By slot, whether peers were told that it will be wanted.
     told: Vec<bool>,
-    worth: Worth,
+    retention: RetentionValue,
     /// Whether what is missing may run elsewhere: then memory is for what is used most, and else for what was used last.
     elsewhere: bool,
     /// Slots of experts that somebody waited for and that are used less than others: forgotten first, the oldest in front.
@@ -150,7 +157,7 @@ pub struct Experts {
 
 impl std::fmt::Debug for Experts {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "experts of {} slots, {:?}", self.seen.len(), self.cache)
+        write!(f, "experts of {} slots, {:?}", self.seen.len(), self.memory)
     }
 }
 
@@ -177,25 +184,36 @@ pub enum ExpertsError {
 }
 
 impl Experts {
-    /// Experts of the model of `manifest`, of which `bytes_max` bytes may stay in memory.
-    pub fn new(manifest: Arc<ModelManifest>, bytes_max: u64, policy: PolicyKind, source: Box<dyn ExpertSource>) -> Self {
-        let config = &manifest.config;
+    /// Experts of a part of the model of `manifest`, which share `memory` with those of other models.
+    ///
+    /// # Panics
+    /// When the model has no such part.
+    pub fn new(manifest: &ModelManifest, part: PartKind, memory: ExpertMemory, source: Box<dyn ExpertSource>) -> Self {
+        let of = manifest.part(part).expect("the model has the part");
+        let decoder = of.decoder();
         let mut slots = 0;
-        let first_slots = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let first = slots;
-                slots += if config.is_moe(layer) { config.num_experts as usize } else { 0 };
-                first
-            })
-            .collect();
-        let bytes = config.expert_shape(manifest.expert_precision).blob_bytes();
-        let cache = ExpertCache::new(slots, bytes, bytes_max, policy);
+        let first_slots = decoder.each_layer().map(|run| {
+            let first = slots;
+            slots += if matches!(run.feed_forward, FeedForward::Moe(_)) { decoder.experts() as usize } else { 0 };
+            first
+        });
+        let first_slots = first_slots.collect();
+        let numbers = {
+            let mut memory = memory.lock();
+            memory.reserve(slots);
+            of.experts.iter().map(|expert| memory.announce(expert.blob.hash)).collect()
+        };
         Self {
-            cache,
+            part,
+            blobs: of.experts.clone(),
+            numbers,
+            shape: decoder.expert_shape(Precision::F32),
+            largest: of.largest_expert() as usize,
+            memory,
             source,
             usage: ExpertUse::default(),
             seen: vec![false; slots],
-            whence: vec![Whence::default(); slots],
+            served_from: vec![ServedFrom::default(); slots],
             first_slots,
             coming: vec![Coming::No; slots],
             outstanding: 0,
@@ -204,12 +222,11 @@ impl Experts {
             near: Guesses::default(),
             far: Guesses::default(),
             told: vec![false; slots],
-            worth: Worth::new(slots),
+            retention: RetentionValue::new(slots),
             elsewhere: false,
             passing: VecDeque::new(),
             moving: vec![false; slots],
             moves: 0,
-            manifest,
         }
     }
 
@@ -225,23 +242,49 @@ impl Experts {
     }
 
     /// Where the expert at a place was when a layer last wanted it; the places are those of the model's slots, layer by layer.
-    pub fn whence(&self, place: usize) -> Whence {
-        self.whence[place]
+    pub fn served_from(&self, place: usize) -> ServedFrom {
+        self.served_from[place]
     }
 
     /// Whether the expert at a place is in memory.
     pub fn is_in_memory(&self, place: usize) -> bool {
-        self.cache.contains(place)
+        self.memory.lock().contains(self.numbers[place])
     }
 
-    /// Bytes of experts in memory.
-    pub fn bytes(&self) -> u64 {
-        self.cache.bytes()
+    /// The memory that they are in.
+    pub fn memory(&self) -> &ExpertMemory {
+        &self.memory
     }
 
-    /// Experts that may be in use at a time without exceeding the limit.
+    /// Experts that may be in use at a time without exceeding the limit, however large they are.
     pub(crate) fn capacity(&self) -> usize {
-        self.cache.capacity()
+        self.capacity_of(&self.memory.lock())
+    }
+
+    fn capacity_of(&self, memory: &Inner) -> usize {
+        usize::try_from(memory.bytes_max() / AlignedBytes::taken(self.largest).max(1)).unwrap_or(usize::MAX).min(self.numbers.len())
+    }
+
+    fn place(&self, slot: ExpertSlot) -> usize {
+        self.first_slots[slot.layer as usize] + slot.expert as usize
+    }
+
+    fn slot(&self, layer: u32, expert: u32) -> ExpertSlot {
+        ExpertSlot { part: self.part, layer, expert }
+    }
+
+    fn blob(&self, place: usize) -> BlobRef {
+        self.blobs[place].blob
+    }
+
+    /// Memory for the expert of a place.
+    fn buffer(&mut self, memory: &mut Inner, place: usize) -> AlignedBytes {
+        let length = self.blob(place).length as usize;
+        let leaving = if self.elsewhere && !memory.has_spare(length) { self.leaving(memory, length) } else { None };
+        match leaving {
+            Some(leaving) => memory.buffer_for(length, self.numbers[leaving]),
+            None => memory.buffer(length),
+        }
     }
 
     /// Notes that a pass through the layers begins.
@@ -255,36 +298,39 @@ impl Experts {
     }
 
     /// Begins to bring those of `experts`, which `layer` will probably want, that are near and not in memory, and tells peers of the others.
-    pub(crate) fn foresee(&mut self, layer: u32, experts: &[u32]) {
+    pub(crate) fn prefetch(&mut self, layer: u32, experts: &[u32]) {
         let mut far = Vec::new();
+        let memory = self.memory.clone();
+        let mut memory = memory.lock();
         for &expert in experts {
-            let number = self.first_slots[layer as usize] + expert as usize;
-            let slot = ExpertSlot { layer, expert };
-            let blob = self.manifest.expert(slot).expect("the router chooses among the layer's experts");
-            if self.cache.contains(number) || matches!(self.coming[number], Coming::Guessed | Coming::Wanted) {
+            let slot = self.slot(layer, expert);
+            let place = self.place(slot);
+            let blob = self.blob(place);
+            if memory.contains(self.numbers[place]) || matches!(self.coming[place], Coming::Guessed | Coming::Wanted) {
                 continue;
             }
             if !self.source.is_near(&blob) {
-                if self.far.pay() && !std::mem::replace(&mut self.told[number], true) {
+                if self.far.pay() && !std::mem::replace(&mut self.told[place], true) {
                     far.push(blob);
                 }
                 continue;
             }
-            if !self.near.pay() || self.guesses >= GUESSES_MAX.min(self.cache.capacity() / 4) {
+            if !self.near.pay() || self.guesses >= GUESSES_MAX.min(self.capacity_of(&memory) / 4) {
                 continue;
             }
-            self.coming[number] = Coming::Guessed;
+            self.coming[place] = Coming::Guessed;
             self.guesses += 1;
             self.outstanding += 1;
-            self.usage.foreseen += 1;
+            self.usage.prefetched += 1;
             self.near.tried += 1;
-            let buffer = self.buffer();
-            self.source.foresee(vec![ExpertRequest { slot, blob, buffer }]);
+            let buffer = self.buffer(&mut memory, place);
+            let precision = self.blobs[place].precision;
+            self.source.prefetch(vec![ExpertRequest { slot, blob, precision, buffer }]);
         }
         if !far.is_empty() {
-            self.usage.foretold += far.len() as u64;
+            self.usage.hinted += far.len() as u64;
             self.far.tried += far.len() as u64;
-            self.source.foretell(&far);
+            self.source.hint(&far);
         }
     }
 
@@ -293,44 +339,52 @@ impl Experts {
     pub(crate) fn gather(&mut self, layer: u32, wanted: &[u32], inputs: &LayerInputs<'_>, present: &mut Vec<Option<Present>>) {
         present.clear();
         let mut missing = Vec::new(); // allocates only when something is
+        let memory = self.memory.clone();
+        let mut memory = memory.lock();
         for &expert in wanted {
-            let number = self.first_slots[layer as usize] + expert as usize;
-            let found = self.cache.get(number);
-            self.worth.used(number);
-            let told = std::mem::take(&mut self.told[number]);
+            let place = self.first_slots[layer as usize] + expert as usize;
+            let found = memory.get(self.numbers[place]);
+            self.retention.used(place);
+            let told = std::mem::take(&mut self.told[place]);
             self.usage.uses += 1;
-            if found.is_some() && self.coming[number] == Coming::Foreseen {
+            if found.is_some() && self.coming[place] == Coming::Prefetched {
                 // In memory, but it had to be brought, as it would have been without looking ahead.
-                self.coming[number] = Coming::No;
+                self.coming[place] = Coming::No;
                 self.right();
-                self.used(number, Whence::Disk, |usage| usage.disk += 1);
+                self.used(place, ServedFrom::Disk, |usage| usage.disk += 1);
             } else if found.is_some() {
                 self.usage.hits += 1;
-                self.used(number, Whence::Memory, |usage| usage.ram += 1);
+                self.used(place, ServedFrom::Memory, |usage| usage.ram += 1);
             } else {
-                if self.coming[number] == Coming::Guessed {
+                if self.coming[place] == Coming::Guessed {
                     self.guesses -= 1;
                     self.right();
                 } else {
-                    let slot = ExpertSlot { layer, expert };
-                    self.usage.foretold_used += u64::from(told);
+                    self.usage.hinted_used += u64::from(told);
                     self.far.right += u64::from(told);
-                    missing.push((slot, self.manifest.expert(slot).expect("the router chooses among the layer's experts")));
+                    missing.push(expert);
                 }
-                self.coming[number] = Coming::Wanted;
+                self.coming[place] = Coming::Wanted;
                 self.missed[0] = true;
             }
             present.push(found.map(Present::Here));
         }
         if !missing.is_empty() {
             self.outstanding += missing.len();
-            let requests = missing.into_iter().map(|(slot, blob)| ExpertRequest { slot, blob, buffer: self.buffer() }).collect();
+            let request = |expert| {
+                let slot = self.slot(layer, expert);
+                let place = self.place(slot);
+                let PackedBlob { blob, precision } = self.blobs[place];
+                ExpertRequest { slot, blob, precision, buffer: self.buffer(&mut memory, place) }
+            };
+            let requests = missing.into_iter().map(request).collect();
+            drop(memory);
             self.source.request(requests, inputs);
         }
     }
 
     fn right(&mut self) {
-        self.usage.foreseen_used += 1;
+        self.usage.prefetched_used += 1;
         self.near.right += 1;
     }
 
@@ -338,25 +392,25 @@ impl Experts {
     pub(crate) fn receive(&mut self) -> Result<(u32, Present), ExpertsError> {
         loop {
             let Arrival { slot, buffer, brought } = self.source.receive()?;
-            let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
-            let coming = self.coming[number];
+            let place = self.place(slot);
+            let coming = self.coming[place];
             let present = match brought {
                 Brought::MovedIn(origin) => {
-                    self.moved_in(slot, number, buffer, origin)?;
+                    self.moved_in(slot, place, buffer, origin)?;
                     continue;
                 }
                 Brought::Weights(origin) => {
-                    self.came(number);
+                    self.came(place);
                     Present::Here(self.weights(slot, buffer, (origin, coming))?)
                 }
                 Brought::Results(results) => {
-                    self.came(number);
-                    self.cache.give_back(buffer);
+                    self.came(place);
+                    self.memory.lock().give_back(buffer);
                     self.elsewhere = true;
                     self.usage.remote_uses += 1;
                     self.usage.remote_rows += results.rows() as u64;
-                    self.used(number, Whence::Remote, |usage| usage.remote += 1);
-                    self.move_in_if_worth(slot, number);
+                    self.used(place, ServedFrom::Remote, |usage| usage.remote += 1);
+                    self.move_in_if_worth(slot, place);
                     Present::Computed(Arc::new(results))
                 }
             };
@@ -364,96 +418,98 @@ impl Experts {
                 return Ok((slot.expert, present));
             }
             self.guesses -= 1;
-            self.coming[number] = Coming::Foreseen;
+            self.coming[place] = Coming::Prefetched;
         }
     }
 
     /// Notes that nothing of an expert is on its way any more.
-    fn came(&mut self, number: usize) {
+    fn came(&mut self, place: usize) {
         self.outstanding -= 1;
-        self.coming[number] = Coming::No;
+        self.coming[place] = Coming::No;
     }
 
     /// Takes in an expert's weights.
     fn weights(&mut self, slot: ExpertSlot, bytes: AlignedBytes, (origin, coming): (Origin, Coming)) -> Result<Arc<Expert>, ExpertsError> {
-        let number = self.first_slots[slot.layer as usize] + slot.expert as usize;
+        let place = self.place(slot);
         let length = bytes.len() as u64;
         let expert = self.verified(slot, bytes)?;
         match origin {
             Origin::Disk if coming == Coming::Guessed => self.usage.bytes_read += length,
             Origin::Disk => {
                 self.usage.bytes_read += length;
-                self.used(number, Whence::Disk, |usage| usage.disk += 1);
+                self.used(place, ServedFrom::Disk, |usage| usage.disk += 1);
             }
-            Origin::Peer => self.used(number, Whence::Fetched, |usage| {
+            Origin::Peer => self.used(place, ServedFrom::Fetched, |usage| {
                 usage.fetched += 1;
                 usage.bytes_fetched += length;
             }),
         }
-        self.cache.insert(number, Arc::clone(&expert));
-        if self.elsewhere && !self.worth.is_high(number, self.cache.capacity()) {
-            self.passing.push_back(number);
+        let mut memory = self.memory.lock();
+        memory.insert(self.numbers[place], Arc::clone(&expert));
+        let capacity = self.capacity_of(&memory);
+        drop(memory);
+        if self.elsewhere && !self.retention.is_high(place, capacity) {
+            self.passing.push_back(place);
         }
         Ok(expert)
     }
 
-    fn verified(&mut self, slot: ExpertSlot, bytes: AlignedBytes) -> Result<Arc<Expert>, ExpertsError> {
-        let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
-        Expert::from_verified(bytes, shape).map(Arc::new).map_err(|source| {
-            self.cache.lost();
-            ExpertsError::Expert { slot, source }
-        })
+    fn verified(&self, slot: ExpertSlot, bytes: AlignedBytes) -> Result<Arc<Expert>, ExpertsError> {
+        let shape = ExpertShape { precision: self.blobs[self.place(slot)].precision, ..self.shape };
+        Expert::from_verified(bytes, shape).map(Arc::new).map_err(|source| ExpertsError::Expert { slot, source })
     }
 
     /// Has an expert brought that has just run elsewhere, if it is used more than the one that it would displace.
-    fn move_in_if_worth(&mut self, slot: ExpertSlot, number: usize) {
-        if self.moving[number] || self.cache.contains(number) || self.moves >= MOVES_MAX.min(self.cache.capacity() / 4) {
+    fn move_in_if_worth(&mut self, slot: ExpertSlot, place: usize) {
+        let memory = self.memory.clone();
+        let mut memory = memory.lock();
+        let (capacity, length) = (self.capacity_of(&memory), self.blob(place).length as usize);
+        if self.moving[place] || memory.contains(self.numbers[place]) || self.moves >= MOVES_MAX.min(capacity / 4) {
             return;
         }
-        let leaving = self.leaving();
-        if !self.worth.is_worth(number, leaving, self.cache.capacity()) {
+        let leaving = self.leaving(&memory, length);
+        if !self.retention.is_worth_bringing(place, leaving, capacity) {
             return;
         }
-        let (gain, buffer) = match leaving.and_then(|leaving| self.cache.take_from(leaving)) {
-            Some(buffer) => (Gain::Displaces, buffer),
-            None => (Gain::Fills, self.cache.buffer()),
+        let (gain, buffer) = match leaving {
+            Some(leaving) => (Gain::Displaces, memory.buffer_for(length, self.numbers[leaving])),
+            None => (Gain::Fills, memory.buffer(length)),
         };
-        let blob = self.manifest.expert(slot).expect("it was asked for before");
-        self.moving[number] = true;
+        drop(memory);
+        self.moving[place] = true;
         self.moves += 1;
-        self.source.move_in(ExpertRequest { slot, blob, buffer }, gain);
+        let PackedBlob { blob, precision } = self.blobs[place];
+        self.source.move_in(ExpertRequest { slot, blob, precision, buffer }, gain);
     }
 
-    /// The expert that is forgotten for another where memory is for what is used most: one in passing, or the one used least.
-    fn leaving(&mut self) -> Option<usize> {
-        if self.cache.has_room() {
+    /// The expert that is forgotten for another of `length` bytes where memory is for what is used most: one in passing, or the one used
+    /// least.
+    fn leaving(&mut self, memory: &Inner, length: usize) -> Option<usize> {
+        if memory.has_room(length) {
             return None;
         }
-        while let Some(&slot) = self.passing.front() {
-            if self.cache.contains(slot) && !self.worth.is_high(slot, self.cache.capacity()) {
-                if self.cache.is_idle(slot) {
-                    return Some(slot);
+        let capacity = self.capacity_of(memory);
+        while let Some(&place) = self.passing.front() {
+            if memory.contains(self.numbers[place]) && !self.retention.is_high(place, capacity) {
+                if memory.is_idle(self.numbers[place]) {
+                    return Some(place);
                 }
                 break;
             }
             self.passing.pop_front(); // gone, or come to stay
         }
-        self.worth.least(self.cache.idle())
+        self.retention.least((0..self.numbers.len()).filter(|&place| memory.is_idle(self.numbers[place])))
     }
 
-    fn buffer(&mut self) -> AlignedBytes {
-        let leaving = if self.elsewhere && !self.cache.has_spare() { self.leaving() } else { None };
-        leaving.and_then(|leaving| self.cache.take_from(leaving)).unwrap_or_else(|| self.cache.buffer())
-    }
-
-    fn moved_in(&mut self, slot: ExpertSlot, number: usize, bytes: AlignedBytes, origin: Option<Origin>) -> Result<(), ExpertsError> {
+    fn moved_in(&mut self, slot: ExpertSlot, place: usize, bytes: AlignedBytes, origin: Option<Origin>) -> Result<(), ExpertsError> {
         self.moves -= 1;
-        self.moving[number] = false;
+        self.moving[place] = false;
         let length = bytes.len() as u64;
+        let is_here = self.memory.lock().contains(self.numbers[place]);
         match origin {
-            Some(origin) if !self.cache.contains(number) => {
+            Some(origin) if !is_here => {
                 let expert = self.verified(slot, bytes)?;
-                self.cache.insert(number, expert);
+                self.memory.lock().insert(self.numbers[place], expert);
                 self.usage.moved_in += 1;
                 match origin {
                     Origin::Disk => self.usage.bytes_read += length,
@@ -461,7 +517,7 @@ impl Experts {
                 }
             }
             // It could not be had, or somebody could not wait for it.
-            _ => self.cache.give_back(bytes),
+            _ => self.memory.lock().give_back(bytes),
         }
         Ok(())
     }
@@ -471,18 +527,23 @@ impl Experts {
         self.source.cancel();
         self.coming.fill(Coming::No);
         self.moving.fill(false);
-        self.guesses = 0;
-        for _ in 0..std::mem::take(&mut self.outstanding) + std::mem::take(&mut self.moves) {
-            self.cache.lost();
-        }
+        (self.guesses, self.outstanding, self.moves) = (0, 0, 0);
     }
 
     /// Notes where a wanted expert was; `count` counts its first use.
-    fn used(&mut self, number: usize, whence: Whence, count: impl FnOnce(&mut ExpertUse)) {
-        self.whence[number] = whence;
-        if !std::mem::replace(&mut self.seen[number], true) {
+    fn used(&mut self, place: usize, source: ServedFrom, count: impl FnOnce(&mut ExpertUse)) {
+        self.served_from[place] = source;
+        if !std::mem::replace(&mut self.seen[place], true) {
             self.usage.needed += 1;
             count(&mut self.usage);
         }
+    }
+}
+
+impl Drop for Experts {
+    fn drop(&mut self) {
+        self.source.cancel();
+        let mut memory = self.memory.lock();
+        self.numbers.iter().for_each(|&number| memory.release(number));
     }
 }

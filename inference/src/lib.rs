@@ -7,23 +7,22 @@
 
 pub mod activation_log;
 pub mod aligned;
-mod attention;
 pub mod cache_policy;
 pub mod chat;
 pub mod checkpoint;
-pub mod config;
 pub mod control_tokens;
 pub mod convert;
 pub mod engine;
 pub mod expert;
-pub mod expert_cache;
+pub mod expert_memory;
 pub mod expert_runner;
 pub mod expert_source;
 pub mod experts;
 pub mod generate;
 pub mod kernels;
-pub mod kv_cache;
+pub mod machine;
 pub mod memory;
+mod mixer;
 pub mod model;
 mod moe_layer;
 pub mod perplexity;
@@ -31,13 +30,12 @@ mod pool;
 pub mod probe;
 pub mod profiler;
 pub mod reference;
-mod rope;
+mod retention;
 pub mod router;
 pub mod sampler;
 pub mod session;
 pub mod tokenizer;
 pub mod tokenizer_rules;
-mod worth;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are little-endian and are multiplied where they lie");

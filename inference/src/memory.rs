@@ -2,8 +2,9 @@
 
 use protocol::ModelManifest;
 
+use crate::aligned::AlignedBytes;
 use crate::engine::{EngineOptions, WorkSizes};
-use crate::kv_cache::KvCache;
+use crate::mixer::kv_cache::KvCache;
 
 /// The shares of a budget, in bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,16 +48,16 @@ const BATCH_TOKENS_MIN: usize = 32;
 /// Divides `budget` bytes; `process` is what the process needs besides. At least layers × top-k experts must fit; a larger batch is given
 /// up for more experts only when they would not.
 pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u64, budget: u64) -> Result<MemoryPlan, BudgetTooSmall> {
-    let config = &manifest.config;
-    let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
-    let context = options.context.min(config.max_position_embeddings as usize);
-    let kv_cache = KvCache::bytes(config, options.kv, options.kv_tokens.max(context));
-    let one = config.expert_shape(manifest.expert_precision).blob_bytes() as u64;
-    let least = config.moe_layers().count() as u64 * u64::from(config.num_experts_per_tok) * one;
+    let (part, decoder) = (manifest.text(), manifest.decoder());
+    let trunk = part.trunk_bytes();
+    let context = options.context.min(decoder.context as usize);
+    let kv_cache = KvCache::bytes(decoder, options.kv, options.kv_tokens.max(context));
+    let one = AlignedBytes::taken(part.largest_expert() as usize);
+    let least = decoder.moe_layers().count() as u64 * u64::from(decoder.experts_per_token()) * one;
     let mut batch_tokens = options.batch_tokens.clamp(1, context.max(1));
     loop {
         let options = EngineOptions { batch_tokens, context, ..*options };
-        let scratch = WorkSizes::new(manifest, &options, options.threads).bytes();
+        let scratch = WorkSizes::new(manifest, part.kind, &options).bytes();
         let taken = trunk + kv_cache + scratch + process;
         // A batch must not take more than an eighth of what experts could have.
         let fits = taken + least <= budget && (scratch <= (budget - taken) / 8 || batch_tokens <= BATCH_TOKENS_MIN);

@@ -1,31 +1,34 @@
-//! A model's trunk in memory, verified against its manifest. Experts are not part of it: see [`crate::experts`].
+//! A decoder's trunk in memory, verified against its manifest. Experts are not part of it: see [`crate::experts`].
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
+use protocol::decoder::{FeedForward as FeedForwardShape, Head, LayerTensor, Mixer as MixerShape, SharedExpert, TensorRole};
 use protocol::manifest::TrunkTensor;
-use protocol::{BlobRef, ModelConfig, ModelManifest, Precision};
+use protocol::{BlobRef, Decoder, ModelManifest, PartKind, Precision};
 
 use crate::aligned::AlignedBytes;
 use crate::kernels::{Forms, Matrix};
-use crate::rope::Rope;
+use crate::mixer::gqa::GqaWeights;
 
-/// Everything of a model but its experts.
+/// Everything of a decoder but its experts.
 #[derive(Debug)]
 pub struct Model {
     /// What the model is made of.
     pub manifest: Arc<ModelManifest>,
-    pub(crate) config: ModelConfig,
-    pub(crate) embed_tokens: Weight, // (vocab_size, hidden_size)
+    pub(crate) part: PartKind,
+    pub(crate) embedding: Weight, // (vocab_size, hidden_size)
     pub(crate) layers: Vec<LayerWeights>,
-    pub(crate) norm: Vec<f32>, // (hidden_size)
-    lm_head: Option<Weight>,   // (vocab_size, hidden_size); nothing when tied
-    pub(crate) rope: Rope,
+    pub(crate) final_norm: Vec<f32>, // (hidden_size)
+    head: Option<Weight>,            // (vocab_size, hidden_size); nothing when tied
+    /// The forms of vectors that the experts take.
+    pub(crate) expert_forms: Forms,
 }
 
 /// A matrix of the trunk.
 #[derive(Debug)]
 pub(crate) struct Weight {
-    bytes: AlignedBytes,
+    bytes: Arc<AlignedBytes>,
     precision: Precision,
     rows: usize,
     columns: usize,
@@ -34,28 +37,42 @@ pub(crate) struct Weight {
 /// The trunk's part of one layer.
 #[derive(Debug)]
 pub(crate) struct LayerWeights {
-    pub(crate) input_layernorm: Vec<f32>,          // (hidden_size)
-    pub(crate) q_proj: Weight,                     // (heads × head_dim, hidden_size)
-    pub(crate) k_proj: Weight,                     // (kv_heads × head_dim, hidden_size)
-    pub(crate) v_proj: Weight,                     // (kv_heads × head_dim, hidden_size)
-    pub(crate) o_proj: Weight,                     // (hidden_size, heads × head_dim)
-    pub(crate) q_norm: Option<Vec<f32>>,           // (head_dim)
-    pub(crate) k_norm: Option<Vec<f32>>,           // (head_dim)
-    pub(crate) post_attention_layernorm: Vec<f32>, // (hidden_size)
+    pub(crate) mixer_norm: Vec<f32>, // (hidden_size)
+    pub(crate) mixer: MixerWeights,
+    pub(crate) feed_forward_norm: Vec<f32>, // (hidden_size)
     pub(crate) feed_forward: FeedForward,
 }
 
-/// What follows attention in a layer.
+/// The half that looks at other tokens.
+#[derive(Debug)]
+pub(crate) enum MixerWeights {
+    Gqa(GqaWeights),
+}
+
+/// The half that looks at one token.
 #[derive(Debug)]
 pub(crate) enum FeedForward {
-    Dense {
-        gate_proj: Weight, // (intermediate_size, hidden_size)
-        up_proj: Weight,   // (intermediate_size, hidden_size)
-        down_proj: Weight, // (hidden_size, intermediate_size)
-    },
+    Dense(DenseWeights),
     Moe {
-        router: Weight, // (num_experts, hidden_size)
+        router: Weight, // (experts, hidden_size)
+        shared: Option<SharedWeights>,
     },
+}
+
+/// One network.
+#[derive(Debug)]
+pub(crate) struct DenseWeights {
+    pub(crate) gate: Weight, // (width, hidden_size)
+    pub(crate) up: Weight,   // (width, hidden_size)
+    pub(crate) down: Weight, // (hidden_size, width)
+}
+
+/// An expert that every token uses.
+#[derive(Debug)]
+pub(crate) struct SharedWeights {
+    pub(crate) network: DenseWeights,
+    /// How much of it a token takes, (1, hidden_size).
+    pub(crate) weight: Weight,
 }
 
 /// Why a trunk was not loaded.
@@ -65,76 +82,119 @@ pub enum LoadError<E: std::error::Error + 'static> {
     #[error("cannot load {tensor}")]
     Read {
         /// Which.
-        tensor: String,
+        tensor: TensorRole,
         /// Why not.
         source: E,
     },
     /// A tensor's bytes are not those of the manifest.
     #[error("bytes of {0} do not match the manifest")]
-    WrongBytes(String),
+    WrongBytes(TensorRole),
+}
+
+/// Gets the bytes of a blob; models that share a tensor share them.
+pub type ReadTensor<'a, E> = &'a mut dyn FnMut(BlobRef) -> Result<Arc<AlignedBytes>, E>;
+
+/// Reads tensors by what they are for.
+pub(crate) struct TrunkReader<'a, E> {
+    tensors: HashMap<TensorRole, (&'a TrunkTensor, (usize, usize))>,
+    read: ReadTensor<'a, E>,
+}
+
+impl<E: std::error::Error> TrunkReader<'_, E> {
+    pub(crate) fn of_layer(&mut self, layer: u32, tensor: LayerTensor) -> Result<Weight, LoadError<E>> {
+        self.tensor(TensorRole::Layer(layer, tensor))
+    }
+
+    fn tensor(&mut self, role: TensorRole) -> Result<Weight, LoadError<E>> {
+        let (tensor, (rows, columns)) = self.tensors[&role]; // a manifest that was checked has every tensor of its decoder
+        let bytes = (self.read)(tensor.blob).map_err(|source| LoadError::Read { tensor: role, source })?;
+        if !tensor.blob.matches(&bytes) {
+            return Err(LoadError::WrongBytes(role));
+        }
+        Ok(Weight { bytes, precision: tensor.precision, rows, columns })
+    }
+
+    fn network(&mut self, layer: u32, tensors: [LayerTensor; 3]) -> Result<DenseWeights, LoadError<E>> {
+        let [gate, up, down] = tensors.map(|tensor| self.of_layer(layer, tensor));
+        Ok(DenseWeights { gate: gate?, up: up?, down: down? })
+    }
 }
 
 impl Model {
-    /// Loads the trunk; `read` gets the bytes of a blob.
-    pub fn load<E: std::error::Error>(
-        manifest: Arc<ModelManifest>,
-        mut read: impl FnMut(BlobRef) -> Result<AlignedBytes, E>,
-    ) -> Result<Self, LoadError<E>> {
-        let config = manifest.config.clone();
-        let specs = config.trunk_tensors();
-        // The manifest was checked to hold exactly these tensors, in this order.
-        let mut tensors = manifest.trunk.iter().zip(&specs);
-        let mut next = || -> Result<Weight, LoadError<E>> {
-            let (TrunkTensor { name, precision, blob }, spec) = tensors.next().expect("a manifest has the trunk of its config");
-            let bytes = read(*blob).map_err(|source| LoadError::Read { tensor: name.clone(), source })?;
-            if !blob.matches(&bytes) {
-                return Err(LoadError::WrongBytes(name.clone()));
-            }
-            let (rows, columns) = spec.sides();
-            Ok(Weight { bytes, precision: *precision, rows, columns })
-        };
-        let embed_tokens = next()?;
+    /// Loads the trunk of a part.
+    ///
+    /// # Panics
+    /// When the model has no such part.
+    pub fn load<E: std::error::Error>(manifest: Arc<ModelManifest>, kind: PartKind, read: ReadTensor<'_, E>) -> Result<Self, LoadError<E>> {
+        let part = manifest.part(kind).expect("the model has the part");
+        let decoder = part.decoder();
+        let sides = decoder.tensors();
+        let tensors = part.trunk.iter().zip(&sides).map(|(tensor, spec)| (tensor.role, (tensor, spec.sides()))).collect();
+        let mut reader = TrunkReader { tensors, read };
+        let embedding = reader.tensor(TensorRole::Embedding)?;
         let mut layers = Vec::new();
-        for layer in 0..config.num_hidden_layers {
+        for (layer, run) in (0..).zip(decoder.each_layer()) {
+            let MixerShape::Gqa(attention) = &run.mixer;
             layers.push(LayerWeights {
-                input_layernorm: next()?.vector(),
-                q_proj: next()?,
-                k_proj: next()?,
-                v_proj: next()?,
-                o_proj: next()?,
-                q_norm: if config.qk_norm { Some(next()?.vector()) } else { None },
-                k_norm: if config.qk_norm { Some(next()?.vector()) } else { None },
-                post_attention_layernorm: next()?.vector(),
-                feed_forward: if config.is_moe(layer) {
-                    FeedForward::Moe { router: next()? }
-                } else {
-                    FeedForward::Dense { gate_proj: next()?, up_proj: next()?, down_proj: next()? }
+                mixer_norm: reader.of_layer(layer, LayerTensor::MixerNorm)?.vector(),
+                mixer: MixerWeights::Gqa(GqaWeights::read(attention, &mut reader, layer)?),
+                feed_forward_norm: reader.of_layer(layer, LayerTensor::FeedForwardNorm)?.vector(),
+                feed_forward: match &run.feed_forward {
+                    FeedForwardShape::Dense { .. } => {
+                        FeedForward::Dense(reader.network(layer, [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down])?)
+                    }
+                    FeedForwardShape::Moe(moe) => {
+                        let router = reader.of_layer(layer, LayerTensor::Router)?;
+                        let shared = match moe.shared {
+                            SharedExpert::None => None,
+                            SharedExpert::Gated { .. } => Some(SharedWeights {
+                                network: reader
+                                    .network(layer, [LayerTensor::SharedGate, LayerTensor::SharedUp, LayerTensor::SharedDown])?,
+                                weight: reader.of_layer(layer, LayerTensor::SharedWeight)?,
+                            }),
+                        };
+                        FeedForward::Moe { router, shared }
+                    }
                 },
             });
         }
-        let norm = next()?.vector();
-        let lm_head = if config.tie_word_embeddings { None } else { Some(next()?) };
-        let rope = Rope::new(&config);
-        Ok(Self { manifest, config, embed_tokens, layers, norm, lm_head, rope })
+        let final_norm = reader.tensor(TensorRole::FinalNorm)?.vector();
+        let head = match decoder.head {
+            Head::Own => Some(reader.tensor(TensorRole::Head)?),
+            Head::Embedding => None,
+        };
+        let expert_forms = expert_forms(&manifest, kind);
+        Ok(Self { part: kind, embedding, layers, final_norm, head, expert_forms, manifest })
+    }
+
+    /// Its shape.
+    pub fn decoder(&self) -> &Decoder {
+        self.manifest.part(self.part).expect("it was loaded from it").decoder()
     }
 
     /// Longest sequence, prompt and answer together, in tokens.
     pub fn context(&self) -> usize {
-        self.config.max_position_embeddings as usize
+        self.decoder().context as usize
     }
 
-    pub(crate) fn lm_head(&self) -> &Weight {
-        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    pub(crate) fn head(&self) -> &Weight {
+        self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// The form of vectors that experts take.
-    pub(crate) fn expert_forms(&self) -> Forms {
-        Forms::of(self.manifest.expert_precision)
+    /// Length of the vectors inside an expert.
+    pub(crate) fn expert_width(&self) -> usize {
+        self.decoder().moe().map_or(0, |moe| moe.width as usize)
     }
 
     pub(crate) fn eps(&self) -> f32 {
-        self.config.rms_norm_eps as f32
+        self.decoder().final_norm.eps() as f32
     }
+}
+
+/// The forms of vectors that a part's experts take.
+pub(crate) fn expert_forms(manifest: &ModelManifest, part: PartKind) -> Forms {
+    let experts = manifest.part(part).map(|part| &part.experts[..]).unwrap_or_default();
+    experts.iter().fold(Forms::default(), |forms, expert| forms.or(Forms::of(expert.precision)))
 }
 
 impl Weight {
@@ -142,37 +202,28 @@ impl Weight {
         Matrix::new(&self.bytes, self.precision, self.rows, self.columns)
     }
 
-    fn vector(&self) -> Vec<f32> {
+    pub(crate) fn vector(&self) -> Vec<f32> {
         let mut vector = vec![0.0; self.columns];
         self.view().row(0, &mut vector);
         vector
     }
 }
 
-#[cfg(test)]
-pub(crate) mod tests {
-    use super::*;
+impl DenseWeights {
+    /// The forms of vectors that go in.
+    pub(crate) fn forms(&self) -> Forms {
+        self.gate.view().forms().or(self.up.view().forms())
+    }
 
-    pub(crate) fn tiny_config() -> ModelConfig {
-        ModelConfig {
-            vocab_size: 16,
-            hidden_size: 8,
-            num_hidden_layers: 2,
-            num_attention_heads: 2,
-            num_key_value_heads: 1,
-            head_dim: 8,
-            num_experts: 4,
-            num_experts_per_tok: 2,
-            moe_intermediate_size: 6,
-            intermediate_size: 0,
-            dense_layers: vec![],
-            qk_norm: true,
-            norm_topk_prob: true,
-            rope_theta: 1e6,
-            mrope_section: None,
-            rms_norm_eps: 1e-6,
-            tie_word_embeddings: true,
-            max_position_embeddings: 64,
-        }
+    /// Length of the vectors inside.
+    pub(crate) fn width(&self) -> usize {
+        self.gate.rows
+    }
+}
+
+impl SharedWeights {
+    /// The forms of vectors that go in.
+    pub(crate) fn forms(&self) -> Forms {
+        self.network.forms().or(self.weight.view().forms())
     }
 }

@@ -3,12 +3,13 @@
 use crate::activation_log::ActivationLog;
 use crate::engine::WorkSizes;
 use crate::experts::{Experts, ExpertsError, Present};
-use crate::kernels::math::{add_weighted, silu_times};
+use crate::kernels::math::{add_weighted, sigmoid, silu_times};
 use crate::kernels::{Kernels, Matrix, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
-use crate::model::{FeedForward, Model};
+use crate::model::{DenseWeights, FeedForward, Model, SharedWeights, Weight};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
 use protocol::ExpertSlot;
+use protocol::decoder::Router;
 use protocol::precision::PANEL_ROWS;
 
 /// Experts of a prefill that are in use at a time.
@@ -32,13 +33,17 @@ pub(crate) struct MoeWork {
     starts: Vec<u32>,
     wanted: Vec<u32>,
     /// What the next layer will probably want.
-    foreseen: Vec<u32>,
+    prefetch: Vec<u32>,
     present: Vec<Option<Present>>,
     jobs: Vec<Job>,
     tiles: Vec<Tile>,
     operand: Operand,
     middle: Vec<f32>,
     middle_operand: Operand,
+    /// What the shared expert makes of all tokens, and how much of it each takes; no room where there is none.
+    shared_out: Rows,
+    shared_weight: Rows,
+    shared_weights: Vec<(u32, f32)>,
 }
 
 /// What a thread needs to work.
@@ -79,13 +84,16 @@ impl MoeWork {
             assigned: vec![(0, 0.0); assigned],
             starts: vec![0; sizes.experts + 1],
             wanted: Vec::with_capacity(sizes.experts),
-            foreseen: Vec::with_capacity(sizes.experts),
+            prefetch: Vec::with_capacity(sizes.experts),
             present: Vec::with_capacity(WAVE),
             jobs: Vec::with_capacity(WAVE),
             tiles: Vec::with_capacity(assigned),
             operand: Operand::with_capacity(assigned, sizes.hidden(), sizes.expert_forms),
             middle: vec![0.0; middle],
             middle_operand: Operand::with_capacity(assigned, sizes.intermediate, sizes.expert_forms),
+            shared_out: Rows::with_capacity(if sizes.shared { sizes.rows() } else { 0 }, sizes.hidden()),
+            shared_weight: Rows::with_capacity(if sizes.shared { sizes.rows() } else { 0 }, 1),
+            shared_weights: Vec::with_capacity(if sizes.shared { sizes.rows() } else { 0 }),
         }
         .with_dense(sizes)
     }
@@ -114,7 +122,12 @@ impl MoeWork {
         let experts = Operand::bytes(sizes.assigned, sizes.hidden(), sizes.expert_forms)
             + Operand::bytes(sizes.assigned, sizes.intermediate, sizes.expert_forms).max(dense);
         let scratch = (sizes.threads() * (sizes.experts + Scratch::RESULTS) * 4) as u64;
-        rows + routing + experts + scratch + 4 * Self::middle(sizes) as u64
+        let shared = if sizes.shared {
+            Rows::bytes(sizes.rows(), sizes.hidden()) + Rows::bytes(sizes.rows(), 1) + 8 * sizes.rows() as u64
+        } else {
+            0
+        };
+        rows + routing + experts + scratch + shared + 4 * Self::middle(sizes) as u64
     }
 }
 
@@ -142,49 +155,40 @@ pub(crate) fn feed_forward(
     out: &mut Rows,
     watch: Watch<'_>,
 ) -> Result<(), ExpertsError> {
-    let hidden = model.config.hidden_size as usize;
     let (data, tokens) = (x.data(), x.tokens());
     match &model.layers[number].feed_forward {
-        FeedForward::Dense { gate_proj, up_proj, down_proj } => {
-            let (gate, up, down) = (gate_proj.view(), up_proj.view(), down_proj.view());
-            let forms = gate.forms().or(up.forms());
-            work.tokens.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
-            let panels = gate.panels();
-            let middle = &mut work.middle[..panels * tokens * PANEL_ROWS];
-            let operand = &work.tokens;
-            let at_a_time = panels_at_a_time(panels, pool.threads());
-            pool.chunks_with(middle, at_a_time * tokens * PANEL_ROWS, &mut work.scratch, |chunk, scratch, out| {
-                gate_and_up(kernels, [gate, up], (operand, token_tiles), (0, tokens), chunk * at_a_time, &mut scratch.results, out);
-            });
-            let middle = &work.middle;
-            let columns = model.config.intermediate_size as usize;
-            work.middle_operand.fill(pool, columns, down.forms(), token_tiles, |row| Vector::of(middle, tokens, 0, row));
-            project(pool, kernels, &[down], &work.middle_operand, token_tiles, out);
+        FeedForward::Dense(weights) => {
+            work.tokens.fill(pool, x.width(), weights.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
+            work.dense(pool, kernels, weights, token_tiles, out);
             Ok(())
         }
-        FeedForward::Moe { router } => {
+        FeedForward::Moe { router, shared } => {
             let router = router.view();
-            let forms = router.forms().or(model.expert_forms());
-            work.tokens.fill(pool, hidden, forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
+            let forms = router.forms().or(model.expert_forms).or(shared.as_ref().map(SharedWeights::forms).unwrap_or_default());
+            work.tokens.fill(pool, x.width(), forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
             work.logits.resize(tokens);
             project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
-            let left_out = |expert| watch.left_out.iter().any(|slot| (slot.layer, slot.expert) == (number as u32, expert));
+            let left_out = |expert| watch.left_out.contains(&ExpertSlot { part: model.part, layer: number as u32, expert });
             if work.route(pool, model, tokens, left_out).is_err() {
                 return Err(ExpertsError::Router { layer: number as u32 });
             }
             if let Some((log, position)) = watch.log {
-                let k = model.config.num_experts_per_tok as usize;
+                let k = model.decoder().experts_per_token() as usize;
                 for (row, choices) in work.choices[..tokens * k].chunks_exact(k).enumerate() {
                     log.record(position(row), number as u32, choices);
                 }
             }
-            work.mix(pool, kernels, model, number as u32, token_tiles, experts, out)
+            work.mix(pool, kernels, model, number as u32, token_tiles, experts, out)?;
+            if let Some(shared) = shared {
+                work.add_shared(pool, kernels, shared, token_tiles, out);
+            }
+            Ok(())
         }
     }
 }
 
 /// Guesses what the layer after `number` will want, by letting its router see what this one sees: `x` is that, as the next would norm it.
-pub(crate) fn foresee(
+pub(crate) fn predict(
     pool: &mut Pool,
     kernels: &Kernels,
     model: &Model,
@@ -192,16 +196,17 @@ pub(crate) fn foresee(
     (x, token_tiles): (&Rows, &[Tile]),
     work: &mut MoeWork,
 ) {
-    let [FeedForward::Moe { .. }, FeedForward::Moe { router }] = [number, number + 1].map(|layer| &model.layers[layer].feed_forward) else {
+    let [FeedForward::Moe { .. }, FeedForward::Moe { router, .. }] = [number, number + 1].map(|layer| &model.layers[layer].feed_forward)
+    else {
         return;
     };
     let (router, data, tokens) = (router.view(), x.data(), x.tokens());
-    work.tokens.fill(pool, model.config.hidden_size as usize, router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
+    work.tokens.fill(pool, x.width(), router.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
     work.logits.resize(tokens);
     project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
     // What this guess cannot say, the layer itself will.
     if work.route(pool, model, tokens, |_| false).is_ok() {
-        std::mem::swap(&mut work.wanted, &mut work.foreseen);
+        std::mem::swap(&mut work.wanted, &mut work.prefetch);
     }
 }
 
@@ -209,10 +214,47 @@ pub(crate) fn foresee(
 struct RouterNotFinite;
 
 impl MoeWork {
+    /// Writes what a network makes of the tokens, which have been taken in, to `out`.
+    fn dense(&mut self, pool: &mut Pool, kernels: &Kernels, weights: &DenseWeights, token_tiles: &[Tile], out: &mut Rows) {
+        let [gate, up, down] = [&weights.gate, &weights.up, &weights.down].map(Weight::view);
+        let (panels, tokens) = (gate.panels(), out.tokens());
+        let middle = &mut self.middle[..panels * tokens * PANEL_ROWS];
+        let operand = &self.tokens;
+        let at_a_time = panels_at_a_time(panels, pool.threads());
+        pool.chunks_with(middle, at_a_time * tokens * PANEL_ROWS, &mut self.scratch, |chunk, scratch, out| {
+            gate_and_up(kernels, [gate, up], (operand, token_tiles), (0, tokens), chunk * at_a_time, &mut scratch.results, out);
+        });
+        let middle = &self.middle;
+        self.middle_operand.fill(pool, weights.width(), down.forms(), token_tiles, |row| Vector::of(middle, tokens, 0, row));
+        project(pool, kernels, &[down], &self.middle_operand, token_tiles, out);
+    }
+
+    /// Adds what the shared expert makes of the tokens, behind all others, each token's times its weight.
+    fn add_shared(&mut self, pool: &mut Pool, kernels: &Kernels, shared: &SharedWeights, token_tiles: &[Tile], out: &mut Rows) {
+        let tokens = out.tokens();
+        self.shared_weight.resize(tokens);
+        project(pool, kernels, &[shared.weight.view()], &self.tokens, token_tiles, &mut self.shared_weight);
+        let weight = |token: usize| {
+            let mut weight = [0.0];
+            self.shared_weight.copy_token(token, 0, &mut weight);
+            (token as u32, sigmoid(weight[0]))
+        };
+        self.shared_weights.clear();
+        self.shared_weights.extend((0..tokens).map(weight));
+        let mut made = std::mem::take(&mut self.shared_out);
+        made.resize(tokens);
+        self.dense(pool, kernels, &shared.network, token_tiles, &mut made);
+        let (weights, stride) = (&self.shared_weights, tokens * PANEL_ROWS);
+        let made_panels = made.data();
+        pool.chunks(out.data_mut(), stride, |panel, _, out| add_weighted(out, weights, &made_panels[panel * stride..][..stride]));
+        self.shared_out = made;
+    }
+
     /// Chooses each token's experts and lists the tokens of each expert; those that are left out weigh nothing. Fails where a router's output is
     /// no number: with such weights, some experts would be chosen all the same.
     fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize, left_out: impl Fn(u32) -> bool) -> Result<(), RouterNotFinite> {
-        let (k, experts) = (model.config.num_experts_per_tok as usize, model.config.num_experts as usize);
+        let moe = model.decoder().moe().expect("a router chooses among experts");
+        let (k, experts, Router::Softmax { normalise }) = (moe.per_token as usize, moe.experts as usize, moe.router);
         let logits = &self.logits;
         let choices = &mut self.choices[..tokens * k];
         pool.chunks_with(choices, ROUTED * k, &mut self.scratch, |chunk, scratch, choices| {
@@ -220,7 +262,7 @@ impl MoeWork {
                 logits.copy_token(chunk * ROUTED + i, 0, &mut scratch.probabilities);
                 // Asked here: softmax makes some number of what is none.
                 let is_finite = scratch.probabilities.iter().all(|logit| logit.is_finite());
-                route(&mut scratch.probabilities, model.config.norm_topk_prob, choices);
+                route(&mut scratch.probabilities, normalise, choices);
                 if !is_finite {
                     choices[0].weight = f32::NAN;
                 }
@@ -267,14 +309,14 @@ impl MoeWork {
         out: &mut Rows,
     ) -> Result<(), ExpertsError> {
         out.data_mut().fill(0.0);
-        let wave = WAVE.min(experts.capacity() / 2).max(model.config.num_experts_per_tok as usize);
+        let wave = WAVE.min(experts.capacity() / 2).max(model.decoder().experts_per_token() as usize);
         for from in (0..self.wanted.len()).step_by(wave) {
             let to = (from + wave).min(self.wanted.len());
             let inputs = LayerInputs { tokens: &self.tokens, token_tiles, assigned: &self.assigned, starts: &self.starts };
             experts.gather(layer, &self.wanted[from..to], &inputs, &mut self.present);
-            if !self.foreseen.is_empty() {
-                experts.foresee(layer + 1, &self.foreseen);
-                self.foreseen.clear();
+            if !self.prefetch.is_empty() {
+                experts.prefetch(layer + 1, &self.prefetch);
+                self.prefetch.clear();
             }
             self.take_in(pool, model, (from, to), token_tiles);
             if self.present.iter().any(Option::is_some) {
@@ -309,12 +351,12 @@ impl MoeWork {
         }
         let assigned = &self.assigned[base as usize..];
         let source = |row: usize| assigned[row].0 as usize;
-        self.operand.gather(pool, &self.tokens, token_tiles, &self.tiles, model.expert_forms(), source);
+        self.operand.gather(pool, &self.tokens, token_tiles, &self.tiles, model.expert_forms, source);
     }
 
     /// Computes silu(gate) × up for the experts that are present, or for one of them.
     fn first_half(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, only: Option<usize>) {
-        let panels = (model.config.moe_intermediate_size as usize).div_ceil(PANEL_ROWS);
+        let panels = model.expert_width().div_ceil(PANEL_ROWS);
         let wanted = only.map_or(0..self.jobs.len(), |job| job..job + 1);
         let count = wanted.len();
         let at_a_time = panels_at_a_time(panels * count, pool.threads()).min(panels);
@@ -337,7 +379,7 @@ impl MoeWork {
 
     /// Computes down · middle for all experts of a wave, and adds it to `out`, weighted.
     fn second_half(&mut self, pool: &mut Pool, kernels: &Kernels, model: &Model, from: usize, out: &mut Rows) {
-        let columns = model.config.moe_intermediate_size as usize;
+        let columns = model.expert_width();
         let panels = columns.div_ceil(PANEL_ROWS);
         let Self { jobs, present, middle, middle_operand, tiles, assigned, wanted, starts, scratch, .. } = self;
         let middle = &middle[..];
@@ -345,7 +387,7 @@ impl MoeWork {
         let assigned = &assigned[base..];
         let job_of = |row: usize| jobs[jobs.partition_point(|job| job.first + job.rows <= row)];
         // Of experts that ran elsewhere, what is in the middle is of no use, and used by nobody.
-        middle_operand.fill(pool, columns, model.expert_forms(), tiles, |row| {
+        middle_operand.fill(pool, columns, model.expert_forms, tiles, |row| {
             let job = job_of(row);
             Vector::of(&middle[job.first * panels * PANEL_ROWS..][..job.rows * panels * PANEL_ROWS], job.rows, 0, row - job.first)
         });

@@ -84,7 +84,7 @@ fn score(engine: &mut Engine, tokenizer: &Tokenizer, window: &[u32], report: &mu
     if window.len() < 2 {
         return Ok(());
     }
-    let vocab_size = engine.model().config.vocab_size;
+    let vocab_size = engine.model().decoder().vocab_size;
     if let Some(&token) = window.iter().find(|&&token| token >= vocab_size) {
         return Err(ForwardError::Token { token, vocab_size }.into());
     }

@@ -1,6 +1,7 @@
 //! What a machine allows: how fast its memory is read, how fast a kernel multiplies what lies in the nearest cache, and how many bytes
 //! and multiplications a token takes. Time is the caller's.
 
+use protocol::decoder::{Head, TensorRole};
 use protocol::{ModelManifest, Precision};
 
 use crate::aligned::AlignedBytes;
@@ -102,19 +103,19 @@ pub struct TokenCost {
 impl TokenCost {
     /// Counts them: all of the trunk but the embeddings (of which one row), and top-k experts of each layer.
     pub fn of(manifest: &ModelManifest) -> Self {
-        let config = &manifest.config;
-        let specs = config.trunk_tensors();
+        let (part, decoder) = (manifest.text(), manifest.decoder());
         let (mut bytes, mut multiplications) = (0, 0);
-        for (tensor, spec) in manifest.trunk.iter().zip(&specs) {
-            let embeddings = spec.name == "model.embed_tokens.weight";
-            if !embeddings || config.tie_word_embeddings {
+        for (tensor, spec) in part.trunk.iter().zip(&decoder.tensors()) {
+            if spec.role != TensorRole::Embedding || decoder.head == Head::Embedding {
                 bytes += tensor.blob.length;
                 multiplications += if spec.shape.len() > 1 { spec.shape.iter().product() } else { 0 };
             }
         }
-        let experts = config.moe_layers().count() as u64 * u64::from(config.num_experts_per_tok);
-        let shape = config.expert_shape(manifest.expert_precision);
-        bytes += experts * shape.blob_bytes() as u64;
+        let experts = decoder.moe_layers().count() as u64 * u64::from(decoder.experts_per_token());
+        let shape = decoder.expert_shape(Precision::F32);
+        // As many bytes as an expert has on average, where precisions are mixed.
+        let all: u64 = part.experts.iter().map(|expert| expert.blob.length).sum();
+        bytes += experts * all / (part.experts.len() as u64).max(1);
         multiplications += experts * 3 * (shape.hidden_size * shape.intermediate_size) as u64;
         Self { bytes, multiplications }
     }

@@ -83,7 +83,7 @@ pub struct Profiler {
 impl Profiler {
     /// Nothing read yet.
     pub fn new(engine: &Engine, model: ModelId, tokenizer: &Tokenizer, set: &ProbeSet) -> Result<Self, ProfileError> {
-        let config = &engine.model().config;
+        let decoder = engine.model().decoder();
         let mut probes = Vec::new();
         let tokens_max = PROBE_TOKENS_MAX.min(engine.context());
         for texts in set.domains().values() {
@@ -91,8 +91,8 @@ impl Profiler {
             for text in texts {
                 let mut tokens = tokenizer.encode(text, SpecialTokens::AsWritten)?;
                 tokens.truncate(tokens_max);
-                if let Some(&token) = tokens.iter().find(|&&token| token >= config.vocab_size) {
-                    return Err(ForwardError::Token { token, vocab_size: config.vocab_size }.into());
+                if let Some(&token) = tokens.iter().find(|&&token| token >= decoder.vocab_size) {
+                    return Err(ForwardError::Token { token, vocab_size: decoder.vocab_size }.into());
                 }
                 domain.push(tokens);
             }
@@ -104,10 +104,10 @@ impl Profiler {
             tokens: probes.iter().map(|tokens| tokens.len() as u64).sum(),
             square_tokens: probes.iter().map(|tokens| (tokens.len() as u64).pow(2)).sum(),
         });
-        let slots: Vec<_> = config.expert_slots().collect();
+        let slots: Vec<_> = engine.model().manifest.text().slots().collect();
         let body = ProfileBody::new(model, set.hash(), domains.collect(), slots.len());
         let readings = probes.iter().map(|domain| vec![None; domain.len()]).collect();
-        let (layers, k) = (config.moe_layers().collect(), config.num_experts_per_tok as usize);
+        let (layers, k) = (decoder.moe_layers().collect(), decoder.experts_per_token() as usize);
         let tokens_of = vec![Vec::new(); probes.len()];
         Ok(Self { probes, readings, body, slots, layers, k, tokens_of })
     }

@@ -7,64 +7,73 @@ use candle_core::{D, DType, Device, IndexOp, Result, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim};
 use candle_nn::rotary_emb::rope;
 use half::{bf16, f16};
+use protocol::decoder::{Head, LayerTensor, QkNorm, QkvBias, Router, SharedExpert, TensorRole};
 use protocol::expert_blob::ExpertShape;
-use protocol::{BlobRef, ExpertSlot, ModelConfig, ModelManifest, Precision};
+use protocol::{BlobRef, Decoder, ExpertSlot, ModelManifest, Precision};
 
 /// Gets the bytes of a blob; they are not verified here.
 pub type ReadBlob<'a> = &'a mut dyn FnMut(BlobRef) -> std::result::Result<Vec<u8>, String>;
 
 /// Returns the logits, (tokens, vocab_size), of a whole sequence.
 pub fn reference_logits(manifest: &ModelManifest, tokens: &[u32], read: ReadBlob<'_>) -> std::result::Result<Vec<f32>, String> {
-    let mut reference = Reference { manifest, config: &manifest.config, read };
+    let mut reference = Reference { manifest, decoder: manifest.decoder(), read };
     reference.logits(tokens).and_then(|logits| logits.flatten_all()?.to_vec1()).map_err(|error| error.to_string())
 }
 
 struct Reference<'a> {
     manifest: &'a ModelManifest,
-    config: &'a ModelConfig,
+    decoder: &'a Decoder,
     read: ReadBlob<'a>,
 }
 
 impl Reference<'_> {
     fn logits(&mut self, tokens: &[u32]) -> Result<Tensor> {
-        let eps = self.config.rms_norm_eps as f32;
+        let eps = self.decoder.final_norm.eps() as f32;
         let ids = Tensor::new(tokens, &Device::Cpu)?;
-        let embedding = self.trunk("model.embed_tokens.weight")?;
+        let embedding = self.trunk(TensorRole::Embedding)?;
         let mut x = embedding.index_select(&ids, 0)?; // (tokens, hidden_size)
-        for layer in 0..self.config.num_hidden_layers {
-            let name = |part: &str| format!("model.layers.{layer}.{part}.weight");
-            let normed = rms_norm(&x, &self.trunk(&name("input_layernorm"))?, eps)?;
-            x = (x + self.attention(&normed, &name)?)?;
-            let normed = rms_norm(&x, &self.trunk(&name("post_attention_layernorm"))?, eps)?;
-            let out = if self.config.is_moe(layer) { self.moe(&normed, layer, &name)? } else { self.dense(&normed, &name)? };
+        for layer in 0..self.decoder.layers() {
+            let normed = rms_norm(&x, &self.of_layer(layer, LayerTensor::MixerNorm)?, eps)?;
+            x = (x + self.attention(&normed, layer)?)?;
+            let normed = rms_norm(&x, &self.of_layer(layer, LayerTensor::FeedForwardNorm)?, eps)?;
+            let dense = [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down];
+            let out = if self.decoder.is_moe(layer) { self.moe(&normed, layer)? } else { self.dense(&normed, layer, dense)? };
             x = (x + out)?;
         }
-        let x = rms_norm(&x, &self.trunk("model.norm.weight")?, eps)?;
-        let head = if self.config.tie_word_embeddings { embedding } else { self.trunk("lm_head.weight")? };
+        let x = rms_norm(&x, &self.trunk(TensorRole::FinalNorm)?, eps)?;
+        let head = if self.decoder.head == Head::Embedding { embedding } else { self.trunk(TensorRole::Head)? };
         x.matmul(&head.t()?)
     }
 
-    fn attention(&mut self, x: &Tensor, name: &dyn Fn(&str) -> String) -> Result<Tensor> {
-        let config = self.config;
-        let (tokens, head_dim) = (x.dim(0)?, config.head_dim as usize);
-        let eps = config.rms_norm_eps as f32;
-        let mut project = |part: &str, heads: u32| -> Result<Tensor> {
-            let y = x.matmul(&self.trunk(&name(part))?.t()?)?;
-            y.reshape((1, tokens, heads as usize, head_dim))?.transpose(1, 2)?.contiguous() // (1, heads, tokens, head_dim)
+    fn attention(&mut self, x: &Tensor, layer: u32) -> Result<Tensor> {
+        let shape = self.decoder.attention();
+        let (tokens, head_dim) = (x.dim(0)?, shape.head_dim as usize);
+        let eps = self.decoder.final_norm.eps() as f32;
+        let spread_norm = shape.qk_norm == QkNorm::AllHeads;
+        // (1, heads, tokens, head_dim)
+        let mut project = |part: LayerTensor, bias: LayerTensor, norm: Option<LayerTensor>, heads: u32| -> Result<Tensor> {
+            let mut y = x.matmul(&self.of_layer(layer, part)?.t()?)?;
+            if shape.bias == QkvBias::Each {
+                y = y.broadcast_add(&self.of_layer(layer, bias)?)?;
+            }
+            if let Some(norm) = norm.filter(|_| spread_norm) {
+                y = rms_norm(&y, &self.of_layer(layer, norm)?, eps)?;
+            }
+            y.reshape((1, tokens, heads as usize, head_dim))?.transpose(1, 2)?.contiguous()
         };
-        let q = project("self_attn.q_proj", config.num_attention_heads)?;
-        let k = project("self_attn.k_proj", config.num_key_value_heads)?;
-        let v = project("self_attn.v_proj", config.num_key_value_heads)?;
+        let q = project(LayerTensor::Query, LayerTensor::QueryBias, Some(LayerTensor::QueryNorm), shape.heads)?;
+        let k = project(LayerTensor::Key, LayerTensor::KeyBias, Some(LayerTensor::KeyNorm), shape.kv_heads)?;
+        let v = project(LayerTensor::Value, LayerTensor::ValueBias, None, shape.kv_heads)?;
         let exponents: Vec<f32> = (0..head_dim / 2).map(|i| 2.0 * i as f32 / head_dim as f32).collect();
-        let frequencies: Vec<f32> = exponents.iter().map(|e| (config.rope_theta as f32).powf(-e)).collect();
+        let frequencies: Vec<f32> = exponents.iter().map(|e| (shape.rope.base() as f32).powf(-e)).collect();
         let positions = Tensor::arange(0u32, tokens as u32, &Device::Cpu)?.to_dtype(DType::F32)?.reshape((tokens, 1))?;
         let angles = positions.matmul(&Tensor::new(frequencies, &Device::Cpu)?.reshape((1, head_dim / 2))?)?;
-        let mut turn = |x: &Tensor, part: &str| {
-            let normed = if config.qk_norm { rms_norm(x, &self.trunk(&name(part))?, eps)? } else { x.clone() };
+        let mut turn = |x: &Tensor, norm: LayerTensor| {
+            let normed = if shape.qk_norm == QkNorm::PerHead { rms_norm(x, &self.of_layer(layer, norm)?, eps)? } else { x.clone() };
             rope(&normed, &angles.cos()?, &angles.sin()?)
         };
-        let (q, k) = (turn(&q, "self_attn.q_norm")?, turn(&k, "self_attn.k_norm")?);
-        let groups = (config.num_attention_heads / config.num_key_value_heads) as usize;
+        let (q, k) = (turn(&q, LayerTensor::QueryNorm)?, turn(&k, LayerTensor::KeyNorm)?);
+        let groups = (shape.heads / shape.kv_heads) as usize;
         let spread = |x: Tensor| -> Result<Tensor> {
             let (_, heads, tokens, head_dim) = x.dims4()?;
             let x = x.unsqueeze(2)?.broadcast_as((1, heads, groups, tokens, head_dim))?;
@@ -72,26 +81,27 @@ impl Reference<'_> {
         };
         let (k, v) = (spread(k)?, spread(v)?);
         let mask: Vec<f32> = (0..tokens * tokens).map(|i| if i % tokens > i / tokens { f32::NEG_INFINITY } else { 0.0 }).collect();
-        let scores = (q.matmul(&k.t()?.contiguous()?)? / f64::from(config.head_dim).sqrt())?;
+        let scores = (q.matmul(&k.t()?.contiguous()?)? / f64::from(shape.head_dim).sqrt())?;
         let scores = scores.broadcast_add(&Tensor::from_vec(mask, (tokens, tokens), &Device::Cpu)?)?;
         let mixed = softmax_last_dim(&scores)?.matmul(&v)?;
-        let mixed = mixed.transpose(1, 2)?.contiguous()?.reshape((tokens, config.num_attention_heads as usize * head_dim))?;
-        mixed.matmul(&self.trunk(&name("self_attn.o_proj"))?.t()?)
+        let mixed = mixed.transpose(1, 2)?.contiguous()?.reshape((tokens, shape.heads as usize * head_dim))?;
+        mixed.matmul(&self.of_layer(layer, LayerTensor::Output)?.t()?)
     }
 
-    fn dense(&mut self, x: &Tensor, name: &dyn Fn(&str) -> String) -> Result<Tensor> {
-        let [gate, up, down] = ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"].map(|part| self.trunk(&name(part)));
+    fn dense(&mut self, x: &Tensor, layer: u32, tensors: [LayerTensor; 3]) -> Result<Tensor> {
+        let [gate, up, down] = tensors.map(|tensor| self.of_layer(layer, tensor));
         swiglu(x, &gate?, &up?, &down?)
     }
 
-    fn moe(&mut self, x: &Tensor, layer: u32, name: &dyn Fn(&str) -> String) -> Result<Tensor> {
-        let config = self.config;
-        let router = self.trunk(&name("mlp.gate"))?;
+    fn moe(&mut self, x: &Tensor, layer: u32) -> Result<Tensor> {
+        let moe = self.decoder.moe().expect("this layer has experts").clone();
+        let router = self.of_layer(layer, LayerTensor::Router)?;
         let probabilities = softmax_last_dim(&x.matmul(&router.t()?)?)?;
         let (tokens, _) = x.dims2()?;
-        let chosen = probabilities.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, config.num_experts_per_tok as usize)?.contiguous()?;
+        let chosen = probabilities.arg_sort_last_dim(false)?.narrow(D::Minus1, 0, moe.per_token as usize)?.contiguous()?;
         let mut weights = probabilities.gather(&chosen, D::Minus1)?;
-        if config.norm_topk_prob {
+        let Router::Softmax { normalise } = moe.router;
+        if normalise {
             weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         }
         let (chosen, weights) = (chosen.to_vec2::<u32>()?, weights.to_vec2::<f32>()?);
@@ -100,18 +110,28 @@ impl Reference<'_> {
             let row = x.i(token)?.unsqueeze(0)?;
             let mut sum = row.zeros_like()?;
             for (&expert, &weight) in chosen[token].iter().zip(&weights[token]) {
-                let [gate, up, down] = self.expert(ExpertSlot { layer, expert })?;
+                let [gate, up, down] = self.expert(ExpertSlot::text(layer, expert))?;
                 sum = (sum + (swiglu(&row, &gate, &up, &down)? * f64::from(weight))?)?;
             }
             out.push(sum);
         }
-        Tensor::cat(&out, 0)
+        let out = Tensor::cat(&out, 0)?;
+        if moe.shared == SharedExpert::None {
+            return Ok(out);
+        }
+        let shared = self.dense(x, layer, [LayerTensor::SharedGate, LayerTensor::SharedUp, LayerTensor::SharedDown])?;
+        let weight = candle_nn::ops::sigmoid(&x.matmul(&self.of_layer(layer, LayerTensor::SharedWeight)?.t()?)?)?;
+        out + shared.broadcast_mul(&weight)?
     }
 
-    fn trunk(&mut self, name: &str) -> Result<Tensor> {
-        let specs = self.config.trunk_tensors();
-        let found = self.manifest.trunk.iter().zip(&specs).find(|(tensor, _)| tensor.name == name);
-        let (tensor, spec) = found.ok_or_else(|| candle_core::Error::Msg(format!("no tensor {name}")))?;
+    fn of_layer(&mut self, layer: u32, tensor: LayerTensor) -> Result<Tensor> {
+        self.trunk(TensorRole::Layer(layer, tensor))
+    }
+
+    fn trunk(&mut self, role: TensorRole) -> Result<Tensor> {
+        let specs = self.decoder.tensors();
+        let found = self.manifest.text().trunk.iter().zip(&specs).find(|(tensor, _)| tensor.role == role);
+        let (tensor, spec) = found.ok_or_else(|| candle_core::Error::Msg(format!("no tensor {role}")))?;
         let bytes = (self.read)(tensor.blob).map_err(candle_core::Error::Msg)?;
         let shape: Vec<usize> = spec.shape.iter().map(|&side| side as usize).collect();
         {
@@ -122,7 +142,7 @@ impl Reference<'_> {
 
     fn expert(&mut self, slot: ExpertSlot) -> Result<[Tensor; 3]> {
         let blob = self.manifest.expert(slot).ok_or_else(|| candle_core::Error::Msg(format!("no {slot}")))?;
-        let bytes = (self.read)(blob).map_err(candle_core::Error::Msg)?;
+        let bytes = (self.read)(blob.blob).map_err(candle_core::Error::Msg)?;
         let shape = ExpertShape::of_blob(&bytes).map_err(candle_core::Error::wrap)?;
         let (hidden, middle) = (shape.hidden_size, shape.intermediate_size);
         let [gate, up, down] = shape.planes();

@@ -253,7 +253,7 @@ pub(crate) struct LocalModel {
 impl LocalModel {
     /// Experts whose bytes are in `store`.
     pub(crate) fn experts_present(&self, store: &BlobStore) -> usize {
-        self.manifest.experts.iter().filter(|blob| store.contains(&blob.hash)).count()
+        self.manifest.expert_blobs().filter(|blob| store.contains(&blob.hash)).count()
     }
 
     /// Bytes of the model that are in `store`.
@@ -263,7 +263,7 @@ impl LocalModel {
 
     /// Every blob of the model, once.
     pub(crate) fn blobs(&self) -> BTreeMap<ContentHash, u64> {
-        let all = self.manifest.trunk_blobs().chain(self.manifest.experts.iter().copied());
+        let all = self.manifest.blobs();
         all.map(|blob| (blob.hash, blob.length)).collect()
     }
 }

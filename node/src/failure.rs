@@ -170,7 +170,7 @@ impl From<ForwardError> for Failure {
     fn from(error: ForwardError) -> Self {
         match error {
             ForwardError::Experts(error) => error.into(),
-            ForwardError::Token { .. } | ForwardError::Context { .. } => Self::of(Kind::Usage, &error),
+            ForwardError::Token { .. } | ForwardError::Context { .. } | ForwardError::Shape(_) => Self::of(Kind::Usage, &error),
         }
     }
 }

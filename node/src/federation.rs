@@ -428,14 +428,14 @@ pub(crate) fn remember(dir: &DataDir, group: Option<&str>, peers: &Peers, learne
 
 /// The parts of the trunk with the names that errors give them.
 pub(crate) fn trunk_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
-    let tensors = manifest.trunk.iter().map(|tensor| (tensor.blob, tensor.name.clone()));
+    let tensors = manifest.parts.iter().flat_map(|part| &part.trunk).map(|tensor| (tensor.blob, tensor.role.to_string()));
     let files = [(manifest.tokenizer, "tokenizer.json"), (manifest.chat.template, "chat template")];
     tensors.chain(files.into_iter().filter_map(|(blob, name)| Some((blob?, name.to_owned())))).collect()
 }
 
 /// The experts with the names that errors give them.
 pub(crate) fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
-    manifest.config.expert_slots().zip(&manifest.experts).map(|(slot, blob)| (*blob, slot.to_string())).collect()
+    manifest.experts().map(|(slot, expert)| (expert.blob, slot.to_string())).collect()
 }
 
 pub(crate) fn no_peer(what: &str) -> Failure {

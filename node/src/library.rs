@@ -41,7 +41,7 @@ impl Library {
     /// Looks again which models are here.
     pub(crate) fn refresh(&self) {
         let models = self.open.readable_models();
-        let experts = models.iter().flat_map(|found| &found.manifest.experts).map(|blob| blob.hash).collect();
+        let experts = models.iter().flat_map(|found| found.manifest.expert_blobs()).map(|blob| blob.hash).collect();
         *self.experts.write().unwrap_or_else(PoisonError::into_inner) = experts;
         *self.models.write().unwrap_or_else(PoisonError::into_inner) = models;
     }

@@ -8,11 +8,12 @@ use inference::cache_policy::PolicyKind;
 use inference::chat::ChatTemplate;
 use inference::engine::{Engine, EngineOptions};
 use inference::experts::Experts;
+use inference::machine::Machine;
 use inference::memory::plan_memory;
 use inference::model::Model;
 use inference::session::Session;
 use inference::tokenizer::Tokenizer;
-use protocol::BlobRef;
+use protocol::{BlobRef, PartKind};
 use store::BlobStore;
 
 use crate::clock::now_ms;
@@ -40,7 +41,7 @@ pub(crate) struct Loaded {
 impl Loaded {
     /// Memory that we count as taken, with the keys and values of `session`.
     pub(crate) fn counted_bytes(&mut self, session: &Session) -> u64 {
-        self.process + self.engine.bytes() + session.bytes()
+        self.process + self.engine.machine().bytes() + self.engine.work_bytes() + session.bytes()
     }
 
     /// The same, as it goes on.
@@ -94,12 +95,16 @@ impl Federation {
         let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
         let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
         let process = resident_bytes();
-        let model = Model::load(Arc::clone(manifest), |blob| self.read_part(&open.store, blob))?;
+        let machine = Machine::new(options.threads, options.kernels, PolicyKind::Lru);
+        machine.experts().lock().set_bytes_max(memory.experts);
+        let mut read = |blob| machine.tensor(blob, |bytes| self.read_into(&open.store, blob, bytes));
+        let model = Model::load(Arc::clone(manifest), PartKind::Text, &mut read)?;
         let providers = self.new_providers();
         let report = SharedReport::new(self.remote().audit);
         let interest = Interest::default();
         let dispatching = DispatcherOptions {
-            shape: manifest.config.expert_shape(manifest.expert_precision),
+            hidden_size: manifest.decoder().hidden_size as usize,
+            packed: manifest.text().experts.iter().any(|expert| expert.precision.is_packed()),
             kernels: options.kernels,
             remote: self.remote().clone(),
             report: report.clone(),
@@ -107,24 +112,29 @@ impl Federation {
             interest: interest.clone(),
         };
         let source = Dispatcher::new(Arc::clone(&open.store), self.dispatcher_peers(), Arc::clone(&providers), dispatching);
-        let experts = Experts::new(Arc::clone(manifest), memory.experts, PolicyKind::Lru, Box::new(source));
-        let engine = Engine::new(model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
+        let experts = Experts::new(manifest, PartKind::Text, machine.experts().clone(), Box::new(source));
+        let engine = Engine::new(&machine, model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
         Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), interest, providers, report, process })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
     fn read_part(&self, store: &Arc<BlobStore>, blob: BlobRef) -> Result<AlignedBytes, Failure> {
         let mut bytes = AlignedBytes::zeroed(blob.length as usize);
-        let read = store.read_into(&blob.hash, &mut bytes, now_ms());
+        self.read_into(store, blob, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn read_into(&self, store: &Arc<BlobStore>, blob: BlobRef, bytes: &mut AlignedBytes) -> Result<(), Failure> {
+        let read = store.read_into(&blob.hash, bytes, now_ms());
         match read {
-            Ok(true) => return Ok(bytes),
+            Ok(true) => return Ok(()),
             Ok(false) | Err(store::StoreError::Damaged { .. }) if self.has_peers() => {}
             Ok(false) => return Err(no_peer(&blob.hash.to_string())),
             Err(error) => return Err(error.into()),
         }
         self.bring(store, &[(blob, blob.hash.to_string())], "trunk")?;
-        if store.read_into(&blob.hash, &mut bytes, now_ms())? {
-            return Ok(bytes);
+        if store.read_into(&blob.hash, bytes, now_ms())? {
+            return Ok(());
         }
         Err(Failure::new(Kind::Other, format!("{} has gone from the store again", blob.hash)))
     }

@@ -1,6 +1,7 @@
 //! The models and blobs in a data directory, as they are told to people and programs.
 
-use protocol::{BlobRef, ModelManifest, Precision};
+use protocol::manifest::Part;
+use protocol::{BlobRef, ModelManifest, PartKind, Precision};
 use serde_json::{Value, json};
 use store::StoreStat;
 
@@ -10,8 +11,8 @@ use crate::data_dir::{LocalModel, OpenDataDir};
 pub(crate) fn summary(open: &OpenDataDir, found: &LocalModel) -> Value {
     json!({
         "name": found.name, "id": found.id.to_string(), "publisher": found.publisher.to_string(),
-        "precision": found.manifest.expert_precision.name(), "context": found.manifest.config.max_position_embeddings,
-        "experts": {"have": found.experts_present(&open.store), "all": found.manifest.experts.len()},
+        "precision": found.manifest.precision_text(), "context": found.manifest.decoder().context,
+        "experts": {"have": found.experts_present(&open.store), "all": found.manifest.experts_count()},
         "bytes": found.bytes_present(&open.store), "total_bytes": found.manifest.total_bytes(),
         "profile": open.dir.profile(found.id).is_ok_and(|profile| profile.is_some()),
     })
@@ -20,11 +21,12 @@ pub(crate) fn summary(open: &OpenDataDir, found: &LocalModel) -> Value {
 /// What a model is made of; with `blobs`, down to every tensor and expert.
 pub(crate) fn details(open: &OpenDataDir, found: &LocalModel, blobs: bool) -> Value {
     let LocalModel { name, id, manifest, publisher } = found;
-    let trunk: u64 = manifest.trunk.iter().map(|tensor| tensor.blob.length).sum();
+    let trunk: u64 = manifest.parts.iter().map(Part::trunk_bytes).sum();
+    let parts: Vec<_> = manifest.parts.iter().map(part_json).collect();
     let mut about = json!({
         "name": name, "id": id.to_string(), "publisher": publisher.to_string(), "parent": manifest.parent.map(|id| id.to_string()),
-        "config": manifest.config, "precision": manifest.expert_precision.name(),
-        "experts": {"have": found.experts_present(&open.store), "all": manifest.experts.len(), "bytes_each": manifest.experts.first().map(|blob| blob.length)},
+        "parts": parts, "precision": manifest.precision_text(),
+        "experts": {"have": found.experts_present(&open.store), "all": manifest.experts_count(), "bytes_each": manifest.expert_blobs().next().map(|blob| blob.length)},
         "trunk_bytes": trunk, "bytes": found.bytes_present(&open.store), "total_bytes": manifest.total_bytes(),
         "tokenizer": manifest.tokenizer.map(|blob| blob.hash.to_string()), "chat_template": manifest.chat.template.is_some(),
     });
@@ -37,15 +39,21 @@ pub(crate) fn details(open: &OpenDataDir, found: &LocalModel, blobs: bool) -> Va
 
 /// What a pull has come to.
 pub(crate) fn pulled_json(open: &OpenDataDir, found: &LocalModel, bytes: u64) -> Value {
-    let experts = json!({"have": found.experts_present(&open.store), "all": found.manifest.experts.len()});
+    let experts = json!({"have": found.experts_present(&open.store), "all": found.manifest.experts_count()});
     json!({"name": found.name, "id": found.id.to_string(), "experts": experts, "bytes_fetched": bytes})
 }
 
 /// Every tensor of the trunk, then every expert, layer by layer.
 fn all_blobs(manifest: &ModelManifest) -> impl Iterator<Item = (String, Precision, BlobRef)> {
-    let trunk = manifest.trunk.iter().map(|tensor| (tensor.name.clone(), tensor.precision, tensor.blob));
-    let slots = manifest.config.expert_slots().zip(&manifest.experts);
-    trunk.chain(slots.map(|(slot, blob)| (slot.to_string(), manifest.expert_precision, *blob)))
+    let tensors = manifest.parts.iter().flat_map(|part| &part.trunk);
+    let trunk = tensors.map(|tensor| (tensor.role.to_string(), tensor.precision, tensor.blob));
+    trunk.chain(manifest.experts().map(|(slot, expert)| (slot.to_string(), expert.precision, expert.blob)))
+}
+
+/// What a part of a model is.
+fn part_json(part: &Part) -> Value {
+    let PartKind::Text = part.kind;
+    json!({"kind": "text", "decoder": part.decoder(), "trunk_bytes": part.trunk_bytes(), "experts": part.experts.len()})
 }
 
 /// The store, counted.

@@ -1,6 +1,6 @@
 //! Where each expert of a model lies in arrays that have an entry for every one of them.
 
-use protocol::ModelConfig;
+use protocol::Decoder;
 
 /// Where experts lie in arrays that have one entry for each of a model's.
 #[derive(Clone, Debug)]
@@ -11,12 +11,12 @@ pub(crate) struct Places {
 }
 
 impl Places {
-    pub(crate) fn of(config: &ModelConfig) -> Self {
+    pub(crate) fn of(decoder: &Decoder) -> Self {
         let mut count = 0;
-        let first = (0..config.num_hidden_layers)
+        let first = (0..decoder.layers())
             .map(|layer| {
-                let here = config.is_moe(layer).then_some(count);
-                count += here.map_or(0, |_| config.num_experts as usize);
+                let here = decoder.is_moe(layer).then_some(count);
+                count += here.map_or(0, |_| decoder.experts() as usize);
                 here
             })
             .collect();

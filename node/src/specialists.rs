@@ -13,14 +13,14 @@ use crate::failure::{Failure, Kind};
 pub(crate) fn own_body(open: &OpenDataDir, found: &LocalModel) -> Result<Option<ProfileBody>, Failure> {
     let Some(profile) = open.dir.profile(found.id)? else { return Ok(None) };
     let Some(bytes) = open.store.read(&profile.body.hash, now_ms())? else { return Ok(None) };
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
     let body = ProfileBody::from_bytes(&bytes, (found.id, profile.probes), &slots);
     body.map(Some).map_err(|error| Failure::new(Kind::Integrity, error.to_string()).about(format_args!("profile of {}", found.name)))
 }
 
 /// Refuses a layer that the model does not have, or that has no experts.
 pub(crate) fn check_layer(found: &LocalModel, layer: Option<u32>) -> Result<(), Failure> {
-    let layers: Vec<_> = found.manifest.config.moe_layers().collect();
+    let layers: Vec<_> = found.manifest.decoder().moe_layers().collect();
     match layer {
         Some(layer) if !layers.contains(&layer) => {
             let (first, last) = (layers.first().copied().unwrap_or(0), layers.last().copied().unwrap_or(0));
@@ -58,19 +58,20 @@ pub(crate) fn domain_json(open: &OpenDataDir, found: &LocalModel, domain: &str, 
     let body = own_body(open, found)?.ok_or_else(|| no_profile(&found.name))?;
     let number = domain_of(&body, domain)?;
     check_layer(found, layer)?;
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let experts: Vec<_> = found.manifest.experts().collect();
     let rows: Vec<_> =
-        ranking(&body, number).into_iter().filter(|one| layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
+        ranking(&body, number).into_iter().filter(|one| layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
     let usage = open.dir.usage(found.id)?;
     let (tested, specialists) = (rows.len(), rows.iter().filter(|one| one.is_specialist()).count());
     let row = |one: &Ranked| {
-        let mut row = row_json(slots[one.expert], one, open.store.contains(&found.manifest.experts[one.expert].hash));
+        let (slot, expert) = experts[one.expert];
+        let mut row = row_json(slot, one, open.store.contains(&expert.blob.hash));
         row["used_here"] = json!(usage.get(one.expert).copied().unwrap_or(0));
         row
     };
     let rows: Vec<_> = rows.iter().take(top).map(row).collect();
     Ok(json!({
-        "model": found.id.to_string(), "name": found.name, "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.expert_precision.to_string(),
+        "model": found.id.to_string(), "name": found.name, "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.precision_text(),
         "tested": tested, "specialists": specialists, "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
     }))
 }
@@ -98,14 +99,14 @@ pub(crate) fn leading_domains(body: &ProfileBody) -> (Vec<i32>, Vec<f64>) {
 
 /// Every expert of a model with its leading domain, as this node's own profile has it; without one, no domains.
 pub(crate) fn map_json(open: &OpenDataDir, found: &LocalModel) -> Result<Value, Failure> {
-    let config = &found.manifest.config;
+    let decoder = found.manifest.decoder();
     let (names, (leading, lift)) = match own_body(open, found)? {
         Some(body) => (body.domains.iter().map(|domain| domain.name.clone()).collect(), leading_domains(&body)),
-        None => (Vec::new(), (vec![-1; found.manifest.experts.len()], vec![0.0; found.manifest.experts.len()])),
+        None => (Vec::new(), (vec![-1; found.manifest.experts_count()], vec![0.0; found.manifest.experts_count()])),
     };
     Ok(json!({
-        "model": found.id.to_string(), "name": found.name, "layers": config.moe_layers().collect::<Vec<_>>(),
-        "experts_per_layer": config.num_experts, "domains": names, "domain": leading, "lift": lift,
+        "model": found.id.to_string(), "name": found.name, "layers": decoder.moe_layers().collect::<Vec<_>>(),
+        "experts_per_layer": decoder.experts(), "domains": names, "domain": leading, "lift": lift,
     }))
 }
 

@@ -26,7 +26,7 @@ impl DataDir {
 
     /// Adds what a log holds.
     pub(crate) fn add_usage(&self, found: &LocalModel, log: &ActivationLog) -> Result<(), Failure> {
-        let places = Places::of(&found.manifest.config);
+        let places = Places::of(found.manifest.decoder());
         let mut uses = vec![0; places.count()];
         for entry in log.entries() {
             entry.choices.iter().filter_map(|choice| places.place(entry.layer, choice.expert)).for_each(|place| uses[place] += 1);

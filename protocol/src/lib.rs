@@ -6,6 +6,7 @@
 
 pub mod audit;
 pub mod codec;
+pub mod decoder;
 pub mod envelope;
 pub mod exchange;
 pub mod execute;
@@ -15,7 +16,6 @@ pub mod hash;
 pub mod identity;
 pub mod manifest;
 pub mod message;
-pub mod model_config;
 pub mod plain_text;
 pub mod precision;
 pub mod profile;
@@ -25,10 +25,10 @@ pub mod status;
 pub mod ticket;
 pub mod trust;
 
+pub use decoder::Decoder;
 pub use envelope::{Domain, SignedEnvelope};
 pub use group_hashes::{GroupCheck, GroupHashes};
 pub use hash::{BlobRef, ContentHash, ModelId};
 pub use identity::{NodeId, NodeKey};
-pub use manifest::{ExpertSlot, ModelManifest};
-pub use model_config::ModelConfig;
+pub use manifest::{ExpertSlot, ModelManifest, PartKind};
 pub use precision::Precision;

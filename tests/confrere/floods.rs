@@ -211,10 +211,10 @@ fn a_trunk_s_table_is_not_run_as_an_expert() {
     let id: protocol::ModelId = imported.out.lines().last().expect("the id").parse().expect("an id");
     let envelope = std::fs::read(a.path().join("manifests").join(id.to_string())).expect("a manifest");
     let (manifest, _) = protocol::ModelManifest::open(id, envelope).expect("a valid manifest");
-    let largest = manifest.trunk.iter().max_by_key(|tensor| tensor.blob.length).expect("a trunk").blob;
+    let largest = manifest.text().trunk.iter().max_by_key(|tensor| tensor.blob.length).expect("a trunk").blob;
     let serving = a.serve_with(&[&LISTEN[..], &["--execute-for", "any"]].concat());
     let (before, runtime) = (resident_bytes(serving.pid()), runtime());
-    let hidden_size = manifest.config.hidden_size;
+    let hidden_size = manifest.decoder().hidden_size;
     runtime.block_on(async {
         let (peer, mut control) = connect(&serving.address).await.expect("it is let in");
         let mut stream = open(peer, &mut control, EXECUTE_PROTOCOL).await.expect("a stream");

@@ -5,6 +5,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use protocol::decoder::{LayerTensor, TensorRole};
+
 use crate::api::Door;
 use crate::binary::{Node, text};
 use crate::forgery::{forge, keep};
@@ -273,7 +275,8 @@ fn a_router_that_is_not_a_number_is_told() {
     copy_shipped_model(dir.path());
     let id = import(&node, dir.path(), "m").out.lines().last().expect("the id").to_owned();
     forge(&node, &id, |node, manifest| {
-        let router = manifest.trunk.iter_mut().find(|tensor| tensor.name.ends_with("layers.2.mlp.gate.weight")).expect("a router");
+        let router =
+            manifest.parts[0].trunk.iter_mut().find(|tensor| tensor.role == TensorRole::Layer(2, LayerTensor::Router)).expect("a router");
         let hex = router.blob.hash.to_hex();
         let mut bytes = fs::read(node.path().join("store/blobs").join(&hex[..2]).join(hex)).expect("a blob");
         let nan = if router.precision == protocol::Precision::F32 { &[0, 0, 0xc0, 0x7f][..] } else { &[0xc0, 0x7f] };

@@ -2,7 +2,8 @@
 
 use std::fs;
 
-use protocol::manifest::TrunkTensor;
+use protocol::decoder::{FeedForward, TensorSpec};
+use protocol::manifest::{PackedBlob, PartConfig, TrunkTensor};
 use protocol::{BlobRef, ContentHash, ModelManifest, NodeKey, Precision};
 
 use crate::binary::{Node, text};
@@ -15,16 +16,20 @@ fn manifests_fill_no_disk() {
     let mut bytes = 0;
     for number in 0..6 {
         bytes = forge(&a, &id, |_, manifest| {
-            let config = &mut manifest.config;
-            (config.num_hidden_layers, config.num_experts) = (96, 4096);
-            let shape = config.expert_shape(manifest.expert_precision);
-            let tensor = |spec: protocol::model_config::TensorSpec| {
-                let (hash, length) = (ContentHash::of(spec.name.as_bytes()), spec.bytes(Precision::Bf16).expect("a length"));
-                TrunkTensor { name: spec.name, precision: Precision::Bf16, blob: BlobRef { hash, length } }
+            let part = &mut manifest.parts[0];
+            let PartConfig::Decoder(decoder) = &mut part.config;
+            let run = &mut decoder.runs[0];
+            let FeedForward::Moe(moe) = &mut run.feed_forward else { panic!("its layers have experts") };
+            (run.layers, moe.experts) = (96, 4096);
+            let tensor = |spec: TensorSpec| {
+                let name = spec.role.to_string();
+                let (hash, length) = (ContentHash::of(name.as_bytes()), spec.bytes(Precision::Bf16).expect("a length"));
+                TrunkTensor { role: spec.role, precision: Precision::Bf16, blob: BlobRef { hash, length } }
             };
-            manifest.trunk = config.trunk_tensors().into_iter().map(tensor).collect();
-            let blob = |number: usize| BlobRef { hash: ContentHash::of(&number.to_le_bytes()), length: shape.blob_bytes() as u64 };
-            manifest.experts = config.expert_slots().enumerate().map(|(number, _)| blob(number)).collect();
+            part.trunk = decoder.tensors().into_iter().map(tensor).collect();
+            let (precision, bytes) = (part.experts[0].precision, part.experts[0].blob.length);
+            let blob = |number: usize| BlobRef { hash: ContentHash::of(&number.to_le_bytes()), length: bytes };
+            part.experts = (0..96 * 4096).map(|number| PackedBlob { precision, blob: blob(number) }).collect();
             manifest.generation.top_k = number;
         });
     }
@@ -49,11 +54,11 @@ fn an_expert_with_bytes_that_belong_to_nothing_is_refused() {
     let imported = node.run(&["import", text(&shipped_model()), "--name", "m", "--precision", "q8"]);
     let id = imported.out.lines().last().expect("the id").to_owned();
     forge(&node, &id, |node, manifest| {
-        for expert in &mut manifest.experts {
-            let hex = expert.hash.to_hex();
+        for expert in &mut manifest.parts[0].experts {
+            let hex = expert.blob.hash.to_hex();
             let mut bytes = fs::read(node.path().join("store/blobs").join(&hex[..2]).join(hex)).expect("a blob");
             bytes[40] = 0x5a;
-            *expert = keep(node, &bytes);
+            expert.blob = keep(node, &bytes);
         }
     });
     let models = node.json(&["ls"]);

@@ -1,8 +1,9 @@
 //! P1 and P2 at the scale of CI: parsers of outside bytes, fed with damaged good input. `CONFRERE_FUZZ=1000000` runs longer.
 
 use inference::chat::{ChatTemplate, Message, Rendering, Role};
+use inference::checkpoint::families::parse_config;
+use inference::checkpoint::generation::parse_generation;
 use inference::checkpoint::header::read_header;
-use inference::config::{parse_config, parse_generation};
 use inference::tokenizer::Tokenizer;
 use protocol::exchange::wire::{CHANGES_MAX, HEAD_BYTES, Head};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider, Urgency};
@@ -124,7 +125,7 @@ fn no_parser_of_binary_input_panics() {
             drop(Head::of_answer(head).map(|head| FromProvider::from_body(head, body(head))));
         });
     }
-    let shape = manifest.config.expert_shape(manifest.expert_precision);
+    let shape = manifest.text().expert_shape(manifest.usual_precision());
     feed("expert", &[&shape.header()[..], &[0; 100]].concat(), inputs(100_000), |bytes| drop(ExpertShape::of_blob(bytes)));
 }
 

@@ -62,7 +62,7 @@ impl Liar {
         let envelope = std::fs::read(dir.join("manifests").join(id)).expect("a manifest");
         let id: ModelId = id.parse().expect("an id");
         let (manifest, _) = ModelManifest::open(id, envelope).expect("a valid manifest");
-        let experts = manifest.experts.iter().map(|blob| blob.hash).collect();
+        let experts = manifest.expert_blobs().map(|blob| blob.hash).collect();
         let blob_count = manifest.blobs().count() as u32;
         let truth = Truth { dir: dir.to_owned(), experts, blob_count, lie };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");

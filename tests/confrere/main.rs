@@ -11,6 +11,7 @@ mod engine;
 mod exchange;
 mod execute;
 mod false_executor;
+mod families;
 mod floods;
 mod floors;
 mod foreign_text;

@@ -9,7 +9,9 @@ use inference::generate::{GenerateRequest, generate};
 use inference::reference::reference_logits;
 use inference::router::{Choice, route};
 use inference::sampler::Sampling;
-use protocol::{ModelManifest, Precision};
+use protocol::decoder::{FeedForward, LayerRun, LayerTensor, Mixer, Norm, Rope, Router, TensorRole};
+use protocol::manifest::PartConfig;
+use protocol::{Decoder, ModelManifest, Precision};
 
 use crate::support::{Imported, Tensor, floats, ids, read_safetensors, vectors};
 
@@ -59,7 +61,9 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
     for (checkpoint, name) in CASES {
         let reference = reference(name);
         let imported = Imported::of(checkpoint);
-        let config = &imported.manifest.config;
+        let decoder = imported.manifest.decoder();
+        let moe = decoder.moe().expect("it has experts");
+        let Router::Softmax { normalise } = moe.router;
         let mut engine = imported.engine(u64::MAX, 1);
         let prompt = ids(&reference["input_ids"]);
 
@@ -69,13 +73,13 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
         println!("{checkpoint}: largest error {error:.2e} standard deviations");
         assert!(error < TOLERANCE, "{checkpoint}: {error}");
 
-        for (i, layer) in config.moe_layers().enumerate() {
+        for (i, layer) in decoder.moe_layers().enumerate() {
             let expected = floats(&reference[&format!("router.{i}")]);
             let found: Vec<_> = log.entries().filter(|entry| entry.layer == layer).collect();
             assert_eq!(found.len(), prompt.len());
-            for (entry, row) in found.iter().zip(expected.chunks_exact(config.num_experts as usize)) {
-                let mut expected = vec![Choice::default(); config.num_experts_per_tok as usize];
-                route(&mut row.to_vec(), config.norm_topk_prob, &mut expected);
+            for (entry, row) in found.iter().zip(expected.chunks_exact(moe.experts as usize)) {
+                let mut expected = vec![Choice::default(); moe.per_token as usize];
+                route(&mut row.to_vec(), normalise, &mut expected);
                 let experts = |choices: &[Choice]| choices.iter().map(|choice| choice.expert).collect::<Vec<_>>();
                 assert_eq!(experts(entry.choices), experts(&expected), "{checkpoint} layer {layer} token {}", entry.position);
             }
@@ -103,14 +107,29 @@ type Break = fn(&mut ModelManifest);
 #[test]
 fn each_thing_broken_on_purpose_is_noticed() {
     let breaks: [(&str, Break); 5] = [
-        ("RoPE base", |m| m.config.rope_theta *= 1.01),
-        ("top-k renormalisation", |m| m.config.norm_topk_prob = false),
-        ("q_norm", |m| {
-            let (q_norm, k_norm) = (norm(m, "q_norm"), norm(m, "k_norm"));
-            m.trunk[q_norm].blob = m.trunk[k_norm].blob;
+        ("RoPE base", |m| {
+            each_run(m, |run| {
+                let Mixer::Gqa(attention) = &mut run.mixer;
+                attention.rope = Rope::Plain { base: 1.01 * attention.rope.base() };
+            });
         }),
-        ("order of experts", |m| m.experts.swap(0, 1)),
-        ("norm epsilon", |m| m.config.rms_norm_eps = 1e-5),
+        ("top-k renormalisation", |m| {
+            each_run(m, |run| {
+                if let FeedForward::Moe(moe) = &mut run.feed_forward {
+                    moe.router = Router::Softmax { normalise: false };
+                }
+            });
+        }),
+        ("q_norm", |m| {
+            let (q_norm, k_norm) = (first(m, LayerTensor::QueryNorm), first(m, LayerTensor::KeyNorm));
+            let trunk = &mut m.parts[0].trunk;
+            trunk[q_norm].blob = trunk[k_norm].blob;
+        }),
+        ("order of experts", |m| m.parts[0].experts.swap(0, 1)),
+        ("norm epsilon", |m| {
+            each_run(m, |run| run.norm = Norm::Rms { eps: 1e-5 });
+            decoder(m).final_norm = Norm::Rms { eps: 1e-5 };
+        }),
     ];
     let reference = reference("variant-faint");
     let prompt = ids(&reference["input_ids"]);
@@ -123,9 +142,18 @@ fn each_thing_broken_on_purpose_is_noticed() {
     }
 }
 
-fn norm(manifest: &ModelManifest, name: &str) -> usize {
-    let found = manifest.trunk.iter().position(|tensor| tensor.name.ends_with(&format!("{name}.weight")));
-    found.expect("every layer has it")
+fn decoder(manifest: &mut ModelManifest) -> &mut Decoder {
+    let PartConfig::Decoder(decoder) = &mut manifest.parts[0].config;
+    decoder
+}
+
+fn each_run(manifest: &mut ModelManifest, change: impl Fn(&mut LayerRun)) {
+    decoder(manifest).runs.iter_mut().for_each(change);
+}
+
+/// The first layer's tensor of a kind.
+fn first(manifest: &ModelManifest, tensor: LayerTensor) -> usize {
+    manifest.text().trunk.iter().position(|other| other.role == TensorRole::Layer(0, tensor)).expect("every layer has it")
 }
 
 #[test]

@@ -214,7 +214,7 @@ fn sharding_layout_and_prefix_do_not_change_the_model() {
         write_checkpoint(&path, &checkpoint(BASE), &read_tensors(&checkpoint(BASE)), per_shard);
         assert_eq!(Imported::from_dir(&path, None).expect("it imports").manifest.id(), base.id(), "{per_shard} tensors a shard");
     }
-    assert_eq!(Imported::of("variant-fused").manifest.experts, Imported::of("variant-tied").manifest.experts);
+    assert_eq!(Imported::of("variant-fused").manifest.text().experts, Imported::of("variant-tied").manifest.text().experts);
     assert_eq!(Imported::of("variant-fused").manifest.id(), Imported::of("variant-tied").manifest.id());
     assert_eq!(Imported::of("tiny-qwen3-omni").manifest.id(), Imported::of("tiny-qwen3-omni-thinker").manifest.id());
 }
@@ -223,7 +223,7 @@ fn sharding_layout_and_prefix_do_not_change_the_model() {
 fn a_converted_model_names_its_parent_and_is_the_same_however_it_was_made() {
     let base = Imported::of(BASE).manifest;
     let narrow = Imported::from_dir(&checkpoint(BASE), Some(Precision::Bf16)).expect("it imports").manifest;
-    assert_eq!((narrow.parent, narrow.expert_precision), (Some(base.id()), Precision::Bf16));
+    assert_eq!((narrow.parent, narrow.usual_precision()), (Some(base.id()), Precision::Bf16));
     assert_ne!(narrow.id(), base.id());
     let same = Imported::from_dir(&checkpoint(BASE), Some(Precision::F32)).expect("it imports").manifest;
     assert_eq!((same.id(), same.parent), (base.id(), None));
@@ -235,5 +235,5 @@ fn towers_are_left_out_by_rule_and_counted() {
     let parts: Vec<_> = omni.skipped.keys().copied().collect();
     assert_eq!(parts, ["audio tower", "vision tower"]);
     let imported = Imported::of("tiny-qwen3-omni");
-    assert_eq!(imported.blobs.len(), imported.manifest.experts.len() + imported.manifest.trunk.len());
+    assert_eq!(imported.blobs.len(), imported.manifest.experts_count() + imported.manifest.text().trunk.len());
 }

@@ -10,15 +10,15 @@ use inference::cache_policy::PolicyKind;
 use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, ImportError, import};
 use inference::convert::Target;
-use inference::engine::{Engine, EngineOptions};
+use inference::engine::{Engine, EngineOptions, KvPrecision};
 use inference::expert::Expert;
 use inference::expert_runner::{ExpertResults, ExpertRunner};
 use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, Gain, LayerInputs, Origin, SourceError};
 use inference::experts::Experts;
 use inference::kernels::Kernels;
-use inference::kv_cache::KvPrecision;
+use inference::machine::Machine;
 use inference::model::Model;
-use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
+use protocol::{BlobRef, ContentHash, ModelManifest, PartKind, Precision};
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 /// A file or directory of the vectors.
@@ -76,8 +76,8 @@ impl Imported {
     }
 
     pub(crate) fn model(&self) -> Model {
-        let read = |blob| Ok::<_, std::io::Error>(AlignedBytes::copy_of(&self.blobs.get(blob)));
-        Model::load(Arc::clone(&self.manifest), read).expect("the trunk is there")
+        let mut read = |blob| Ok::<_, std::io::Error>(Arc::new(AlignedBytes::copy_of(&self.blobs.get(blob))));
+        Model::load(Arc::clone(&self.manifest), PartKind::Text, &mut read).expect("the trunk is there")
     }
 
     /// The model ready to run, as it is by default but with keys and values in f32.
@@ -86,27 +86,31 @@ impl Imported {
     }
 
     pub(crate) fn engine_with(&self, bytes_max: u64, seed: u64, options: EngineOptions) -> Engine {
-        Engine::new(self.model(), self.experts(bytes_max, seed), options)
+        self.engine_of(bytes_max, Shuffled::new(self, seed), options)
+    }
+
+    /// The same, but about half of what is missing runs elsewhere, with some kernels.
+    pub(crate) fn engine_elsewhere(&self, bytes_max: u64, seed: u64, kernels: &'static Kernels) -> Engine {
+        let shape = self.manifest.text().expert_shape(self.manifest.usual_precision());
+        let runner = ExpertRunner::new(shape, 1 + seed as usize % 2, kernels);
+        self.engine_of(bytes_max, Shuffled { elsewhere: Some(runner), ..Shuffled::new(self, seed) }, self.options())
+    }
+
+    /// Experts in memory take `bytes_max` bytes at most; others are delivered in an order that the source's seed decides.
+    fn engine_of(&self, bytes_max: u64, source: Shuffled, options: EngineOptions) -> Engine {
+        let machine = Machine::new(options.threads, options.kernels, PolicyKind::Lru);
+        machine.experts().lock().set_bytes_max(bytes_max);
+        self.engine_on(&machine, source, options)
+    }
+
+    /// On a machine that other models may be on, too.
+    fn engine_on(&self, machine: &Machine, source: Shuffled, options: EngineOptions) -> Engine {
+        let experts = Experts::new(&self.manifest, PartKind::Text, machine.experts().clone(), Box::new(source));
+        Engine::new(machine, self.model(), experts, options)
     }
 
     pub(crate) fn options(&self) -> EngineOptions {
         EngineOptions { kv: KvPrecision::F32, ..EngineOptions::for_model(&self.manifest) }
-    }
-
-    /// Experts from memory, of which `bytes_max` bytes are cached, delivered in an order that `seed` decides.
-    pub(crate) fn experts(&self, bytes_max: u64, seed: u64) -> Experts {
-        self.experts_from(bytes_max, Shuffled::new(self, seed))
-    }
-
-    /// The same, but about half of what is missing runs elsewhere, with some kernels.
-    pub(crate) fn experts_elsewhere(&self, bytes_max: u64, seed: u64, kernels: &'static Kernels) -> Experts {
-        let shape = self.manifest.config.expert_shape(self.manifest.expert_precision);
-        let runner = ExpertRunner::new(shape, 1 + seed as usize % 2, kernels);
-        self.experts_from(bytes_max, Shuffled { elsewhere: Some(runner), ..Shuffled::new(self, seed) })
-    }
-
-    fn experts_from(&self, bytes_max: u64, source: Shuffled) -> Experts {
-        Experts::new(Arc::clone(&self.manifest), bytes_max, PolicyKind::Lru, Box::new(source))
     }
 }
 
@@ -127,7 +131,7 @@ impl Shuffled {
         (self.state >> 33) as usize
     }
 
-    fn weights(&self, ExpertRequest { slot, blob, mut buffer }: ExpertRequest) -> Arrival {
+    fn weights(&self, ExpertRequest { slot, blob, mut buffer, .. }: ExpertRequest) -> Arrival {
         buffer.copy_from_slice(&self.blobs.get(blob));
         Arrival { slot, buffer, brought: Brought::Weights(Origin::Disk) }
     }
@@ -141,7 +145,7 @@ impl ExpertSource for Shuffled {
                 self.coming.push(self.weights(request));
                 continue;
             };
-            let ExpertRequest { slot, blob, buffer } = request;
+            let ExpertRequest { slot, blob, buffer, .. } = request;
             let bytes = AlignedBytes::copy_of(&self.blobs.get(blob));
             let expert = Expert::from_verified(bytes, runner.shape()).expect("an expert of the model");
             let mut rows = Vec::new();
@@ -157,13 +161,13 @@ impl ExpertSource for Shuffled {
         }
     }
 
-    fn foresee(&mut self, requests: Vec<ExpertRequest>) {
+    fn prefetch(&mut self, requests: Vec<ExpertRequest>) {
         for request in requests {
             self.coming.push(self.weights(request));
         }
     }
 
-    fn foretell(&mut self, _: &[BlobRef]) {}
+    fn hint(&mut self, _: &[BlobRef]) {}
 
     fn move_in(&mut self, request: ExpertRequest, _: Gain) {
         // One in three cannot be had.

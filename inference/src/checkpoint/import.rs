@@ -6,9 +6,9 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use protocol::manifest::{ChatFormat, ManifestError, TrunkTensor, VERSION};
-use protocol::model_config::TensorSpec;
-use protocol::{BlobRef, ModelManifest, Precision};
+use protocol::decoder::TensorSpec;
+use protocol::manifest::{ChatFormat, ManifestError, PackedBlob, Part, PartConfig, TrunkTensor};
+use protocol::{BlobRef, ModelManifest, PartKind, Precision};
 use rayon::prelude::*;
 
 use super::{Checkpoint, ExpertTensors, Problems, TensorSource};
@@ -46,7 +46,7 @@ pub enum ImportError {
 pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> Result<ModelManifest, ImportError> {
     let work = Import { checkpoint, sink, done: AtomicU64::new(0), problems: Mutex::new(Problems::default()) };
     work.check_tied_head();
-    let specs = checkpoint.config.trunk_tensors();
+    let specs = checkpoint.decoder.tensors();
     let trunk =
         checkpoint.trunk.iter().zip(&specs).map(|(tensor, spec)| work.trunk_tensor(tensor, spec, target.of_tensor(spec, tensor.precision)));
     let trunk: Vec<_> = trunk.collect::<Result<_, _>>()?;
@@ -57,10 +57,10 @@ pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> R
         return Err(ImportError::Refused(super::CheckpointError::Refused(problems)));
     }
     let put = |bytes: &[u8]| sink.put(bytes).map_err(ImportError::Sink);
+    let part = |trunk, experts| Part { kind: PartKind::Text, config: PartConfig::Decoder(checkpoint.decoder.clone()), trunk, experts };
     let made = ModelManifest {
-        version: VERSION,
         parent: None,
-        config: checkpoint.config.clone(),
+        parts: vec![part(trunk.iter().map(|tensor| tensor.made.clone()).collect(), experts.iter().map(|expert| expert.made).collect())],
         tokenizer: checkpoint.tokenizer.as_deref().map(put).transpose()?,
         chat: ChatFormat {
             template: checkpoint.chat_template.as_deref().map(|text| put(text.as_bytes())).transpose()?,
@@ -68,16 +68,9 @@ pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> R
             eos_token: checkpoint.eos_token.clone(),
         },
         generation: checkpoint.generation.clone(),
-        trunk: trunk.iter().map(|converted| converted.made.clone()).collect(),
-        expert_precision: target,
-        experts: experts.iter().map(|expert| expert.made).collect(),
     };
-    let source = ModelManifest {
-        trunk: trunk.into_iter().map(|converted| converted.source).collect(),
-        expert_precision: checkpoint.expert_precision,
-        experts: experts.iter().map(|expert| expert.source).collect(),
-        ..made.clone()
-    };
+    let source = part(trunk.into_iter().map(|tensor| tensor.source).collect(), experts.into_iter().map(|expert| expert.source).collect());
+    let source = ModelManifest { parts: vec![source], ..made.clone() };
     let source = source.checked()?;
     if made == source {
         return Ok(source);
@@ -101,7 +94,7 @@ struct Converted<T> {
 impl Import<'_> {
     fn trunk_tensor(&self, tensor: &TensorSource, spec: &TensorSpec, target: Precision) -> Result<Converted<TrunkTensor>, ImportError> {
         let bytes = self.checkpoint.bytes(tensor);
-        let entry = |precision, blob| TrunkTensor { name: spec.name.clone(), precision, blob };
+        let entry = |precision, blob| TrunkTensor { role: spec.role, precision, blob };
         // The blob of a refused tensor is never named by a manifest.
         let source = BlobRef::of(bytes);
         let blob = if !self.check(tensor) {
@@ -116,7 +109,7 @@ impl Import<'_> {
         Ok(Converted { source: entry(tensor.precision, source), made: entry(target, blob) })
     }
 
-    fn expert(&self, expert: &ExpertTensors, target: Precision) -> Result<Converted<BlobRef>, ImportError> {
+    fn expert(&self, expert: &ExpertTensors, target: Precision) -> Result<Converted<PackedBlob>, ImportError> {
         let planes = [&expert.gate_proj, &expert.up_proj, &expert.down_proj];
         let fine = planes.map(|tensor| self.check(tensor)).iter().all(|&fine| fine);
         let source = self.blob(planes, self.checkpoint.expert_precision);
@@ -129,11 +122,13 @@ impl Import<'_> {
             self.sink.put(&self.blob(planes, target)).map_err(ImportError::Sink)?
         };
         self.advance(planes.iter().map(|tensor| self.checkpoint.bytes(tensor).len()).sum())?;
-        Ok(Converted { source: source_ref, made })
+        let (source, made) =
+            (PackedBlob { precision: self.checkpoint.expert_precision, blob: source_ref }, PackedBlob { precision: target, blob: made });
+        Ok(Converted { source, made })
     }
 
     fn blob(&self, planes: [&TensorSource; 3], target: Precision) -> Vec<u8> {
-        let shape = self.checkpoint.config.expert_shape(target);
+        let shape = self.checkpoint.decoder.expert_shape(target);
         convert_expert(planes.map(|tensor| (self.checkpoint.bytes(tensor), tensor.precision)), shape)
     }
 

@@ -1,6 +1,8 @@
 //! A checkpoint directory as published: configuration, index, shards. Opening one checks everything but the weights' values.
 
 mod byte_level_bpe;
+pub mod families;
+pub mod generation;
 pub mod header;
 pub mod import;
 pub mod names;
@@ -15,10 +17,11 @@ use std::path::{Path, PathBuf};
 use memmap2::Mmap;
 use protocol::manifest::{GenerationDefaults, SIDE_FILE_BYTES_MAX};
 use protocol::plain_text::{LINES_MAX, plain_line};
-use protocol::{ExpertSlot, ModelConfig, Precision};
+use protocol::{Decoder, ExpertSlot, Precision};
 use serde_json::Value;
 
-use crate::config::{Family, parse_config, parse_generation};
+use families::{Family, parse_config};
+use generation::parse_generation;
 use header::{TensorEntry, read_header};
 use names::{Names, Projection, Role};
 
@@ -126,7 +129,7 @@ pub struct ExpertTensors {
 #[derive(Debug)]
 pub struct Checkpoint {
     /// The model's shape.
-    pub config: ModelConfig,
+    pub decoder: Decoder,
     /// Sampling and stop rules.
     pub generation: GenerationDefaults,
     /// `tokenizer.json`, or what it would be; nothing where there is no tokenizer that can be read.
@@ -139,9 +142,9 @@ pub struct Checkpoint {
     pub bos_token: Option<String>,
     /// What templates call `eos_token`.
     pub eos_token: Option<String>,
-    /// In the order of [`ModelConfig::trunk_tensors`].
+    /// In the order of [`Decoder::tensors`].
     pub trunk: Vec<TensorSource>,
-    /// In the order of [`ModelConfig::expert_slots`].
+    /// Layer by layer.
     pub experts: Vec<ExpertTensors>,
     /// The number format of all experts.
     pub expert_precision: Precision,
@@ -157,7 +160,7 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let required = |name: &str| read_json(dir, name)?.ok_or_else(|| not_found(&dir.join(name)));
         let json = required("config.json")?;
-        let (config, family) = parse_config(&json).map_err(|problem| refused("config.json", &problem.0))?;
+        let (decoder, family) = parse_config(&json).map_err(|problem| refused("config.json", &problem.0))?;
         let generation = read_json(dir, "generation_config.json")?.unwrap_or(Value::Null);
         let tokenizer_config = read_json(dir, "tokenizer_config.json")?.unwrap_or(Value::Null);
         let chat_template = match read_side_file(dir, "chat_template.jinja")? {
@@ -165,8 +168,8 @@ impl Checkpoint {
             None => chat_template(&tokenizer_config),
         };
         let shard_list = shard_list(dir)?;
-        check_size(&config, &shard_list)?;
-        let mut collected = Collector::new(&config, family);
+        check_size(&decoder, &shard_list)?;
+        let mut collected = Collector::new(&decoder, family);
         let mut shards = Vec::new();
         for (path, expected) in shard_list {
             let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
@@ -189,7 +192,7 @@ impl Checkpoint {
         let (tokenizer, unread_tokenizer) = tokenizer(dir, &tokenizer_config)?;
         Ok(Self {
             generation,
-            config,
+            decoder,
             tokenizer,
             unread_tokenizer,
             chat_template,
@@ -218,7 +221,7 @@ impl Checkpoint {
 
 /// What the shards hold, sorted by what it is for.
 struct Collector<'a> {
-    config: &'a ModelConfig,
+    decoder: &'a Decoder,
     names: Names,
     shapes: Vec<(String, Vec<u64>)>, // of the trunk
     trunk: Vec<Option<TensorSource>>,
@@ -232,11 +235,11 @@ struct Collector<'a> {
 type Collected = (Vec<TensorSource>, Vec<ExpertTensors>, Precision, BTreeMap<&'static str, (usize, u64)>, Option<TensorSource>);
 
 impl<'a> Collector<'a> {
-    fn new(config: &'a ModelConfig, family: Family) -> Self {
-        let shapes: Vec<_> = config.trunk_tensors().into_iter().map(|spec| (spec.name, spec.shape)).collect();
+    fn new(decoder: &'a Decoder, family: &'static Family) -> Self {
+        let shapes: Vec<_> = decoder.tensors().into_iter().map(|spec| (spec.role.to_string(), spec.shape)).collect();
         Self {
-            config,
-            names: Names::new(config, family),
+            decoder,
+            names: Names::new(decoder, family),
             trunk: vec![None; shapes.len()],
             shapes,
             experts: HashMap::new(),
@@ -283,8 +286,8 @@ impl<'a> Collector<'a> {
     }
 
     fn tensor(&mut self, name: &str, entry: &TensorEntry, shard: usize) {
-        let [hidden, middle, experts] =
-            [self.config.hidden_size, self.config.moe_intermediate_size, self.config.num_experts].map(u64::from);
+        let shape = self.decoder.expert_shape(Precision::F32);
+        let (hidden, middle, experts) = (shape.hidden_size as u64, shape.intermediate_size as u64, u64::from(self.decoder.experts()));
         let role = self.names.role(name);
         let expected: Vec<u64> = match role {
             Role::Skipped(part) => {
@@ -298,7 +301,7 @@ impl<'a> Collector<'a> {
             Role::Expert(_, Projection::Down) => vec![hidden, middle],
             Role::FusedGateUp(_) => vec![experts, 2 * middle, hidden],
             Role::FusedDown(_) => vec![experts, hidden, middle],
-            Role::TiedHead => vec![u64::from(self.config.vocab_size), hidden],
+            Role::TiedHead => vec![u64::from(self.decoder.vocab_size), hidden],
         };
         if entry.shape != expected {
             return self.problem(name, format!("has shape {:?}, expected {expected:?}", entry.shape));
@@ -320,16 +323,16 @@ impl<'a> Collector<'a> {
             Role::TiedHead => self.tied_head = Some(whole),
             Role::Expert(slot, projection) => self.expert(slot, projection, whole),
             Role::FusedGateUp(layer) => {
-                for expert in 0..self.config.num_experts {
-                    let (slot, at) = (ExpertSlot { layer, expert }, 2 * plane * u64::from(expert));
+                for expert in 0..self.decoder.experts() {
+                    let (slot, at) = (ExpertSlot::text(layer, expert), 2 * plane * u64::from(expert));
                     self.expert(slot, Projection::Gate, source(at, plane));
                     self.expert(slot, Projection::Up, source(at + plane, plane));
                 }
             }
             Role::FusedDown(layer) => {
-                for expert in 0..self.config.num_experts {
+                for expert in 0..self.decoder.experts() {
                     let at = plane * u64::from(expert);
-                    self.expert(ExpertSlot { layer, expert }, Projection::Down, source(at, plane));
+                    self.expert(ExpertSlot::text(layer, expert), Projection::Down, source(at, plane));
                 }
             }
             Role::Skipped(_) | Role::Unexpected => {}
@@ -345,22 +348,23 @@ impl<'a> Collector<'a> {
 
     /// Lists what is missing; returns everything in a manifest's order when nothing is wrong.
     fn finish(mut self) -> Result<Collected, CheckpointError> {
-        let missing = |seen: &HashMap<String, String>, name: &str| {
-            !["", "thinker."].iter().any(|prefix| seen.contains_key(&format!("{prefix}{name}")))
-        };
+        // Those that are there, unreadable or refused for another reason, are not missing.
+        let seen: BTreeSet<_> = self.seen.keys().filter_map(|name| self.names.usual(name)).collect();
+        let missing = |name: &str| !seen.contains(name);
         for (name, _) in self.shapes.iter().zip(&self.trunk).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec) {
-            if missing(&self.seen, name) {
+            if missing(name) {
                 self.problems.add(name, "missing");
             }
         }
         let mut experts = Vec::new();
-        for slot in self.config.expert_slots() {
+        let (layers, of_layer) = (self.decoder.moe_layers(), self.decoder.experts());
+        for slot in layers.flat_map(|layer| (0..of_layer).map(move |expert| ExpertSlot::text(layer, expert))) {
             let names = [(Projection::Gate, "gate_proj"), (Projection::Up, "up_proj"), (Projection::Down, "down_proj")];
             let found = names.map(|(projection, word)| {
                 let tensor = self.experts.remove(&(slot, projection));
                 let name = format!("model.layers.{}.mlp.experts.{}.{word}.weight", slot.layer, slot.expert);
                 let fused = format!("model.layers.{}.mlp.experts.{}", slot.layer, if word == "down_proj" { word } else { "gate_up_proj" });
-                if tensor.is_none() && missing(&self.seen, &name) && missing(&self.seen, &fused) {
+                if tensor.is_none() && missing(&name) && missing(&fused) {
                     self.problems.add(&name, "missing");
                 }
                 tensor
@@ -407,12 +411,13 @@ fn shard_list(dir: &Path) -> Result<Vec<Shard>, CheckpointError> {
 }
 
 /// Refuses a configuration of more tensors than the shards' bytes can hold, before each of them is looked for.
-fn check_size(config: &ModelConfig, shards: &[Shard]) -> Result<(), CheckpointError> {
+fn check_size(decoder: &Decoder, shards: &[Shard]) -> Result<(), CheckpointError> {
     const MATRICES: u64 = 3;
     let here: u64 = shards.iter().filter_map(|(path, _)| path.metadata().ok()).map(|file| file.len()).sum();
-    let experts = u64::from(config.num_experts) * config.moe_layers().count() as u64;
+    let experts = u64::from(decoder.experts()) * decoder.moe_layers().count() as u64;
     // No weight takes less than half a byte in any format.
-    let one = MATRICES * u64::from(config.hidden_size) * u64::from(config.moe_intermediate_size) / 2;
+    let shape = decoder.expert_shape(Precision::F32);
+    let one = MATRICES * (shape.hidden_size * shape.intermediate_size) as u64 / 2;
     let needed = experts.saturating_mul(one);
     let missing = shards.iter().any(|(path, _)| !path.exists());
     if !missing && needed > here {

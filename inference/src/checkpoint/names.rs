@@ -1,10 +1,12 @@
-//! What a tensor's name in a published checkpoint means. The only file that knows how checkpoints spell names.
+//! What a tensor of a checkpoint is for. How a family spells names is in [`families`](super::families).
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
-use protocol::{ExpertSlot, ModelConfig};
+use protocol::decoder::Head;
+use protocol::{Decoder, ExpertSlot};
 
-use crate::config::Family;
+use super::families::{Family, Name};
 
 /// One of the three matrices of an expert. `gate_proj` is SwiGLU's; the router's `mlp.gate` belongs to the trunk.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -20,7 +22,7 @@ pub enum Projection {
 /// What a tensor is for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// The n-th tensor of [`ModelConfig::trunk_tensors`].
+    /// The n-th tensor of [`Decoder::tensors`].
     Trunk(usize),
     /// One matrix of one expert: transformers 4 and every published checkpoint.
     Expert(ExpertSlot, Projection),
@@ -38,99 +40,60 @@ pub enum Role {
 
 /// Gives names their roles in a checkpoint of one configuration.
 pub struct Names {
-    family: Family,
-    config: ModelConfig,
+    family: &'static Family,
+    decoder: Decoder,
     trunk: HashMap<String, usize>,
 }
 
 impl Names {
-    /// Prepares for checkpoints of `config`.
-    pub fn new(config: &ModelConfig, family: Family) -> Self {
-        let trunk = config.trunk_tensors().into_iter().enumerate().map(|(i, spec)| (spec.name, i)).collect();
-        Self { family, config: config.clone(), trunk }
+    /// Prepares for checkpoints of `decoder`.
+    pub fn new(decoder: &Decoder, family: &'static Family) -> Self {
+        let trunk = decoder.tensors().into_iter().enumerate().map(|(i, spec)| (spec.role.to_string(), i)).collect();
+        Self { family, decoder: decoder.clone(), trunk }
+    }
+
+    /// What most families call the tensor `name`; nothing where it is left out, or no tensor at all.
+    pub fn usual<'a>(&self, name: &'a str) -> Option<Cow<'a, str>> {
+        match (self.family.name)(name) {
+            Name::Usual(name) => Some(name),
+            Name::Skipped(_) | Name::Unexpected => None,
+        }
     }
 
     /// Returns what `name` is for.
     pub fn role(&self, name: &str) -> Role {
-        if let Some(part) = self.skipped_part(name) {
-            return Role::Skipped(part);
-        }
-        let name = match (self.family, name.strip_prefix("thinker.")) {
-            (Family::Omni, Some(rest)) => rest,
-            (Family::Omni, None) | (Family::Text | Family::Mixtral | Family::Thinker, Some(_)) => return Role::Unexpected,
-            (Family::Text | Family::Mixtral | Family::Thinker, None) => name,
+        let name = match (self.family.name)(name) {
+            Name::Usual(name) => name,
+            Name::Skipped(part) => return Role::Skipped(part),
+            Name::Unexpected => return Role::Unexpected,
         };
-        let own;
-        let name = if self.family == Family::Mixtral {
-            let Some(name) = from_mixtral(name) else { return Role::Unexpected };
-            own = name;
-            &own
-        } else {
-            name
-        };
-        if let Some(&index) = self.trunk.get(name) {
+        if let Some(&index) = self.trunk.get(&*name) {
             return Role::Trunk(index);
         }
-        if name == "lm_head.weight" && self.config.tie_word_embeddings {
+        if name == "lm_head.weight" && self.decoder.head == Head::Embedding {
             return Role::TiedHead;
         }
-        self.expert_role(name).unwrap_or(Role::Unexpected)
-    }
-
-    fn skipped_part(&self, name: &str) -> Option<&'static str> {
-        if name.ends_with("rotary_emb.inv_freq") {
-            return Some("RoPE frequencies, which follow from the configuration");
-        }
-        if matches!(self.family, Family::Text | Family::Mixtral) {
-            return None;
-        }
-        let inner = name.strip_prefix("thinker.").unwrap_or(name);
-        let parts = [
-            (inner, "visual.", "vision tower"),
-            (inner, "audio_tower.", "audio tower"),
-            (name, "talker.", "talker"),
-            (name, "code2wav.", "code2wav"),
-        ];
-        let whole = self.family == Family::Omni;
-        parts
-            .into_iter()
-            .find(|(name, prefix, _)| name.starts_with(prefix) && (whole || prefix.ends_with("tower.") || *prefix == "visual."))
-            .map(|part| part.2)
+        self.expert_role(&name).unwrap_or(Role::Unexpected)
     }
 
     fn expert_role(&self, name: &str) -> Option<Role> {
         let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.experts.")?;
-        let layer = number(layer).filter(|&layer| layer < self.config.num_hidden_layers && self.config.is_moe(layer))?;
+        let layer = number(layer).filter(|&layer| self.decoder.is_moe(layer))?;
         match rest {
             "gate_up_proj" => return Some(Role::FusedGateUp(layer)),
             "down_proj" => return Some(Role::FusedDown(layer)),
             _ => {}
         }
         let (expert, projection) = rest.split_once('.')?;
-        let expert = number(expert).filter(|&expert| expert < self.config.num_experts)?;
+        let expert = number(expert).filter(|&expert| expert < self.decoder.experts())?;
         let projection = match projection {
             "gate_proj.weight" => Projection::Gate,
             "up_proj.weight" => Projection::Up,
             "down_proj.weight" => Projection::Down,
             _ => return None,
         };
-        Some(Role::Expert(ExpertSlot { layer, expert }, projection))
+        Some(Role::Expert(ExpertSlot::text(layer, expert), projection))
     }
-}
-
-/// Mixtral's word for a tensor in Qwen3-MoE's words; a name in those words is none of Mixtral's.
-fn from_mixtral(name: &str) -> Option<String> {
-    if name.contains(".mlp.") {
-        return None;
-    }
-    let Some((layer, rest)) = name.split_once(".block_sparse_moe.") else { return Some(name.to_owned()) };
-    let rest = match rest.split_once(".w") {
-        Some((expert, "1.weight")) => format!("{expert}.gate_proj.weight"),
-        Some((expert, "3.weight")) => format!("{expert}.up_proj.weight"),
-        Some((expert, "2.weight")) => format!("{expert}.down_proj.weight"),
-        _ => rest.to_owned(),
-    };
-    Some(format!("{layer}.mlp.{rest}"))
 }
 
 /// A decimal number without sign or leading zeros: `01` would be a second name for the same tensor.

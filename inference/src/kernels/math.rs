@@ -95,6 +95,11 @@ fn silu_times_body(gate: &mut [f32], up: &[f32]) {
     }
 }
 
+/// 1 ÷ (1 + e^−x).
+pub(crate) fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + exp(-x))
+}
+
 per_instruction_set! {
     /// Replaces each x by e^(x − max) and returns max and the sum, summed in 16 lanes, which are then added pairwise.
     pub(crate) fn exp_and_sum(x: &mut [f32]) -> (f32, f32), exp_and_sum_body

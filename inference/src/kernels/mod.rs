@@ -193,6 +193,11 @@ impl Rows {
         self.tokens
     }
 
+    /// Numbers of a vector.
+    pub(crate) fn width(&self) -> usize {
+        self.width
+    }
+
     pub(crate) fn panels(&self) -> usize {
         self.width.div_ceil(PANEL_ROWS)
     }

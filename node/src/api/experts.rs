@@ -78,7 +78,7 @@ pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -
     let json = reading(&api, move |api| {
         let mut map = map_json(&api.library.open, &found)?;
         let mut usage = api.library.open.dir.usage(found.id)?;
-        usage.resize(found.manifest.experts.len(), 0);
+        usage.resize(found.manifest.experts_count(), 0);
         map["place"] = json!(places(api, &found, &holders));
         map["holders"] = holders.iter().map(Vec::len).collect();
         map["uses"] = json!(usage);
@@ -92,7 +92,7 @@ pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> 
     let is_loaded = matches!(api.generation.model(), ModelState::Ready(ready) if ready.found.id == found.id);
     let counts = api.generation.activity().lock();
     let in_memory = if is_loaded { &counts.in_memory[..] } else { &[] };
-    let place = |(number, blob): (usize, &protocol::BlobRef)| {
+    let place = |(number, blob): (usize, protocol::BlobRef)| {
         if in_memory.get(number) == Some(&true) {
             IN_MEMORY
         } else if api.library.open.store.contains(&blob.hash) {
@@ -103,12 +103,12 @@ pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> 
             NOWHERE
         }
     };
-    found.manifest.experts.iter().enumerate().map(place).collect()
+    found.manifest.expert_blobs().enumerate().map(place).collect()
 }
 
 /// Who has each expert of a model, as peers said lately.
 pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
-    let count = found.manifest.experts.len();
+    let count = found.manifest.experts_count();
     if api.network.peers.borrow().connected.is_empty() {
         return Arc::new(vec![Vec::new(); count]);
     }
@@ -117,7 +117,7 @@ pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
     let ask = async move {
         let mut fetcher = Fetcher::new(network, timeout, Arc::default());
         fetcher.follow(&manifest);
-        let holders = fetcher.holders(id, &manifest.experts).await.ok()?;
+        let holders = fetcher.holders(id, &manifest.expert_blobs().collect::<Vec<_>>()).await.ok()?;
         Some((id, Arc::new(holders)))
     };
     let known = api.holders.0.get(HOLDERS_AGE_MAX, |(of, _)| *of == id, ask).await;
@@ -131,14 +131,14 @@ pub(super) async fn one(
 ) -> Result<Json<Value>, ApiError> {
     let Path((layer, expert)) = path.map_err(|error| ApiError::invalid(error.body_text()))?;
     let found = model_or_default(&api, asked(query)?.model.as_deref())?;
-    let slot = ExpertSlot { layer, expert };
+    let slot = ExpertSlot::text(layer, expert);
     check_layer(&found, Some(layer)).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
-    let number = found.manifest.config.expert_slots().position(|known| known == slot);
+    let numbered = (0..).zip(found.manifest.experts()).find(|(_, (known, _))| *known == slot);
     let missing = || ApiError::not_found("not_found", format!("layer {layer} of {} has no expert {expert}", found.name));
-    let number = number.ok_or_else(missing)?;
+    let (number, (_, packed)): (usize, _) = numbered.ok_or_else(missing)?;
     let holders = holders(&api, &found).await;
     let json = reading(&api, move |api| {
-        let blob = found.manifest.experts[number];
+        let blob = packed.blob;
         let domains = match own_body(&api.library.open, &found)? {
             None => Vec::new(),
             Some(body) => {
@@ -152,7 +152,7 @@ pub(super) async fn one(
         let uses = api.library.open.dir.usage(found.id)?.get(number).copied().unwrap_or(0);
         Ok(json!({
             "model": found.id.to_string(), "layer": layer, "expert": expert, "hash": blob.hash.to_string(), "bytes": blob.length,
-            "precision": found.manifest.expert_precision.name(), "place": places(api, &found, &holders)[number], "uses": uses,
+            "precision": packed.precision.name(), "place": places(api, &found, &holders)[number], "uses": uses,
             "holders": holding, "domains": domains,
         }))
     });

@@ -62,11 +62,11 @@ pub(super) async fn node(State(api): State<Arc<Api>>) -> Json<Value> {
 
 fn loaded_json(api: &Api) -> Value {
     let of = |found: &LocalModel, state: &str, ready: Option<&ReadyModel>| {
-        let config = &found.manifest.config;
+        let decoder = found.manifest.decoder();
         json!({
-            "id": found.id.to_string(), "name": found.name, "state": state, "precision": found.manifest.expert_precision.name(),
-            "context": ready.map_or(config.max_position_embeddings as usize, |ready| ready.context),
-            "layers": config.moe_layers().collect::<Vec<_>>(), "experts_per_layer": config.num_experts, "experts_per_token": config.num_experts_per_tok,
+            "id": found.id.to_string(), "name": found.name, "state": state, "precision": found.manifest.precision_text(),
+            "context": ready.map_or(decoder.context as usize, |ready| ready.context),
+            "layers": decoder.moe_layers().collect::<Vec<_>>(), "experts_per_layer": decoder.experts(), "experts_per_token": decoder.experts_per_token(),
         })
     };
     match api.generation.model() {

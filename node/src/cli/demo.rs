@@ -80,7 +80,7 @@ pub(super) fn demo(runtime: &Runtime, args: &DemoArgs, as_json: bool) -> Result<
     note(&format!("node A imports {} …", checkpoint.display()));
     let (rich, poor) = (DataDir::open(&workplace.path.join("a"))?, DataDir::open(&workplace.path.join("b"))?);
     let model = import_into(&rich.lock(u64::MAX)?, &checkpoint, Some("demo"), Target::default(), UnreadTokenizer::Refused)?;
-    let experts = model.manifest.experts.len();
+    let experts = model.manifest.experts_count();
 
     note("node A answers alone, for comparison …");
     let alone = generate_all(runtime, &rich, None, model.id, args.max_tokens, Show::Nothing)?;
@@ -181,7 +181,7 @@ fn generate_one(
     if show == Show::Everything {
         let ids = if loaded.text.tokenizer.is_none() { format!(" {:?}", generated.tokens) } else { String::new() };
         print(&format!("{ids}\n"))?;
-        let all = found.manifest.experts.len();
+        let all = found.manifest.experts_count();
         note(&format!(
             "[{domain}: {} of {all} experts touched, {} fetched, {}]\n",
             experts.needed,
@@ -194,7 +194,7 @@ fn generate_one(
 
 /// Says what each prompt took, and what the second of its domain still had to fetch.
 fn table(rows: &[Row], model: &LocalModel, fetched: u64) -> Result<(), Failure> {
-    let all = model.manifest.experts.len();
+    let all = model.manifest.experts_count();
     print_line(&format!(
         "{:10} {:>20} {:>12} {:>8} {:>12} {:>10}",
         "prompt", "touched in prefill", "in all", "fetched", "bytes", "tokens/s"

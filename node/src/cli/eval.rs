@@ -79,7 +79,7 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&open, &args.model, None)?;
-    let vocab_size = found.manifest.config.vocab_size as usize;
+    let vocab_size = found.manifest.decoder().vocab_size as usize;
     let values = if args.reference {
         let mut read = |blob: protocol::BlobRef| {
             let bytes = open.store.read(&blob.hash, now_ms()).map_err(|error| error.to_string())?;
@@ -118,12 +118,12 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&open, &args.model, None)?;
-    let window = found.manifest.config.max_position_embeddings.min(WINDOW_DEFAULT) as usize;
+    let window = found.manifest.decoder().context.min(WINDOW_DEFAULT) as usize;
     let options = args.engine.options(&found.manifest, Some(window));
     let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
     let tokenizer = loaded.text.tokenizer.as_ref().ok_or_else(missing)?;
-    let slots: BTreeSet<_> = found.manifest.config.expert_slots().collect();
+    let slots: BTreeSet<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
     if let Some(slot) = args.without.iter().find(|slot| !slots.contains(slot)) {
         return Err(Failure::new(Kind::Usage, format!("{} has no {slot}", found.name)));
     }
@@ -159,8 +159,7 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
 
 /// Reads LAYER:EXPERT.
 fn parse_slot(text: &str) -> Result<ExpertSlot, String> {
-    let slot =
-        text.split_once(':').and_then(|(layer, expert)| Some(ExpertSlot { layer: layer.parse().ok()?, expert: expert.parse().ok()? }));
+    let slot = text.split_once(':').and_then(|(layer, expert)| Some(ExpertSlot::text(layer.parse().ok()?, expert.parse().ok()?)));
     slot.ok_or_else(|| format!("{text:?} is not LAYER:EXPERT, as in 3:17"))
 }
 

@@ -153,16 +153,16 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         return Err(Failure::new(Kind::NoPeers, "no peer answers"));
     }
     check_claims(context, args, (&open, &found), &federation, &network, domain, &mut claims)?;
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let experts: Vec<_> = found.manifest.experts().collect();
     let rows: Vec<_> =
-        claims.ranking(domain).into_iter().filter(|(one, _)| args.layer.is_none_or(|layer| slots[one.expert].layer == layer)).collect();
+        claims.ranking(domain).into_iter().filter(|(one, _)| args.layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
     if rows.is_empty() {
         claims.domains.sort();
         claims.domains.dedup();
         return Err(unknown_domain(domain, &claims.domains, &claims));
     }
     let shown = &rows[..rows.len().min(args.top as usize)];
-    let blobs: Vec<_> = shown.iter().map(|(one, _)| found.manifest.experts[one.expert]).collect();
+    let blobs: Vec<_> = shown.iter().map(|(one, _)| experts[one.expert].1.blob).collect();
     let holders = federation.holders(found.id, &blobs)?;
     let trust = |peer: &PeerId| network.trust_in_bytes(*peer);
     if context.json {
@@ -170,28 +170,29 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
             .iter()
             .zip(&holders)
             .map(|((one, claim), holders)| {
-                let mut row = row_json(slots[one.expert], one, open.store.contains(&found.manifest.experts[one.expert].hash));
+                let (slot, expert) = experts[one.expert];
+                let mut row = row_json(slot, one, open.store.contains(&expert.blob.hash));
                 row["claim"] = json!(claim);
                 row["providers"] = holders.iter().map(|peer| json!({"peer": peer.to_string(), "trust": trust(peer)})).collect();
                 row
             })
             .collect();
         return print_json(&json!({
-            "model": found.id.to_string(), "domain": domain, "precision": found.manifest.expert_precision.to_string(),
+            "model": found.id.to_string(), "domain": domain, "precision": found.manifest.precision_text(),
             "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows, "claims": claims.held.iter().map(claim_json).collect::<Vec<_>>(),
             "refuted": by_node(&claims.refuted), "missing": by_node(&claims.missing),
         }));
     }
     print_line(&format!("{HEADING}  says  providers (trust)"))?;
     for ((one, claim), holders) in shown.iter().zip(&holders) {
-        let here = open.store.contains(&found.manifest.experts[one.expert].hash).then(|| "here".to_owned());
+        let here = open.store.contains(&experts[one.expert].1.blob.hash).then(|| "here".to_owned());
         let mut trusted: Vec<_> = holders.iter().map(|peer| (trust(peer), peer)).collect();
         trusted.sort_by(|a, b| b.0.total_cmp(&a.0));
         let peers = trusted.iter().take(PROVIDERS_SHOWN).map(|(trust, peer)| format!("{} ({trust:.2})", short(&peer.to_string())));
         let more = trusted.len().saturating_sub(PROVIDERS_SHOWN);
         let providers: Vec<_> = here.into_iter().chain(peers).chain((more > 0).then(|| format!("{more} more"))).collect();
         let providers = if providers.is_empty() { "nobody".to_owned() } else { providers.join(", ") };
-        print_line(&format!("{}  [{}]   {providers}", row_text(&row_json(slots[one.expert], one, false)), claim + 1))?;
+        print_line(&format!("{}  [{}]   {providers}", row_text(&row_json(experts[one.expert].0, one, false)), claim + 1))?;
     }
     for (number, claim) in (1..).zip(&claims.held) {
         let trust = if claim.check == Check::Own {
@@ -204,7 +205,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
     claims.clock_offset_ms.iter().for_each(|offset_ms| note(&format!("warning: {}", clock_text(*offset_ms))));
     claims.refuted.iter().for_each(|(node, why)| note(&format!("[–] {node}: counts for nothing: {why}")));
     claims.missing.iter().for_each(|(node, why)| note(&format!("[–] {node}: what it says could not be had: {why}")));
-    note(&format!("{} at {}", found.name, found.manifest.expert_precision));
+    note(&format!("{} at {}", found.name, found.manifest.precision_text()));
     Ok(())
 }
 
@@ -253,7 +254,7 @@ fn check_claims(
         return Ok(());
     }
     let tools = (&measuring.profiler, &mut measuring.loaded.engine);
-    let slots: Vec<_> = found.manifest.config.expert_slots().collect();
+    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
     let among = |expert: usize| args.layer.is_none_or(|layer| slots[expert].layer == layer);
     let sample = Sample { domain: number, experts: SAMPLE, of: args.top as usize, among: &among };
     claims.check(network, tools, measuring.build_profile, &sample, began + args.check)?;
@@ -317,9 +318,9 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
     if tokens.is_empty() {
         return Err(Failure::new(Kind::Usage, "the text is empty"));
     }
-    let config = &found.manifest.config;
-    let slots: Vec<_> = config.expert_slots().collect();
-    let log = inference::activation_log::ActivationLog::new(tokens.len() * config.num_hidden_layers as usize);
+    let decoder = found.manifest.decoder();
+    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let log = inference::activation_log::ActivationLog::new(tokens.len() * decoder.layers() as usize);
     loaded.engine.log = Some(log);
     let mut session = loaded.engine.session();
     loaded.engine.forward(&mut session, &tokens)?;
@@ -335,7 +336,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
             let shares = body.domains.iter().zip(&body.experts[number].domains);
             shares.map(|(total, of)| f64::from(of.routed) / total.tokens.max(1) as f64).sum::<f64>() / body.domains.len() as f64
         }
-        None => f64::from(config.num_experts_per_tok) / f64::from(config.num_experts),
+        None => f64::from(decoder.experts_per_token()) / f64::from(decoder.experts()),
     };
     let mut rows: Vec<_> = slots
         .iter()

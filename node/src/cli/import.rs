@@ -95,7 +95,7 @@ pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(),
 
 fn report(context: &Context, open: &OpenDataDir, model: &LocalModel) -> Result<(), Failure> {
     if context.json {
-        let experts = model.manifest.experts.len();
+        let experts = model.manifest.experts_count();
         return print_json(
             &json!({"name": model.name, "id": model.id.to_string(), "experts": experts, "bytes": model.bytes_present(&open.store)}),
         );
@@ -195,7 +195,7 @@ fn make_model(
     let suggested = suggested.filter(|name| open.check_name(name, Some(manifest.id())).is_ok());
     let model = open.keep(name.or(suggested.as_deref()), manifest, &envelope)?;
     let size = human_bytes(model.manifest.total_bytes());
-    note(&format!("{} is here: {} experts at {}, {size}", model.name, model.manifest.experts.len(), model.manifest.expert_precision));
+    note(&format!("{} is here: {} experts at {}, {size}", model.name, model.manifest.experts_count(), model.manifest.precision_text()));
     Ok(model)
 }
 

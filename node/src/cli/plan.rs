@@ -59,7 +59,7 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
     let memory = args.memory.unwrap_or(context.memory_max);
     let trace = args.trace.as_ref().map(|file| read_trace(file)).transpose()?;
     if let Some(trace) = &trace
-        && (trace.layers, trace.experts) != (manifest.config.num_hidden_layers, manifest.config.num_experts)
+        && (trace.layers, trace.experts) != (manifest.decoder().layers(), manifest.decoder().experts())
     {
         let other = format!("{} layers of {} experts", trace.layers, trace.experts);
         return Err(Failure::new(Kind::Usage, format!("the trace is of a model with {other}, not of {}", found.name)));
@@ -68,7 +68,7 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
     let process = process_bytes(); // before memory is measured: the probe leaves some behind
     let memory_speed = memory_speed(options.threads);
     let disk_speed = disk_speed(&open, manifest)?;
-    let own = manifest.expert_precision;
+    let own = manifest.usual_precision();
     let narrower = |p: &Precision| !own.is_packed() && p.is_packed();
     let choices: Vec<_> = [own].into_iter().chain([Precision::Q8, Precision::Q4].into_iter().filter(narrower)).collect();
     let mut ways = Vec::new();
@@ -104,14 +104,18 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
 /// The same model with other precisions, as far as sizes go.
 fn at(manifest: &ModelManifest, trunk: Precision, experts: Precision) -> ModelManifest {
     let mut made = manifest.clone();
-    let specs = manifest.config.trunk_tensors();
-    for (tensor, spec) in made.trunk.iter_mut().zip(&specs).filter(|(_, spec)| spec.packable && trunk != manifest.expert_precision) {
-        tensor.precision = trunk;
-        tensor.blob.length = spec.bytes(trunk).unwrap_or(tensor.blob.length);
+    let own = manifest.usual_precision();
+    for part in &mut made.parts {
+        let (specs, bytes) = (part.decoder().tensors(), part.expert_shape(experts).blob_bytes() as u64);
+        for (tensor, spec) in part.trunk.iter_mut().zip(&specs).filter(|(_, spec)| spec.packable && trunk != own) {
+            tensor.precision = trunk;
+            tensor.blob.length = spec.bytes(trunk).unwrap_or(tensor.blob.length);
+        }
+        for expert in part.experts.iter_mut().filter(|_| experts != own) {
+            expert.precision = experts;
+            expert.blob.length = bytes;
+        }
     }
-    made.expert_precision = experts;
-    let bytes = manifest.config.expert_shape(experts).blob_bytes() as u64;
-    made.experts.iter_mut().for_each(|blob| blob.length = bytes);
     made
 }
 
@@ -125,8 +129,8 @@ fn way(
     disk_speed: Option<f64>,
 ) -> Way {
     let made = at(manifest, trunk, experts);
-    let layers = made.config.moe_layers().count().max(1);
-    let (total, one) = (layers * made.config.num_experts as usize, made.config.expert_shape(experts).blob_bytes() as u64);
+    let layers = made.decoder().moe_layers().count().max(1);
+    let (total, one) = (layers * made.decoder().experts() as usize, made.text().largest_expert().max(1));
     let plan = match plan_memory(&made, options, process, memory) {
         Ok(plan) => Ok((plan, ((plan.experts / one) as usize).min(total))),
         Err(error) => Err(error.needed),
@@ -137,7 +141,7 @@ fn way(
         None => None,
     });
     let cost = TokenCost::of(&made);
-    let missed = |hits: f64| (1.0 - hits) * (layers as u64 * u64::from(made.config.num_experts_per_tok) * one) as f64;
+    let missed = |hits: f64| (1.0 - hits) * (layers as u64 * u64::from(made.decoder().experts_per_token()) * one) as f64;
     let tokens_per_second = hits.and_then(|hits| {
         let read = if hits < 1.0 { missed(hits) / disk_speed? } else { 0.0 };
         // Reading from the disk and multiplying go on side by side.
@@ -148,7 +152,7 @@ fn way(
 
 impl Way {
     fn line(&self, manifest: &ModelManifest) -> String {
-        let layers = manifest.config.moe_layers().count().max(1);
+        let layers = manifest.decoder().moe_layers().count().max(1);
         let (trunk, experts) = (self.trunk.name(), self.experts.name());
         let needs = match self.plan {
             Err(needed) => return format!("{trunk:<7}{experts:<9}{:>12}  does not fit", human_bytes(needed)),
@@ -157,7 +161,7 @@ impl Way {
         let slots = self.plan.as_ref().map_or(0, |&(_, slots)| slots) as f64 / layers as f64;
         let hits = self.hits.map_or("–".to_owned(), |hits| format!("{:.1}%", 100.0 * hits));
         let speed = self.tokens_per_second.map_or("–".to_owned(), |speed| format!("{speed:.1}"));
-        format!("{trunk:<7}{experts:<9}{needs:>12}{slots:>12.1}{:>12}{hits:>10}{speed:>14}", manifest.config.num_experts)
+        format!("{trunk:<7}{experts:<9}{needs:>12}{slots:>12.1}{:>12}{hits:>10}{speed:>14}", manifest.decoder().experts())
     }
 }
 
@@ -174,8 +178,8 @@ fn json_of(way: &Way) -> serde_json::Value {
 }
 
 fn advice(ways: &[Way], manifest: &ModelManifest, name: &str, memory: u64) -> String {
-    let own = manifest.expert_precision;
-    let all = manifest.experts.len();
+    let own = manifest.usual_precision();
+    let all = manifest.experts_count();
     if let Some(way) = ways.iter().find(|way| way.plan.as_ref().is_ok_and(|&(_, slots)| slots >= all)) {
         return if way.experts == own {
             format!("{name} fits whole, as it is")
@@ -216,10 +220,10 @@ fn memory_speed(threads: usize) -> f64 {
 
 /// Bytes a second, verified, of experts that are here.
 fn disk_speed(open: &OpenDataDir, manifest: &ModelManifest) -> Result<Option<f64>, Failure> {
-    let step = (manifest.experts.len() / PROBE_EXPERTS).max(1);
+    let step = (manifest.experts_count() / PROBE_EXPERTS).max(1);
     let mut bytes = 0;
     let start = instant();
-    for blob in manifest.experts.iter().step_by(step).filter(|blob| open.store.contains(&blob.hash)) {
+    for blob in manifest.expert_blobs().step_by(step).filter(|blob| open.store.contains(&blob.hash)) {
         let mut buffer = AlignedBytes::zeroed(blob.length as usize);
         if open.store.read_pages(&blob.hash, buffer.whole_pages(), blob.length as usize, now_ms())? {
             bytes += blob.length;

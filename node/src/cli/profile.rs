@@ -107,7 +107,7 @@ impl Measuring {
         engine: &EngineArgs,
         set: &ProbeSet,
     ) -> Result<Self, Failure> {
-        let window = found.manifest.config.max_position_embeddings.min(PROBE_TOKENS_MAX as u32) as usize;
+        let window = found.manifest.decoder().context.min(PROBE_TOKENS_MAX as u32) as usize;
         // Whoever reads less of a probe counts otherwise.
         let options = EngineOptions { context: window, ..engine.options(&found.manifest, Some(window)) };
         let loaded = federation.load(open, found, context.memory_max, options)?;

@@ -104,8 +104,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let request =
         loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults).map_err(PromptError::into_failure)?;
     let mut session = loaded.engine.session();
-    let entries =
-        args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.config.num_hidden_layers as usize);
+    let entries = args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.decoder().layers() as usize);
     loaded.engine.log = (!args.no_log).then(|| ActivationLog::new(entries));
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
     if let Some(log) = loaded.engine.log.take() {
@@ -113,7 +112,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
             note(&format!("warning: {failure}: the uses of experts are not counted")); // the answer is what was asked for
         }
         if let Some(path) = &args.trace {
-            let trace = log.trace(found.manifest.config.num_hidden_layers, found.manifest.config.num_experts);
+            let trace = log.trace(found.manifest.decoder().layers(), found.manifest.decoder().experts());
             std::fs::write(path, trace.to_string()).map_err(|error| io_failure("write", path, &error))?;
         }
     }
@@ -307,13 +306,13 @@ impl Times {
 impl Answer {
     fn json(&self, loaded: &Loaded) -> Value {
         let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, remote_uses, remote_rows, moved_in, uses, .. } = self.experts;
-        let ExpertUse { hits, bytes_read, foreseen, foreseen_used, foretold, foretold_used, .. } = self.experts;
+        let ExpertUse { hits, bytes_read, prefetched, prefetched_used, hinted, hinted_used, .. } = self.experts;
         let peers: Vec<_> = loaded.providers().keys().map(ToString::to_string).collect();
         json!({
             "text": self.generated.text,
             "tokens": self.generated.tokens,
             "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": remote, "remote_uses": remote_uses, "remote_rows": remote_rows, "moved_in": moved_in, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
-                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used, "foretold": foretold, "foretold_used": foretold_used},
+                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": prefetched, "foreseen_used": prefetched_used, "foretold": hinted, "foretold_used": hinted_used},
             "token_ms": self.times.json(), "again": self.again,
             "remote": loaded.remote_report().json(),
             "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,

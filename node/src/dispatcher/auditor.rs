@@ -65,7 +65,7 @@ pub(super) struct AuditorParts {
     pub(super) quiet: Quiet,
     pub(super) runtime: Handle,
     pub(super) report: SharedReport,
-    pub(super) shape: ExpertShape,
+    pub(super) hidden_size: usize,
     pub(super) kernels: &'static Kernels,
     /// Where evidence goes.
     pub(super) evidence: Evidence,
@@ -77,8 +77,7 @@ impl Auditor {
         let report = parts.report.clone();
         let thread = threads::watched("auditor", move || {
             stand_back();
-            let runner = ExpertRunner::new(parts.shape, 1, parts.kernels);
-            AuditThread { parts, runner, fetch_after: instant() }.run(&audits);
+            AuditThread { parts, runner: None, fetch_after: instant() }.run(&audits);
         });
         Self { queue: Some(queue), report, thread: Some(thread) }
     }
@@ -103,7 +102,8 @@ impl Drop for Auditor {
 
 struct AuditThread {
     parts: AuditorParts,
-    runner: ExpertRunner,
+    /// For experts of the shape that was audited last.
+    runner: Option<ExpertRunner>,
     fetch_after: std::time::Instant,
 }
 
@@ -140,7 +140,7 @@ impl AuditThread {
     fn audit_or_skip(&mut self, audit: Audit, fetched: Option<AlignedBytes>) -> Option<Audit> {
         threads::caught("an audit", || self.audit(audit, fetched)).unwrap_or_else(|failure| {
             warn!(%failure, "an audit is left out");
-            self.runner = ExpertRunner::new(self.parts.shape, 1, self.parts.kernels);
+            self.runner = None;
             self.parts.report.lock().audits_skipped += 1;
             None
         })
@@ -155,21 +155,26 @@ impl AuditThread {
                 return None;
             }
         };
-        let shape = self.runner.shape();
         let expert = match fetched {
-            Some(bytes) => Expert::from_verified(bytes, shape).ok(),
+            Some(bytes) => ExpertShape::of_blob(&bytes).and_then(|shape| Expert::from_verified(bytes, shape)).ok(),
             None => match executor::load(&self.parts.store, audit.blob.hash) {
-                Some(expert) => Some(expert).filter(|expert| expert.shape() == shape),
+                Some(expert) => Some(expert),
                 None => return Some(audit),
             },
         };
-        let Some(expert) = expert else {
+        // The hash is the manifest's, and so is the shape; only what is packed runs at peers.
+        let fits = |expert: &Expert| expert.shape().precision.is_packed() && expert.shape().hidden_size == self.parts.hidden_size;
+        let Some(expert) = expert.filter(fits) else {
             self.parts.report.lock().book.conclude(audit.peer, Verdict::Unknown);
             return None;
         };
+        let shape = expert.shape();
         let rows: Vec<&[u8]> = audit.input.chunks_exact(row_bytes(shape.hidden_size)).collect();
         let mut ours = Vec::with_capacity(audit.output.len());
-        self.runner.run(&expert, &rows, &mut ours);
+        let runner = self.runner.take().filter(|runner| runner.shape() == shape);
+        let mut runner = runner.unwrap_or_else(|| ExpertRunner::new(shape, 1, self.parts.kernels));
+        runner.run(&expert, &rows, &mut ours);
+        self.runner = Some(runner);
         if ours == audit.output {
             self.parts.report.lock().book.conclude(audit.peer, Verdict::Same);
             self.parts.network.observe(audit.peer, Facet::Execution, Outcome::Good);

@@ -20,7 +20,6 @@ use std::time::{Duration, Instant};
 use inference::expert_source::{Arrival, Brought, ExpertRequest, ExpertSource, Gain, LayerInputs, Origin, SourceError};
 use inference::kernels::Kernels;
 use protocol::audit::AuditShare;
-use protocol::expert_blob::ExpertShape;
 use protocol::{BlobRef, ExpertSlot};
 use store::BlobStore;
 use tokio::runtime::Handle;
@@ -87,7 +86,10 @@ impl Default for RemoteOptions {
 
 /// What a dispatcher needs to know of a model and of the user's wishes.
 pub(crate) struct DispatcherOptions {
-    pub(crate) shape: ExpertShape,
+    /// Length of the rows that experts take.
+    pub(crate) hidden_size: usize,
+    /// Whether any expert is packed: others never run at peers.
+    pub(crate) packed: bool,
     pub(crate) kernels: &'static Kernels,
     pub(crate) remote: RemoteOptions,
     pub(crate) report: SharedReport,
@@ -163,8 +165,8 @@ impl Dispatcher {
     pub(crate) fn new(store: Arc<BlobStore>, peers: Option<DispatcherPeers>, providers: Providers, options: DispatcherOptions) -> Self {
         let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
         let (reads, readers) = reader::start(&store, &happening);
-        let DispatcherOptions { shape, kernels, remote, report, evidence, interest } = options;
-        let runs = shape.precision.is_packed() && !remote.execute_at.is_empty();
+        let DispatcherOptions { hidden_size, packed, kernels, remote, report, evidence, interest } = options;
+        let runs = packed && !remote.execute_at.is_empty();
         let (hurry, hurried) = Hurry::new();
         let remote = peers.as_ref().filter(|_| runs).map(|peers| {
             let DispatcherPeers { fetcher, network, runtime } = peers.clone();
@@ -176,7 +178,7 @@ impl Dispatcher {
                 quiet,
                 runtime: runtime.clone(),
                 report: report.clone(),
-                shape,
+                hidden_size,
                 kernels,
                 evidence,
             };
@@ -190,7 +192,7 @@ impl Dispatcher {
             remote,
             mover,
             hurry,
-            hidden_size: shape.hidden_size,
+            hidden_size,
             saver,
             providers,
             interest,
@@ -232,7 +234,9 @@ impl Dispatcher {
                 // What is on the disk need not be fetched; and a late answer is still likely to come before a fetch.
                 Way::Fetch => !here && late != Some(Lateness::Late),
                 Way::Run(peer) => {
-                    !waiting.asked.contains(&peer) && self.remote.as_ref().is_some_and(|remote| !remote.lacks(peer, &blob.hash))
+                    request.precision.is_packed()
+                        && !waiting.asked.contains(&peer)
+                        && self.remote.as_ref().is_some_and(|remote| !remote.lacks(peer, &blob.hash))
                 }
             };
             match ways.choose(self.rows.count(slot.expert), able) {
@@ -422,14 +426,14 @@ impl ExpertSource for Dispatcher {
         self.place(&slots, None);
     }
 
-    fn foresee(&mut self, requests: Vec<ExpertRequest>) {
+    fn prefetch(&mut self, requests: Vec<ExpertRequest>) {
         for request in requests {
             self.reading += 1;
             let _ = self.reads.send((self.round, Read::Wanted(request))); // as in `place`; what is near is in the store
         }
     }
 
-    fn foretell(&mut self, blobs: &[BlobRef]) {
+    fn hint(&mut self, blobs: &[BlobRef]) {
         if let Some(remote) = &mut self.remote {
             remote.foretell(blobs);
         }

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use inference::experts::Whence;
+use inference::experts::ServedFrom;
 use serde_json::{Value, json};
 
 use super::tally::Whereabouts;
@@ -57,8 +57,8 @@ impl Counts {
         self.in_memory = vec![false; experts];
     }
 
-    pub(super) fn use_expert(&mut self, place: usize, whence: Whence) {
-        self.experts.add(whence);
+    pub(super) fn use_expert(&mut self, place: usize, source: ServedFrom) {
+        self.experts.add(source);
         self.fresh[place] += 1;
         self.uses[place] += 1;
     }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use inference::activation_log::ActivationLog;
-use inference::engine::{Engine, Sequence};
+use inference::engine::{Engine, Piece, Want};
 use inference::generate::{Answer, GenerateError, GenerateRequest, StopReason};
 use inference::session::Session;
 
@@ -83,10 +83,10 @@ struct Kept {
 impl<'a> Batch<'a> {
     pub(super) fn new(loaded: &'a mut Loaded, text: &'a ModelText, shared: &'a Arc<Shared>) -> Self {
         let engine = &mut loaded.engine;
-        let config = engine.model().manifest.config.clone();
-        let places = Places::of(&config);
+        let decoder = engine.model().decoder();
+        let places = Places::of(decoder);
         let rows = engine.options().batch_tokens.max(TOGETHER_MAX);
-        engine.log = Some(ActivationLog::new(rows * config.num_hidden_layers as usize));
+        engine.log = Some(ActivationLog::new(rows * decoder.layers() as usize));
         shared.activity.lock().begin_model(places.count());
         let room = engine.session_bytes(engine.options().kv_tokens.max(engine.context()));
         let piece = PIECE_TOKENS.min(engine.options().batch_tokens);
@@ -286,9 +286,10 @@ impl<'a> Batch<'a> {
         let engine = &mut self.loaded.engine;
         let tokens: Vec<_> = rows.iter().map(|&row| [self.active[row].pending.expect("it has a token to take in")]).collect();
         let mut together = self.active.iter_mut().enumerate().filter(|(at, _)| rows.contains(at)).map(|(_, active)| active);
-        let mut sequences: Vec<_> =
-            together.by_ref().zip(&tokens).map(|(active, tokens)| Sequence { session: &mut active.session, tokens }).collect();
-        if let Err(error) = engine.decode(&mut sequences) {
+        let mut pieces: Vec<_> =
+            together.by_ref().zip(&tokens).map(|(active, tokens)| Piece::tokens(&mut active.session, tokens)).collect();
+        let layers = engine.all_layers();
+        if let Err(error) = engine.pass(&mut pieces, layers, Want::Last) {
             self.forget_uses();
             return Err(error.into());
         }
@@ -310,11 +311,11 @@ impl<'a> Batch<'a> {
         let Some(mut log) = self.loaded.engine.log.take() else { return };
         let mut counts = self.shared.activity.lock();
         let mut came = false;
-        uses(&log, &self.places, self.loaded.engine.experts(), |row, place, whence| {
+        uses(&log, &self.places, self.loaded.engine.experts(), |row, place, source| {
             let request = if requests.len() == 1 { requests[0] } else { requests[row] };
-            self.active[request].tally.add(place, whence);
-            counts.use_expert(place, whence);
-            came |= !whence.is_here();
+            self.active[request].tally.add(place, source);
+            counts.use_expert(place, source);
+            came |= !source.is_here();
         });
         log.clear();
         self.loaded.engine.log = Some(log);
@@ -331,7 +332,7 @@ impl<'a> Batch<'a> {
 
     /// Takes leave of what has ended, and keeps its sequences.
     fn settle(&mut self) {
-        let one = self.loaded.engine.model().manifest.experts.first().map_or(0, |blob| blob.length);
+        let one = self.loaded.engine.model().manifest.text().largest_expert();
         let mut counts = self.shared.activity.lock();
         let (ended, active) = std::mem::take(&mut self.active).into_iter().partition(|active| active.state != Course::GoesOn);
         self.active = active;

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use inference::activation_log::ActivationLog;
-use inference::experts::{Experts, Whence};
+use inference::experts::{Experts, ServedFrom};
 use serde::Serialize;
 
 use crate::net::PeerId;
@@ -19,12 +19,12 @@ pub(crate) struct Whereabouts {
 }
 
 impl Whereabouts {
-    pub(super) fn add(&mut self, whence: Whence) {
-        match whence {
-            Whence::Memory => self.ram += 1,
-            Whence::Disk => self.disk += 1,
-            Whence::Remote => self.remote += 1,
-            Whence::Fetched => self.fetched += 1,
+    pub(super) fn add(&mut self, source: ServedFrom) {
+        match source {
+            ServedFrom::Memory => self.ram += 1,
+            ServedFrom::Disk => self.disk += 1,
+            ServedFrom::Remote => self.remote += 1,
+            ServedFrom::Fetched => self.fetched += 1,
         }
     }
 
@@ -48,15 +48,15 @@ impl Tally {
     }
 
     /// Notes a use of the expert at `place`.
-    pub(crate) fn add(&mut self, place: usize, whence: Whence) {
+    pub(crate) fn add(&mut self, place: usize, source: ServedFrom) {
         if !std::mem::replace(&mut self.used[place], true) {
-            self.first.add(whence);
+            self.first.add(source);
         }
     }
 }
 
 /// Goes through the uses that a pass has logged: for each, the row of the pass, the expert's place, and where it was.
-pub(crate) fn uses(log: &ActivationLog, places: &Places, experts: &Experts, mut each: impl FnMut(usize, usize, Whence)) {
+pub(crate) fn uses(log: &ActivationLog, places: &Places, experts: &Experts, mut each: impl FnMut(usize, usize, ServedFrom)) {
     let (mut layer, mut row) = (None, 0);
     for entry in log.entries() {
         // The rows of one layer stand together, in order.
@@ -64,7 +64,7 @@ pub(crate) fn uses(log: &ActivationLog, places: &Places, experts: &Experts, mut 
         layer = Some(entry.layer);
         for choice in entry.choices {
             if let Some(place) = places.place(entry.layer, choice.expert) {
-                each(row, place, experts.whence(place));
+                each(row, place, experts.served_from(place));
             }
         }
     }
@@ -77,8 +77,10 @@ mod tests {
     #[test]
     fn an_expert_counts_once_and_where_it_first_was() {
         let mut tally = Tally::new(3);
-        for (place, whence) in [(0, Whence::Disk), (0, Whence::Memory), (2, Whence::Remote), (1, Whence::Fetched), (2, Whence::Fetched)] {
-            tally.add(place, whence);
+        for (place, source) in
+            [(0, ServedFrom::Disk), (0, ServedFrom::Memory), (2, ServedFrom::Remote), (1, ServedFrom::Fetched), (2, ServedFrom::Fetched)]
+        {
+            tally.add(place, source);
         }
         assert_eq!(tally.first, Whereabouts { ram: 0, disk: 1, remote: 1, fetched: 1 });
         assert_eq!(tally.first.all(), 3);

@@ -69,7 +69,7 @@ impl OwnStatus {
             name: model.name.clone(),
             model: model.id,
             experts: model.experts_present(self.store()) as u32,
-            of: model.manifest.experts.len() as u32,
+            of: model.manifest.experts_count() as u32,
         };
         let holdings: Vec<_> = models.iter().map(holding).collect();
         *counted = Some((generation, holdings.clone()));

@@ -58,7 +58,7 @@ fn body(v: &Value) -> Result<(), &'static str> {
     let (bytes, shape) = (unhex(v["bytes"].as_str().expect("a text")), &v["shape"]);
     let number = |name: &str| shape[name].as_u64().expect("a number") as u32;
     let slots: Vec<_> =
-        (0..number("layers")).flat_map(|layer| (0..number("experts")).map(move |expert| ExpertSlot { layer, expert })).collect();
+        (0..number("layers")).flat_map(|layer| (0..number("experts")).map(move |expert| ExpertSlot::text(layer, expert))).collect();
     if BlobRef::of(&bytes) != head.record().body {
         return Err("body");
     }

@@ -137,7 +137,7 @@ impl Ask {
         let tokens_max = self.tokens_max.unwrap_or(usize::MAX);
         let lengths = (model.context, tokens_max);
         let mut request = model.text.request(&prompt, lengths, sampling, &manifest.generation).map_err(refused)?;
-        let vocab_size = manifest.config.vocab_size;
+        let vocab_size = manifest.decoder().vocab_size;
         if let Some(token) = request.prompt.iter().find(|&&token| token >= vocab_size) {
             let message = format!("token {token} is beyond the model's vocabulary of {vocab_size}");
             return Err(ApiError::invalid(message).param(field));

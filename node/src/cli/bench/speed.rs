@@ -2,7 +2,7 @@
 
 use clap::Args;
 use inference::activation_log::ActivationLog;
-use inference::engine::{Engine, EngineOptions, Sequence};
+use inference::engine::{Engine, EngineOptions, KvPrecision, Piece, Want};
 use inference::experts::ExpertUse;
 use inference::kernels::Kernels;
 use inference::probe::{KernelProbe, MemoryProbe, TokenCost};
@@ -15,7 +15,6 @@ use crate::clock::{check_interrupted, instant};
 use crate::failure::Failure;
 use crate::federation::{Federation, PeerOptions};
 use crate::output::{human_bytes, note, print_json, print_line};
-use inference::kv_cache::KvPrecision;
 
 /// Larger than any cache.
 const PROBE_BYTES: usize = 1 << 30;
@@ -116,8 +115,8 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
                             found.name,
                             100.0 * last.hits(),
                             human_bytes(last.experts.bytes_read),
-                            last.experts.foreseen_used,
-                            last.experts.foreseen
+                            last.experts.prefetched_used,
+                            last.experts.prefetched
                         ));
                     }
                     let mut line = Line {
@@ -138,7 +137,7 @@ pub(in crate::cli) fn speed(context: &Context, args: &SpeedArgs) -> Result<(), F
                 }
             }
             if args.prefill > 0 {
-                let precision = found.manifest.expert_precision;
+                let precision = found.manifest.usual_precision();
                 let limit = kernel_speed(kernels, precision, threads.into(), args.runs)? / (2 * cost.multiplications) as f64;
                 let measured = prefill(&mut engine, args)?;
                 lines.push(Line {
@@ -208,7 +207,7 @@ fn kernel_speed(kernels: &'static Kernels, precision: Precision, threads: usize,
 
 /// Tokens that differ: experts are chosen by them.
 fn token(engine: &Engine, n: usize) -> u32 {
-    (n as u32).wrapping_mul(2_654_435_761) % engine.model().manifest.config.vocab_size
+    (n as u32).wrapping_mul(2_654_435_761) % engine.model().decoder().vocab_size
 }
 
 /// Brings the experts that the measurements will need into memory.
@@ -239,8 +238,8 @@ impl DecodeRun {
     }
 
     fn json(&self) -> Value {
-        let ExpertUse { bytes_read, foreseen, foreseen_used, .. } = self.experts;
-        json!({"tokens_per_second": self.speed, "logged": self.logged, "hits": self.hits(), "bytes_read": bytes_read, "foreseen": foreseen, "foreseen_used": foreseen_used})
+        let ExpertUse { bytes_read, prefetched, prefetched_used, .. } = self.experts;
+        json!({"tokens_per_second": self.speed, "logged": self.logged, "hits": self.hits(), "bytes_read": bytes_read, "foreseen": prefetched, "foreseen_used": prefetched_used})
     }
 }
 
@@ -288,8 +287,9 @@ fn decode_once(engine: &mut Engine, args: &SpeedArgs, batch: usize, run: usize) 
         check_interrupted()?;
         let next: Vec<_> = (0..batch).map(|i| token(engine, step + 77 * i + 977 * run)).collect();
         let mut sequences: Vec<_> =
-            sessions.iter_mut().zip(&next).map(|(session, token)| Sequence { session, tokens: std::slice::from_ref(token) }).collect();
-        engine.decode(&mut sequences)?;
+            sessions.iter_mut().zip(&next).map(|(session, token)| Piece::tokens(session, std::slice::from_ref(token))).collect();
+        let layers = engine.all_layers();
+        engine.pass(&mut sequences, layers, Want::Last)?;
     }
     Ok((batch * args.decode) as f64 / (instant() - start).as_secs_f64())
 }

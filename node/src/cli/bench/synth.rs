@@ -4,10 +4,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use clap::{Args, ValueEnum};
+use inference::checkpoint::families::parse_config;
 use inference::convert::convert_matrix;
-use protocol::manifest::{ChatFormat, GenerationDefaults, TrunkTensor, VERSION};
-use protocol::model_config::TensorSpec;
-use protocol::{BlobRef, ModelConfig, ModelManifest, Precision};
+use protocol::decoder::{TensorRole, TensorSpec};
+use protocol::manifest::{ChatFormat, GenerationDefaults, PackedBlob, Part, PartConfig, TrunkTensor};
+
+use protocol::{BlobRef, ModelManifest, PartKind, Precision};
+use serde_json::json;
 
 use super::super::Context;
 use crate::clock::{check_interrupted, now_ms};
@@ -76,27 +79,26 @@ const COMMON: f32 = 1.1;
 
 pub(in crate::cli) fn synth(context: &Context, args: &SynthArgs) -> Result<(), Failure> {
     let Shape::Qwen3 = args.shape;
-    let config = qwen3_30b_a3b(args);
-    config.validate().map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
+    let (decoder, _) = parse_config(&qwen3_30b_a3b(args)).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
     let open = context.lock()?;
     let name = args.name.clone().unwrap_or_else(|| format!("synth-qwen3-30b-a3b-{}", args.precision));
     open.check_name(&name, None)?;
-    let specs = config.trunk_tensors();
-    let expert_bytes = config.expert_shape(args.precision).blob_bytes() as u64;
-    let slots = config.expert_slots().count() as u64;
+    let specs = decoder.tensors();
+    let expert_bytes = decoder.expert_shape(args.precision).blob_bytes() as u64;
+    let slots = decoder.moe_layers().count() as u64 * u64::from(decoder.experts());
     let bar = byte_bar(slots * expert_bytes, "synth");
     let store = Arc::clone(&open.store);
     let put = |bytes: &[u8]| -> Result<BlobRef, Failure> { Ok(store.put(bytes, now_ms())?.0) };
-    let direction = Random::new(args.seed, 1).normals(config.hidden_size as usize);
+    let direction = Random::new(args.seed, 1).normals(decoder.hidden_size as usize);
     let mut trunk = Vec::new();
     for (number, spec) in specs.iter().enumerate() {
         check_interrupted()?;
         let random = Random::new(args.seed, 1000 + number as u64);
         let precision = if spec.packable { args.precision } else { Precision::Bf16 };
         let bytes = tensor(spec, precision, random, args.routing, &direction);
-        trunk.push(TrunkTensor { name: spec.name.clone(), precision, blob: put(&bytes)? });
+        trunk.push(TrunkTensor { role: spec.role, precision, blob: put(&bytes)? });
     }
-    let shape = config.expert_shape(args.precision);
+    let shape = decoder.expert_shape(args.precision);
     let next = AtomicU64::new(0);
     let mut experts = vec![BlobRef::of(b""); slots as usize];
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -129,16 +131,14 @@ pub(in crate::cli) fn synth(context: &Context, args: &SynthArgs) -> Result<(), F
     }
     bar.finish_and_clear();
     store.flush();
+    let precision = args.precision;
+    let experts = experts.into_iter().map(|blob| PackedBlob { precision, blob }).collect();
     let manifest = ModelManifest {
-        version: VERSION,
         parent: None,
-        config,
+        parts: vec![Part { kind: PartKind::Text, config: PartConfig::Decoder(decoder), trunk, experts }],
         tokenizer: None,
         chat: ChatFormat::default(),
         generation: GenerationDefaults { temperature: 0.0, ..GenerationDefaults::default() },
-        trunk,
-        expert_precision: args.precision,
-        experts,
     };
     let manifest = manifest.checked()?;
     let envelope = manifest.seal(&open.dir.key()?);
@@ -148,27 +148,12 @@ pub(in crate::cli) fn synth(context: &Context, args: &SynthArgs) -> Result<(), F
     print_line(&model.id.to_string())
 }
 
-fn qwen3_30b_a3b(args: &SynthArgs) -> ModelConfig {
-    ModelConfig {
-        vocab_size: args.vocab.unwrap_or(151_936),
-        hidden_size: 2048,
-        num_hidden_layers: args.layers.unwrap_or(48),
-        num_attention_heads: 32,
-        num_key_value_heads: 4,
-        head_dim: 128,
-        num_experts: 128,
-        num_experts_per_tok: 8,
-        moe_intermediate_size: 768,
-        intermediate_size: 0,
-        dense_layers: vec![],
-        qk_norm: true,
-        norm_topk_prob: true,
-        rope_theta: 1e6,
-        mrope_section: None,
-        rms_norm_eps: 1e-6,
-        tie_word_embeddings: false,
-        max_position_embeddings: 40_960,
-    }
+fn qwen3_30b_a3b(args: &SynthArgs) -> serde_json::Value {
+    json!({
+        "model_type": "qwen3_moe", "vocab_size": args.vocab.unwrap_or(151_936), "hidden_size": 2048, "num_hidden_layers": args.layers.unwrap_or(48),
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128, "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768, "norm_topk_prob": true, "rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 40_960,
+    })
 }
 
 /// A tensor of the trunk: norms are ones, the rest is random.
@@ -181,7 +166,7 @@ fn tensor(spec: &TensorSpec, precision: Precision, mut random: Random, routing: 
     if spec.shape.len() == 1 {
         return narrow(&vec![1.0; columns]);
     }
-    if spec.name == "model.embed_tokens.weight" {
+    if spec.role == TensorRole::Embedding {
         let mut values = random.normals(rows * columns);
         let common = if routing == Routing::Skewed { COMMON } else { 0.0 };
         for row in values.chunks_exact_mut(columns) {

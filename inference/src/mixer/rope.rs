@@ -2,19 +2,22 @@
 //!
 //! For text all three positions are equal, and mRoPE is plain RoPE bit for bit.
 
-use protocol::ModelConfig;
+use protocol::decoder::{self, Gqa};
 
 /// Where a token stands; text moves along all three axes at once.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Position {
-    pub(crate) time: u32,
-    pub(crate) height: u32,
-    pub(crate) width: u32,
+pub struct Position {
+    /// When.
+    pub time: u32,
+    /// How far down.
+    pub height: u32,
+    /// How far to the right.
+    pub width: u32,
 }
 
 impl Position {
     /// The n-th token of a text.
-    pub(crate) fn of_text(n: usize) -> Self {
+    pub fn of_text(n: usize) -> Self {
         let n = n as u32;
         Self { time: n, height: n, width: n }
     }
@@ -40,16 +43,16 @@ pub(crate) struct Rotation {
 }
 
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
-        let base = config.rope_theta as f32;
-        let frequency = |i: u32| 1.0 / libm::powf(base, (2 * i) as f32 / config.head_dim as f32);
+    pub(crate) fn new(attention: &Gqa) -> Self {
+        let base = attention.rope.base() as f32;
+        let frequency = |i: u32| 1.0 / libm::powf(base, (2 * i) as f32 / attention.head_dim as f32);
         // Interleaved: starting from time, height takes 1, 4, 7 … and width 2, 5, 8 …, each below three times its share.
-        let axis = |i: u32| match (config.mrope_section, i % 3) {
-            (Some([_, height, _]), 1) if i < 3 * height => Axis::Height,
-            (Some([_, _, width]), 2) if i < 3 * width => Axis::Width,
+        let axis = |i: u32| match (attention.rope, i % 3) {
+            (decoder::Rope::Interleaved { sections: [_, height, _], .. }, 1) if i < 3 * height => Axis::Height,
+            (decoder::Rope::Interleaved { sections: [_, _, width], .. }, 2) if i < 3 * width => Axis::Width,
             _ => Axis::Time,
         };
-        Self { frequencies: (0..config.head_dim / 2).map(|i| (frequency(i), axis(i))).collect() }
+        Self { frequencies: (0..attention.head_dim / 2).map(|i| (frequency(i), axis(i))).collect() }
     }
 
     /// Writes the rotation of `position`.
@@ -81,7 +84,11 @@ impl Rotation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::tests::tiny_config;
+    use protocol::decoder::{QkNorm, QkvBias};
+
+    fn attention(head_dim: u32, rope: decoder::Rope) -> Gqa {
+        Gqa { heads: 1, kv_heads: 1, head_dim, rope, qk_norm: QkNorm::None, bias: QkvBias::None }
+    }
 
     fn rotation(rope: &Rope, position: Position) -> Rotation {
         let mut rotation = Rotation::default();
@@ -91,8 +98,8 @@ mod tests {
 
     #[test]
     fn for_text_mrope_is_rope_bit_for_bit() {
-        let plain = Rope::new(&tiny_config());
-        let sections = Rope::new(&ModelConfig { mrope_section: Some([2, 1, 1]), ..tiny_config() });
+        let plain = Rope::new(&attention(8, decoder::Rope::Plain { base: 1e6 }));
+        let sections = Rope::new(&attention(8, decoder::Rope::Interleaved { base: 1e6, sections: [2, 1, 1] }));
         for n in [0, 1, 7, 1000, 30_000] {
             let (a, b) = (rotation(&plain, Position::of_text(n)), rotation(&sections, Position::of_text(n)));
             assert_eq!(a.pairs, b.pairs);
@@ -102,8 +109,7 @@ mod tests {
     #[test]
     fn axes_are_interleaved_as_published() {
         // mrope_section [24, 20, 20] over 64 pairs: height 1, 4 … 58, width 2, 5 … 59, time the rest.
-        let config = ModelConfig { head_dim: 128, mrope_section: Some([24, 20, 20]), ..tiny_config() };
-        let rope = Rope::new(&config);
+        let rope = Rope::new(&attention(128, decoder::Rope::Interleaved { base: 1e6, sections: [24, 20, 20] }));
         for (i, (_, axis)) in rope.frequencies.iter().enumerate() {
             let expected = match i % 3 {
                 1 if i < 60 => "Height",

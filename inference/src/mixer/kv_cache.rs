@@ -7,7 +7,7 @@ use std::str::FromStr;
 
 use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
-use protocol::ModelConfig;
+use protocol::Decoder;
 
 use crate::kernels::math::per_instruction_set;
 
@@ -89,21 +89,23 @@ enum Numbers {
 }
 
 impl KvCache {
-    pub(crate) fn new(config: &ModelConfig, precision: KvPrecision) -> Self {
-        let head_dim = config.head_dim as usize;
-        let shape = Shape { precision, heads: config.num_key_value_heads as usize, head_dim, padded: head_dim.next_multiple_of(BLOCK) };
-        Self { layers: (0..config.num_hidden_layers).map(|_| Vec::new()).collect(), shape }
+    pub(crate) fn new(decoder: &Decoder, precision: KvPrecision) -> Self {
+        let attention = decoder.attention();
+        let head_dim = attention.head_dim as usize;
+        let shape = Shape { precision, heads: attention.kv_heads as usize, head_dim, padded: head_dim.next_multiple_of(BLOCK) };
+        Self { layers: (0..decoder.layers()).map(|_| Vec::new()).collect(), shape }
     }
 
     /// Bytes that `tokens` tokens take.
-    pub(crate) fn bytes(config: &ModelConfig, precision: KvPrecision, tokens: usize) -> u64 {
-        let padded = (config.head_dim as usize).next_multiple_of(BLOCK);
+    pub(crate) fn bytes(decoder: &Decoder, precision: KvPrecision, tokens: usize) -> u64 {
+        let attention = decoder.attention();
+        let padded = (attention.head_dim as usize).next_multiple_of(BLOCK);
         let one = match precision {
             KvPrecision::F32 => 4 * padded,
             KvPrecision::F16 => 2 * padded,
             KvPrecision::Q8 => padded + 4 * padded.div_ceil(GROUP),
         };
-        let per_token = config.num_hidden_layers as usize * config.num_key_value_heads as usize * 2 * one;
+        let per_token = decoder.layers() as usize * attention.kv_heads as usize * 2 * one;
         (per_token * tokens.next_multiple_of(PIECE)) as u64
     }
 

@@ -1,9 +1,9 @@
-//! How often each expert was used lately, to decide which are worth having in memory where others need not come in: the admission of
+//! How often each expert was used lately, to decide which stay in memory where others need not come in: the admission of
 //! TinyLFU (Einziger, Friedman, Manes 2017), with a count for every slot, since there are few.
 
 /// Counts by slot, halved now and then, so that what was used long ago weighs little.
 #[derive(Debug)]
-pub(crate) struct Worth {
+pub(crate) struct RetentionValue {
     counts: Vec<u16>,
     /// Uses until all counts are halved.
     until_halved: usize,
@@ -18,7 +18,7 @@ const MEAN_MAX: usize = 16;
 /// Uses before an expert that does not displace another is worth having.
 const USES_MIN: u16 = 2;
 
-impl Worth {
+impl RetentionValue {
     /// Nothing used yet.
     pub(crate) fn new(slots: usize) -> Self {
         let counts = vec![0; slots];
@@ -44,7 +44,7 @@ impl Worth {
 
     /// Whether `slot` is worth bringing, for which `leaving` would be forgotten, if any; `capacity` fit. It must be surely among those
     /// that were used most, and `leaving` not: where all are used alike, chance alone must not keep weights coming.
-    pub(crate) fn is_worth(&mut self, slot: usize, leaving: Option<usize>, capacity: usize) -> bool {
+    pub(crate) fn is_worth_bringing(&mut self, slot: usize, leaving: Option<usize>, capacity: usize) -> bool {
         let count = self.counts[slot];
         let Some(leaving) = leaving else { return count >= USES_MIN };
         let bar = self.bar(capacity);
@@ -71,36 +71,36 @@ impl Worth {
 mod tests {
     use super::*;
 
-    fn used(counts: &[u16]) -> Worth {
-        let mut worth = Worth::new(counts.len());
+    fn used(counts: &[u16]) -> RetentionValue {
+        let mut value = RetentionValue::new(counts.len());
         for (slot, &count) in counts.iter().enumerate() {
-            (0..count).for_each(|_| worth.used(slot));
+            (0..count).for_each(|_| value.used(slot));
         }
-        worth
+        value
     }
 
     #[test]
     fn what_is_surely_among_the_most_used_displaces_what_is_not() {
-        let mut worth = used(&[1, 9, 2, 3, 0, 0]);
-        assert!(!worth.is_worth(0, None, 2), "once is by chance");
-        assert!(worth.is_worth(2, None, 2));
+        let mut value = used(&[1, 9, 2, 3, 0, 0]);
+        assert!(!value.is_worth_bringing(0, None, 2), "once is by chance");
+        assert!(value.is_worth_bringing(2, None, 2));
         // Two fit: the bar is at 3 uses.
-        assert!(worth.is_worth(1, Some(2), 2) && worth.is_worth(1, Some(3), 2));
-        assert!(!worth.is_worth(3, Some(2), 2) && !worth.is_worth(1, Some(1), 2));
-        assert_eq!((worth.least(0..3), worth.least(1..2), worth.least(0..0)), (Some(0), Some(1), None));
+        assert!(value.is_worth_bringing(1, Some(2), 2) && value.is_worth_bringing(1, Some(3), 2));
+        assert!(!value.is_worth_bringing(3, Some(2), 2) && !value.is_worth_bringing(1, Some(1), 2));
+        assert_eq!((value.least(0..3), value.least(1..2), value.least(0..0)), (Some(0), Some(1), None));
     }
 
     #[test]
     fn where_all_are_used_alike_nothing_moves() {
-        let mut worth = used(&[9, 10, 11, 9, 10, 11, 12, 10]);
-        assert!((0..8).all(|slot| (0..8).all(|leaving| !worth.is_worth(slot, Some(leaving), 3))));
+        let mut value = used(&[9, 10, 11, 9, 10, 11, 12, 10]);
+        assert!((0..8).all(|slot| (0..8).all(|leaving| !value.is_worth_bringing(slot, Some(leaving), 3))));
     }
 
     #[test]
     fn old_uses_fade() {
-        let mut worth = Worth::new(2);
-        (0..20).for_each(|_| worth.used(0));
-        (0..44).for_each(|_| worth.used(1)); // halved at 32, 48 and 64 uses: at the mean of 16, and whenever it is reached again
-        assert_eq!(worth.counts, [2, 13]);
+        let mut value = RetentionValue::new(2);
+        (0..20).for_each(|_| value.used(0));
+        (0..44).for_each(|_| value.used(1)); // halved at 32, 48 and 64 uses: at the mean of 16, and whenever it is reached again
+        assert_eq!(value.counts, [2, 13]);
     }
 }

@@ -4,15 +4,14 @@
 //! partial results are merged from the first piece to the last (Milakov and Gimelshein 2018; Dao et al. 2022). The pieces depend on
 //! positions alone, so a token's result has the same bits in a prefill, in a decode step and in any batch.
 
-use crate::engine::Part;
+use super::Share;
+use super::kv_cache::{BLOCK, KvCache, PIECE};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::avx512;
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::math::{Vectors, vectors};
-use crate::kernels::math::{exp, exp_and_sum, per_instruction_set, rms_scale};
-use crate::kv_cache::{BLOCK, KvCache, PIECE};
+use crate::kernels::math::{exp, exp_and_sum, per_instruction_set};
 use crate::pool::Pool;
-use crate::rope::Rotation;
 
 /// Tokens of a sequence that one task takes together, so that they share a look at the keys.
 pub(crate) const TOKENS: usize = 8;
@@ -54,7 +53,7 @@ impl Heads {
 /// What a task does: some tokens of one sequence, for one key and value head, over some pieces.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Task {
-    part: usize,
+    share: usize,
     /// Rows of the batch.
     first: usize,
     tokens: usize,
@@ -68,18 +67,18 @@ pub(crate) struct Task {
 }
 
 /// Divides a batch into tasks. Where there are few tokens and many keys, each piece is a task of its own.
-pub(crate) fn plan(parts: &[Part<'_>], heads: Heads, tasks: &mut Vec<Task>) {
+pub(crate) fn plan(shares: &[Share<'_>], heads: Heads, tasks: &mut Vec<Task>) {
     tasks.clear();
     let mut place = 0;
-    for (number, part) in parts.iter().enumerate() {
-        for first in (0..part.tokens.len()).step_by(TOKENS) {
-            let tokens = TOKENS.min(part.tokens.len() - first);
-            let pieces = (part.past + first + tokens).div_ceil(PIECE);
-            let apart = part.tokens.len() < TOKENS && pieces > 1;
+    for (number, share) in shares.iter().enumerate() {
+        for first in (0..share.rows).step_by(TOKENS) {
+            let tokens = TOKENS.min(share.rows - first);
+            let pieces = (share.past + first + tokens).div_ceil(PIECE);
+            let apart = share.rows < TOKENS && pieces > 1;
             for kv_head in 0..heads.kv_heads {
                 for piece in 0..if apart { pieces } else { 1 } {
                     let (pieces_from, pieces_to) = if apart { (piece, piece + 1) } else { (0, pieces) };
-                    tasks.push(Task { part: number, first: part.first + first, tokens, kv_head, pieces_from, pieces_to, place });
+                    tasks.push(Task { share: number, first: share.first + first, tokens, kv_head, pieces_from, pieces_to, place });
                     place += tokens * heads.group();
                 }
             }
@@ -131,17 +130,6 @@ impl Scratch {
     }
 }
 
-/// Norms each head (where the model does) and turns it by its position; `x` is a token's vector of heads.
-pub(crate) fn norm_and_rotate(x: &mut [f32], norm: Option<&[f32]>, head_dim: usize, eps: f32, rotation: &Rotation) {
-    for head in x.chunks_exact_mut(head_dim) {
-        if let Some(norm) = norm {
-            let scale = rms_scale(head, eps);
-            head.iter_mut().zip(norm).for_each(|(x, w)| *x = *x * scale * w);
-        }
-        rotation.apply(head);
-    }
-}
-
 /// Computes the tasks' partial results, then each token's: `queries` is (rows, stride), of which the first numbers are the heads;
 /// `mixed` becomes (rows, heads × head_dim).
 #[expect(clippy::too_many_arguments, reason = "buffers of the engine, each its own")]
@@ -149,7 +137,7 @@ pub(crate) fn attend(
     pool: &mut Pool,
     heads: Heads,
     layer: usize,
-    parts: &[Part<'_>],
+    shares: &[Share<'_>],
     tasks: &[Task],
     (queries, stride): (&[f32], usize),
     partials: &mut [f32],
@@ -168,14 +156,14 @@ pub(crate) fn attend(
             let into = eight.as_chunks_mut::<QUERIES>().0;
             into.iter_mut().zip(from).for_each(|(into, from)| into[number % QUERIES] = from * scale);
         }
-        let part = &parts[task.part];
-        let past = part.past + first - part.first;
+        let share = &shares[task.share];
+        let past = share.past + first - share.first;
         for piece in task.pieces_from..task.pieces_to {
             if piece == task.pieces_from {
-                one_piece(heads, part.session.cache(), layer, task, piece, past, scratch, None);
+                one_piece(heads, share.session.cache(), layer, task, piece, past, scratch, None);
                 out.copy_from_slice(&scratch.piece[..out.len()]);
             } else {
-                one_piece(heads, part.session.cache(), layer, task, piece, past, scratch, Some(&mut *out));
+                one_piece(heads, share.session.cache(), layer, task, piece, past, scratch, Some(&mut *out));
             }
         }
     });
