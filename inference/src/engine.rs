@@ -9,22 +9,22 @@ use protocol::{Decoder, ExpertSlot, ModelManifest, PartKind};
 use crate::activation_log::ActivationLog;
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
-use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
+use crate::kernels::{Kernels, Operand, Rows, Tile, Vector, project, tiles};
 use crate::machine::Machine;
-use crate::mixer::gqa::{GqaSizes, GqaWork};
+use crate::mixer::gqa::GqaWork;
 use crate::mixer::kv_cache::KvCache;
 pub use crate::mixer::kv_cache::KvPrecision;
 pub use crate::mixer::rope::Position;
 use crate::mixer::{MixerInput, Share};
-use crate::model::{MixerWeights, Model, expert_forms};
+use crate::model::{MixerWeights, Model};
 use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Places, Watch, feed_forward, predict};
 use crate::pool::Pool;
 use crate::session::Session;
+pub use crate::work_sizes::LOGITS_TOKENS;
+use crate::work_sizes::WorkSizes;
 
 /// Tokens that go through the layers together at most, unless memory is short: changes no bit.
 pub const BATCH_TOKENS: usize = 512;
-/// Rows whose logits are computed together.
-pub const LOGITS_TOKENS: usize = 16;
 
 /// How an engine works; nothing here changes a result, but for the precision of keys and values.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +54,16 @@ impl EngineOptions {
             context: manifest.decoder().context as usize,
             kv_tokens: 0,
         }
+    }
+
+    /// Sizes of the memory that passes of a part work in.
+    fn sizes(&self, manifest: &ModelManifest, part: PartKind) -> WorkSizes {
+        WorkSizes::new(manifest, part, (self.batch_tokens, self.threads, self.context))
+    }
+
+    /// Bytes of that memory.
+    pub(crate) fn work_bytes(&self, manifest: &ModelManifest, part: PartKind) -> u64 {
+        work_bytes(&self.sizes(manifest, part))
     }
 }
 
@@ -144,7 +154,7 @@ impl Engine {
         let (threads, kernels) = (machine.threads(), machine.kernels());
         let batch_tokens = options.batch_tokens.clamp(1, options.context.max(1));
         let options = EngineOptions { threads, kernels, batch_tokens, ..options };
-        let work = Work::new(model.decoder(), &WorkSizes::new(&model.manifest, model.part, &options));
+        let work = Work::new(model.decoder(), &options.sizes(&model.manifest, model.part));
         Self { machine: machine.clone(), model, experts, options, work, log: None, left_out: Vec::new() }
     }
 
@@ -170,7 +180,7 @@ impl Engine {
 
     /// Bytes of working memory.
     pub fn work_bytes(&self) -> u64 {
-        WorkSizes::new(&self.model.manifest, self.model.part, &self.options).bytes()
+        self.options.work_bytes(&self.model.manifest, self.model.part)
     }
 
     /// An empty sequence.
@@ -444,68 +454,13 @@ impl Engine {
     }
 }
 
-/// Sizes of all buffers of an engine: what they are made of, and what they are counted by.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct WorkSizes {
-    gqa: GqaSizes,
-    vocab: usize,
-    pub(crate) assigned: usize,
-    pub(crate) experts: usize,
-    pub(crate) intermediate: usize,
-    /// Width of the widest network that is no routed expert; 0 where there is none.
-    pub(crate) dense: usize,
-    /// Whether layers have a shared expert.
-    pub(crate) shared: bool,
-    pub(crate) expert_forms: Forms,
-}
-
-impl WorkSizes {
-    pub(crate) fn new(manifest: &ModelManifest, part: PartKind, options: &EngineOptions) -> Self {
-        let trunk = manifest.part(part).map(|part| &part.trunk[..]).unwrap_or_default();
-        let decoder = manifest.part(part).expect("the model has the part").decoder();
-        let rows = options.batch_tokens.clamp(1, options.context.max(1)).max(1);
-        let forms = trunk.iter().fold(Forms { plain: true, packed: false }, |forms, tensor| forms.or(Forms::of(tensor.precision)));
-        let (dense, shared) = decoder.widths_beside_experts();
-        Self {
-            gqa: GqaSizes::new(decoder, (rows, options.threads.max(1), options.context), forms),
-            vocab: decoder.vocab_size as usize,
-            assigned: rows * decoder.experts_per_token() as usize,
-            experts: decoder.experts() as usize,
-            intermediate: decoder.moe().map_or(0, |moe| moe.width as usize),
-            dense: dense.max(shared) as usize,
-            shared: shared > 0,
-            expert_forms: expert_forms(manifest, part),
-        }
-    }
-
-    pub(crate) fn rows(&self) -> usize {
-        self.gqa.rows
-    }
-
-    pub(crate) fn threads(&self) -> usize {
-        self.gqa.threads
-    }
-
-    pub(crate) fn hidden(&self) -> usize {
-        self.gqa.hidden
-    }
-
-    pub(crate) fn trunk_forms(&self) -> Forms {
-        self.gqa.forms
-    }
-
-    fn head_rows(&self) -> usize {
-        LOGITS_TOKENS.min(self.rows())
-    }
-
-    /// Bytes of all buffers.
-    pub(crate) fn bytes(&self) -> u64 {
-        let hidden = self.hidden();
-        let rows = 3 * Rows::bytes(self.rows(), hidden) + 2 * Rows::bytes(self.head_rows(), hidden);
-        let logits = Rows::bytes(self.head_rows(), self.vocab) + 4 * self.vocab as u64;
-        let head = Operand::bytes(self.head_rows(), hidden, self.trunk_forms());
-        rows + logits + head + self.gqa.bytes() + MoeWork::bytes(self)
-    }
+/// Bytes of all buffers.
+fn work_bytes(sizes: &WorkSizes) -> u64 {
+    let (hidden, head_rows) = (sizes.hidden(), sizes.head_rows());
+    let rows = 3 * Rows::bytes(sizes.rows(), hidden) + 2 * Rows::bytes(head_rows, hidden);
+    let logits = Rows::bytes(head_rows, sizes.vocab) + 4 * sizes.vocab as u64;
+    let head = Operand::bytes(head_rows, hidden, sizes.trunk_forms());
+    rows + logits + head + sizes.gqa.bytes() + MoeWork::bytes(sizes)
 }
 
 /// The memory that a pass works in.

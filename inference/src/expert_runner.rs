@@ -7,8 +7,8 @@ use protocol::precision::PANEL_ROWS;
 
 use crate::expert::Expert;
 use crate::kernels::{Forms, Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
-use crate::moe_layer::gate_and_up;
 use crate::pool::Pool;
+use crate::swiglu::gate_and_up;
 
 /// Rows that are computed together at most.
 const ROWS_AT_A_TIME: usize = TILE_MAX;

@@ -4,7 +4,7 @@ use protocol::{BlobRef, ExpertSlot, Precision};
 
 use crate::aligned::AlignedBytes;
 use crate::expert_runner::ExpertResults;
-pub use crate::moe_layer::LayerInputs;
+pub use crate::layer_inputs::LayerInputs;
 
 /// An expert that a layer needs.
 #[derive(Debug)]

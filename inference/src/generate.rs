@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::ops::{ControlFlow, Range};
+use std::sync::Arc;
 
 use crate::engine::{Engine, ForwardError};
 use crate::experts::ExpertUse;
@@ -89,7 +90,7 @@ pub enum GenerateError {
 /// Answers `request` in `session`; `on_progress` may break off after any token.
 pub fn generate(
     engine: &mut Engine,
-    tokenizer: Option<&Tokenizer>,
+    tokenizer: Option<&Arc<Tokenizer>>,
     session: &mut Session,
     request: &GenerateRequest,
     mut on_progress: impl FnMut(Progress) -> ControlFlow<()>,
@@ -136,13 +137,13 @@ impl GenerateRequest {
 
 /// An answer in the making. Whoever drives it computes the logits, for one sequence or for several together.
 #[derive(Debug)]
-pub struct Answer<'a> {
+pub struct Answer {
     request: GenerateRequest,
     /// Prompt and answer.
     seen: Vec<u32>,
     text: StopText,
-    stream: Option<TextStream<'a>>,
-    tokenizer: Option<&'a Tokenizer>,
+    stream: Option<TextStream>,
+    tokenizer: Option<Arc<Tokenizer>>,
 }
 
 /// What a token's logits came to.
@@ -158,11 +159,11 @@ pub struct Step {
     pub ended: Option<StopReason>,
 }
 
-impl<'a> Answer<'a> {
+impl Answer {
     /// An answer without a token. Without a tokenizer it has no text.
-    pub fn new(request: GenerateRequest, tokenizer: Option<&'a Tokenizer>) -> Self {
+    pub fn new(request: GenerateRequest, tokenizer: Option<&Arc<Tokenizer>>) -> Self {
         let (seen, text) = (request.prompt.clone(), StopText::new(request.stop_strings.clone()));
-        Self { request, seen, text, stream: tokenizer.map(Tokenizer::stream), tokenizer }
+        Self { request, seen, text, stream: tokenizer.map(Tokenizer::stream), tokenizer: tokenizer.cloned() }
     }
 
     /// What is to be answered.
@@ -196,7 +197,7 @@ impl<'a> Answer<'a> {
         let (text, stopped) = match &mut self.stream {
             Some(stream) => {
                 let text = stream.push(token)?;
-                self.text.push(&text, self.tokenizer.and_then(|tokenizer| tokenizer.special_text(token)))
+                self.text.push(&text, self.tokenizer.as_ref().and_then(|tokenizer| tokenizer.special_text(token)))
             }
             None => (String::new(), false),
         };

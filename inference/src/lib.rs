@@ -20,6 +20,7 @@ pub mod expert_source;
 pub mod experts;
 pub mod generate;
 pub mod kernels;
+mod layer_inputs;
 pub mod machine;
 pub mod memory;
 mod mixer;
@@ -30,12 +31,16 @@ mod pool;
 pub mod probe;
 pub mod profiler;
 pub mod reference;
+pub mod requantize;
 mod retention;
 pub mod router;
 pub mod sampler;
 pub mod session;
+mod swiglu;
 pub mod tokenizer;
 pub mod tokenizer_rules;
+pub mod weights;
+mod work_sizes;
 
 #[cfg(target_endian = "big")]
 compile_error!("weights are little-endian and are multiplied where they lie");

@@ -3,7 +3,7 @@
 use protocol::ModelManifest;
 
 use crate::aligned::AlignedBytes;
-use crate::engine::{EngineOptions, WorkSizes};
+use crate::engine::EngineOptions;
 use crate::mixer::kv_cache::KvCache;
 
 /// The shares of a budget, in bytes.
@@ -57,7 +57,7 @@ pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u
     let mut batch_tokens = options.batch_tokens.clamp(1, context.max(1));
     loop {
         let options = EngineOptions { batch_tokens, context, ..*options };
-        let scratch = WorkSizes::new(manifest, part.kind, &options).bytes();
+        let scratch = options.work_bytes(manifest, part.kind);
         let taken = trunk + kv_cache + scratch + process;
         // A batch must not take more than an eighth of what experts could have.
         let fits = taken + least <= budget && (scratch <= (budget - taken) / 8 || batch_tokens <= BATCH_TOKENS_MIN);

@@ -1,15 +1,13 @@
 //! A decoder's trunk in memory, verified against its manifest. Experts are not part of it: see [`crate::experts`].
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use protocol::decoder::{FeedForward as FeedForwardShape, Head, LayerTensor, Mixer as MixerShape, SharedExpert, TensorRole};
-use protocol::manifest::TrunkTensor;
-use protocol::{BlobRef, Decoder, ModelManifest, PartKind, Precision};
+use protocol::{Decoder, ModelManifest, PartKind};
 
-use crate::aligned::AlignedBytes;
-use crate::kernels::{Forms, Matrix};
+use crate::kernels::Forms;
 use crate::mixer::gqa::GqaWeights;
+use crate::weights::{LoadError, ReadTensor, TrunkReader, Weight};
 
 /// Everything of a decoder but its experts.
 #[derive(Debug)]
@@ -23,15 +21,6 @@ pub struct Model {
     head: Option<Weight>,            // (vocab_size, hidden_size); nothing when tied
     /// The forms of vectors that the experts take.
     pub(crate) expert_forms: Forms,
-}
-
-/// A matrix of the trunk.
-#[derive(Debug)]
-pub(crate) struct Weight {
-    bytes: Arc<AlignedBytes>,
-    precision: Precision,
-    rows: usize,
-    columns: usize,
 }
 
 /// The trunk's part of one layer.
@@ -75,51 +64,6 @@ pub(crate) struct SharedWeights {
     pub(crate) weight: Weight,
 }
 
-/// Why a trunk was not loaded.
-#[derive(Debug, thiserror::Error)]
-pub enum LoadError<E: std::error::Error + 'static> {
-    /// A tensor could not be had.
-    #[error("cannot load {tensor}")]
-    Read {
-        /// Which.
-        tensor: TensorRole,
-        /// Why not.
-        source: E,
-    },
-    /// A tensor's bytes are not those of the manifest.
-    #[error("bytes of {0} do not match the manifest")]
-    WrongBytes(TensorRole),
-}
-
-/// Gets the bytes of a blob; models that share a tensor share them.
-pub type ReadTensor<'a, E> = &'a mut dyn FnMut(BlobRef) -> Result<Arc<AlignedBytes>, E>;
-
-/// Reads tensors by what they are for.
-pub(crate) struct TrunkReader<'a, E> {
-    tensors: HashMap<TensorRole, (&'a TrunkTensor, (usize, usize))>,
-    read: ReadTensor<'a, E>,
-}
-
-impl<E: std::error::Error> TrunkReader<'_, E> {
-    pub(crate) fn of_layer(&mut self, layer: u32, tensor: LayerTensor) -> Result<Weight, LoadError<E>> {
-        self.tensor(TensorRole::Layer(layer, tensor))
-    }
-
-    fn tensor(&mut self, role: TensorRole) -> Result<Weight, LoadError<E>> {
-        let (tensor, (rows, columns)) = self.tensors[&role]; // a manifest that was checked has every tensor of its decoder
-        let bytes = (self.read)(tensor.blob).map_err(|source| LoadError::Read { tensor: role, source })?;
-        if !tensor.blob.matches(&bytes) {
-            return Err(LoadError::WrongBytes(role));
-        }
-        Ok(Weight { bytes, precision: tensor.precision, rows, columns })
-    }
-
-    fn network(&mut self, layer: u32, tensors: [LayerTensor; 3]) -> Result<DenseWeights, LoadError<E>> {
-        let [gate, up, down] = tensors.map(|tensor| self.of_layer(layer, tensor));
-        Ok(DenseWeights { gate: gate?, up: up?, down: down? })
-    }
-}
-
 impl Model {
     /// Loads the trunk of a part.
     ///
@@ -141,15 +85,18 @@ impl Model {
                 feed_forward_norm: reader.of_layer(layer, LayerTensor::FeedForwardNorm)?.vector(),
                 feed_forward: match &run.feed_forward {
                     FeedForwardShape::Dense { .. } => {
-                        FeedForward::Dense(reader.network(layer, [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down])?)
+                        FeedForward::Dense(DenseWeights::read(&mut reader, layer, [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down])?)
                     }
                     FeedForwardShape::Moe(moe) => {
                         let router = reader.of_layer(layer, LayerTensor::Router)?;
                         let shared = match moe.shared {
                             SharedExpert::None => None,
                             SharedExpert::Gated { .. } => Some(SharedWeights {
-                                network: reader
-                                    .network(layer, [LayerTensor::SharedGate, LayerTensor::SharedUp, LayerTensor::SharedDown])?,
+                                network: DenseWeights::read(
+                                    &mut reader,
+                                    layer,
+                                    [LayerTensor::SharedGate, LayerTensor::SharedUp, LayerTensor::SharedDown],
+                                )?,
                                 weight: reader.of_layer(layer, LayerTensor::SharedWeight)?,
                             }),
                         };
@@ -197,19 +144,12 @@ pub(crate) fn expert_forms(manifest: &ModelManifest, part: PartKind) -> Forms {
     experts.iter().fold(Forms::default(), |forms, expert| forms.or(Forms::of(expert.precision)))
 }
 
-impl Weight {
-    pub(crate) fn view(&self) -> Matrix<'_> {
-        Matrix::new(&self.bytes, self.precision, self.rows, self.columns)
-    }
-
-    pub(crate) fn vector(&self) -> Vec<f32> {
-        let mut vector = vec![0.0; self.columns];
-        self.view().row(0, &mut vector);
-        vector
-    }
-}
-
 impl DenseWeights {
+    fn read<E: std::error::Error>(reader: &mut TrunkReader<'_, E>, layer: u32, tensors: [LayerTensor; 3]) -> Result<Self, LoadError<E>> {
+        let [gate, up, down] = tensors.map(|tensor| reader.of_layer(layer, tensor));
+        Ok(Self { gate: gate?, up: up?, down: down? })
+    }
+
     /// The forms of vectors that go in.
     pub(crate) fn forms(&self) -> Forms {
         self.gate.view().forms().or(self.up.view().forms())

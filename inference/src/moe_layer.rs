@@ -1,13 +1,16 @@
 //! The feed-forward half of a layer: routed experts, or one dense network.
 
 use crate::activation_log::ActivationLog;
-use crate::engine::WorkSizes;
 use crate::experts::{Experts, ExpertsError, Present};
-use crate::kernels::math::{add_weighted, sigmoid, silu_times};
-use crate::kernels::{Kernels, Matrix, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
-use crate::model::{DenseWeights, FeedForward, Model, SharedWeights, Weight};
+use crate::kernels::math::{add_weighted, sigmoid};
+use crate::kernels::{Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
+use crate::layer_inputs::LayerInputs;
+use crate::model::{DenseWeights, FeedForward, Model, SharedWeights};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
+use crate::swiglu::gate_and_up;
+use crate::weights::Weight;
+use crate::work_sizes::WorkSizes;
 use protocol::ExpertSlot;
 use protocol::decoder::Router;
 use protocol::precision::PANEL_ROWS;
@@ -420,52 +423,5 @@ impl MoeWork {
                 }
             }
         });
-    }
-}
-
-/// What the experts of a layer work on: rows of activations, and which of them are whose.
-#[derive(Debug)]
-pub struct LayerInputs<'a> {
-    tokens: &'a Operand,
-    token_tiles: &'a [Tile],
-    assigned: &'a [(u32, f32)],
-    starts: &'a [u32],
-}
-
-impl LayerInputs<'_> {
-    /// Numbers of the rows that an expert works on, ascending.
-    pub fn rows_of(&self, expert: u32) -> impl ExactSizeIterator<Item = u32> {
-        let (start, end) = (self.starts[expert as usize] as usize, self.starts[expert as usize + 1] as usize);
-        self.assigned[start..end].iter().map(|(row, _)| *row)
-    }
-
-    /// Appends a row as it travels (see [`protocol::execute`]). Of a layer with packed experts only: others take rows in another form.
-    pub fn write_row(&self, row: u32, out: &mut Vec<u8>) {
-        self.tokens.write_row(self.token_tiles, row as usize, out);
-    }
-}
-
-/// Writes silu(gate) × up for some panels, (panels, rows, 16), of rows that begin at `first` in the operand.
-pub(crate) fn gate_and_up(
-    kernels: &Kernels,
-    [gate, up]: [Matrix<'_>; 2],
-    (operand, tiles): (&Operand, &[Tile]),
-    (first, rows): (usize, usize),
-    first_panel: usize,
-    ups: &mut [f32],
-    out: &mut [f32],
-) {
-    let stride = rows * PANEL_ROWS;
-    for (number, out) in out.chunks_mut(PANELS_MAX * stride).enumerate() {
-        let first_panel = first_panel + number * PANELS_MAX;
-        let panels = first_panel..first_panel + out.len() / stride;
-        for &tile in tiles {
-            let (out, of_panel) = (&mut out[(tile.first - first) * PANEL_ROWS..], tile.rows * PANEL_ROWS);
-            gate.times(kernels, panels.clone(), operand, tile, out, stride);
-            up.times(kernels, panels.clone(), operand, tile, ups, of_panel);
-            for (gates, ups) in out.chunks_mut(stride).zip(ups.chunks_exact(of_panel)) {
-                silu_times(&mut gates[..of_panel], ups);
-            }
-        }
     }
 }

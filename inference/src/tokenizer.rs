@@ -1,6 +1,7 @@
 //! Text to tokens and back, by the checkpoint's own `tokenizer.json`.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use tokenizers::{DecoderWrapper, NormalizerWrapper};
 
@@ -123,8 +124,8 @@ impl Tokenizer {
     }
 
     /// Starts turning tokens into text as they come.
-    pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, tokens: Vec::new(), start: 0, shown: 0 }
+    pub fn stream(self: &Arc<Self>) -> TextStream {
+        TextStream { tokenizer: Arc::clone(self), tokens: Vec::new(), start: 0, shown: 0 }
     }
 }
 
@@ -140,14 +141,14 @@ fn spelled_byte(c: char) -> Option<u8> {
 
 /// Text as it grows. A character whose bytes are spread over tokens appears when its last byte is there.
 #[derive(Debug)]
-pub struct TextStream<'a> {
-    tokenizer: &'a Tokenizer,
+pub struct TextStream {
+    tokenizer: Arc<Tokenizer>,
     tokens: Vec<u32>,
     start: usize, // first token of those decoded together, so that what joins two tokens is decoded with both
     shown: usize, // tokens from `start` whose text was handed out
 }
 
-impl TextStream<'_> {
+impl TextStream {
     /// Adds a token and returns the text that is complete now.
     pub fn push(&mut self, token: u32) -> Result<String, TokenizerError> {
         self.tokens.push(token);
@@ -181,7 +182,7 @@ mod tests {
     use super::*;
 
     /// A tokenizer of bytes: every token is one byte.
-    fn bytes() -> Tokenizer {
+    fn bytes() -> Arc<Tokenizer> {
         let alphabet: std::collections::BTreeSet<char> =
             tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet().into_iter().collect();
         let vocab: serde_json::Map<_, _> = alphabet.iter().enumerate().map(|(id, c)| (c.to_string(), id.into())).collect();
@@ -192,7 +193,7 @@ mod tests {
             "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null, "end_of_word_suffix": null,
                       "fuse_unk": false, "byte_fallback": false, "vocab": vocab, "merges": []},
         });
-        Tokenizer::from_bytes(json.to_string().as_bytes()).expect("a valid tokenizer")
+        Arc::new(Tokenizer::from_bytes(json.to_string().as_bytes()).expect("a valid tokenizer"))
     }
 
     #[test]

@@ -12,7 +12,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokio::net::TcpStream;
 
-use crate::data_dir::{DataDir, io_failure};
+use crate::data_dir::DataDir;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::secret_file;
 

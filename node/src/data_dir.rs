@@ -32,13 +32,15 @@ use store::{BlobStore, DataDirLock, RealDisk};
 use tracing::debug;
 
 use crate::evidence::Evidence;
-use crate::failure::{Failure, Kind};
+use crate::failure::{Failure, Kind, io_failure};
 use crate::net::{Multiaddr, new_secret};
 use crate::output::note;
 use crate::peer_book::Book;
 use crate::sandbox;
 use crate::secret_file;
 
+/// The format of data directories that this program reads and writes; one without the file is of the first.
+const FORMAT: u32 = 1;
 /// After this long, a file beside the one that it should replace was left behind.
 const LEFT_BEHIND_AGE: Duration = Duration::from_secs(3600);
 /// Manifests of one publisher, in bytes.
@@ -178,6 +180,7 @@ impl DataDir {
     /// Takes the lock and opens everything; at most `disk_max` bytes of blobs.
     pub(crate) fn lock(&self, disk_max: u64) -> Result<OpenDataDir, Failure> {
         let lock = DataDirLock::take(&self.root)?;
+        self.check_format()?;
         let store = BlobStore::open(Box::new(RealDisk), &self.root.join("store"), disk_max)?;
         let manifests = self.root.join("manifests");
         fs::create_dir_all(&manifests).map_err(|error| io_failure("create", &manifests, &error))?;
@@ -187,6 +190,23 @@ impl DataDir {
         self.sweep();
         open.adopt_unnamed()?;
         Ok(open)
+    }
+
+    /// Refuses a directory that a newer program has written, and notes down the format of one that nobody has noted it in.
+    fn check_format(&self) -> Result<(), Failure> {
+        let path = self.root.join("format");
+        match self.lines("format")?.first() {
+            None => self.set_lines("format", std::iter::once(FORMAT.to_string())),
+            Some(format) if format.parse() == Ok(FORMAT) => Ok(()),
+            Some(format) if format.parse::<u32>().is_ok_and(|format| format > FORMAT) => Err(Failure::new(
+                Kind::Other,
+                format!(
+                    "{} says format {format}; this program knows {FORMAT}: a newer confrere has written this data directory",
+                    path.display()
+                ),
+            )),
+            Some(format) => Err(Failure::new(Kind::Integrity, format!("{} says {format:?}, which is no format", path.display()))),
+        }
     }
 
     /// Tries a tokenizer where it can do no harm, unless one of these bytes has been tried before.
@@ -277,6 +297,16 @@ pub(crate) enum Resolved {
 }
 
 impl OpenDataDir {
+    /// The only model that is here.
+    pub(crate) fn only_model(&self) -> Result<String, Failure> {
+        let mut models = self.models()?;
+        match (models.pop(), models.is_empty()) {
+            (Some(model), true) => Ok(model.name),
+            (None, _) => Err(Failure::new(Kind::NotFound, "no model is here; say which with --model ID")),
+            _ => Err(Failure::new(Kind::Usage, "more than one model is here; say which with --model")),
+        }
+    }
+
     /// All models, by name; fails when the manifest of one cannot be read.
     pub(crate) fn models(&self) -> Result<Vec<LocalModel>, Failure> {
         self.names().into_iter().map(|(name, id)| self.load(name, id)).collect()
@@ -499,13 +529,4 @@ pub(crate) fn keep_damaged(path: &Path, why: &str) {
         Err(error) => format!("no copy can be kept: {error}"),
     };
     note(&format!("warning: {} is damaged: {why}; {kept}", path.display()));
-}
-
-pub(crate) fn io_failure(action: &str, path: &Path, error: &io::Error) -> Failure {
-    let kind = match error.kind() {
-        io::ErrorKind::NotFound => Kind::NotFound,
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Disk,
-        _ => Kind::Other,
-    };
-    Failure::new(kind, format!("cannot {action} {}: {error}", path.display()))
 }

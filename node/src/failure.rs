@@ -1,18 +1,19 @@
 //! What a command could not do, and the exit code that says so. The codes are a contract: people script against them.
 
-use std::fmt;
+use std::path::Path;
+use std::{fmt, io};
 
 use inference::checkpoint::CheckpointError;
 use inference::checkpoint::import::ImportError;
-use inference::convert::RequantizeError;
 use inference::engine::ForwardError;
 use inference::experts::ExpertsError;
 use inference::generate::GenerateError;
 use inference::memory::BudgetTooSmall;
-use inference::model::LoadError;
 use inference::perplexity::PerplexityError;
 use inference::profiler::ProfileError;
+use inference::requantize::RequantizeError;
 use inference::tokenizer::TokenizerError;
+use inference::weights::LoadError;
 use protocol::manifest::ManifestError;
 use store::{LockError, StoreError};
 
@@ -212,4 +213,14 @@ impl From<PerplexityError> for Failure {
             PerplexityError::Tokenizer(_) => Self::of(Kind::Other, &error),
         }
     }
+}
+
+/// What the operating system did not do with a file.
+pub(crate) fn io_failure(action: &str, path: &Path, error: &io::Error) -> Failure {
+    let kind = match error.kind() {
+        io::ErrorKind::NotFound => Kind::NotFound,
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::Disk,
+        _ => Kind::Other,
+    };
+    Failure::new(kind, format!("cannot {action} {}: {error}", path.display()))
 }

@@ -18,10 +18,10 @@ use store::BlobStore;
 
 use crate::clock::now_ms;
 use crate::data_dir::{LocalModel, OpenDataDir};
-use crate::dispatcher::{Dispatcher, DispatcherOptions, Interest, Providers, RemoteReport, SharedReport};
+use crate::dispatcher::{Dispatcher, DispatcherOptions, Providers, RemoteReport, SharedReport, Waiters};
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, no_peer, trunk_parts};
-use crate::memory::{process_bytes, resident_bytes};
+use crate::memory::{HEADROOM, resident_bytes};
 use crate::net::PeerId;
 use crate::output::{human_bytes, note};
 use crate::prompt::{Chat, ModelText};
@@ -31,7 +31,7 @@ pub(crate) struct Loaded {
     pub(crate) engine: Engine,
     pub(crate) text: Arc<ModelText>,
     /// Whether somebody still wants what it is at work on.
-    pub(crate) interest: Interest,
+    pub(crate) waiters: Waiters,
     providers: Providers,
     report: SharedReport,
     /// Memory that the process had before the model was loaded.
@@ -69,9 +69,28 @@ impl Loaded {
     }
 }
 
+/// What the process needs besides experts and models to come.
+pub(crate) fn beside_experts(machine: &Machine) -> u64 {
+    resident_bytes().saturating_sub(machine.experts().bytes()) + HEADROOM
+}
+
 impl Federation {
-    /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach.
+    /// Makes a model ready to run that is alone on its machine.
     pub(crate) fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, options: EngineOptions) -> Result<Loaded, Failure> {
+        let machine = Machine::new(options.threads, options.kernels, PolicyKind::Lru);
+        self.load_on(&machine, (open, found), memory_max, 0, options)
+    }
+
+    /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach. `reserved` bytes are set aside for
+    /// other models on the machine, and not taken yet; what experts take is shared among all.
+    pub(crate) fn load_on(
+        &self,
+        machine: &Machine,
+        (open, found): (&OpenDataDir, &LocalModel),
+        memory_max: u64,
+        reserved: u64,
+        options: EngineOptions,
+    ) -> Result<Loaded, Failure> {
         let manifest = &found.manifest;
         // Before anything is fetched: no budget is large enough by what only the process itself would save.
         plan_memory(manifest, &options, 0, memory_max)?;
@@ -86,22 +105,21 @@ impl Federation {
         let tokenizer = manifest.tokenizer.map(|blob| {
             let bytes = self.read_part(&open.store, blob)?;
             open.dir.try_tokenizer(blob.hash, &bytes)?;
-            Tokenizer::from_bytes(&bytes).map_err(|error| Failure::new(Kind::Integrity, error.to_string()))
+            Tokenizer::from_bytes(&bytes).map(Arc::new).map_err(|error| Failure::new(Kind::Integrity, error.to_string()))
         });
         let chat = manifest.chat.template.map(|blob| {
             let (bos_token, eos_token) = (manifest.chat.bos_token.clone(), manifest.chat.eos_token.clone());
             Ok::<_, Failure>(Chat::new(ChatTemplate { source: text(blob)?, bos_token, eos_token }))
         });
         let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
-        let memory = plan_memory(manifest, &options, process_bytes(), memory_max)?;
-        let process = resident_bytes();
-        let machine = Machine::new(options.threads, options.kernels, PolicyKind::Lru);
+        let memory = plan_memory(manifest, &options, beside_experts(machine) + reserved, memory_max)?;
+        let process = resident_bytes().saturating_sub(machine.bytes());
         machine.experts().lock().set_bytes_max(memory.experts);
         let mut read = |blob| machine.tensor(blob, |bytes| self.read_into(&open.store, blob, bytes));
         let model = Model::load(Arc::clone(manifest), PartKind::Text, &mut read)?;
         let providers = self.new_providers();
         let report = SharedReport::new(self.remote().audit);
-        let interest = Interest::default();
+        let waiters = Waiters::default();
         let dispatching = DispatcherOptions {
             hidden_size: manifest.decoder().hidden_size as usize,
             packed: manifest.text().experts.iter().any(|expert| expert.precision.is_packed()),
@@ -109,12 +127,12 @@ impl Federation {
             remote: self.remote().clone(),
             report: report.clone(),
             evidence: open.dir.evidence(),
-            interest: interest.clone(),
+            waiters: waiters.clone(),
         };
         let source = Dispatcher::new(Arc::clone(&open.store), self.dispatcher_peers(), Arc::clone(&providers), dispatching);
         let experts = Experts::new(manifest, PartKind::Text, machine.experts().clone(), Box::new(source));
-        let engine = Engine::new(&machine, model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
-        Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), interest, providers, report, process })
+        let engine = Engine::new(machine, model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
+        Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), waiters, providers, report, process })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 /// What a process comes to need beyond what it has when a model is loaded: stacks, queues, what allocators keep.
-const HEADROOM: u64 = 24 << 20;
+pub(crate) const HEADROOM: u64 = 24 << 20;
 
 /// Memory that the process needs besides what a model takes.
 pub(crate) fn process_bytes() -> u64 {

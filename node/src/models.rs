@@ -1,7 +1,8 @@
 //! The models and blobs in a data directory, as they are told to people and programs.
 
+use protocol::decoder::{Head, QkNorm, Rope, Router};
 use protocol::manifest::Part;
-use protocol::{BlobRef, ModelManifest, PartKind, Precision};
+use protocol::{BlobRef, Decoder, ModelManifest, PartKind, Precision};
 use serde_json::{Value, json};
 use store::StoreStat;
 
@@ -25,7 +26,7 @@ pub(crate) fn details(open: &OpenDataDir, found: &LocalModel, blobs: bool) -> Va
     let parts: Vec<_> = manifest.parts.iter().map(part_json).collect();
     let mut about = json!({
         "name": name, "id": id.to_string(), "publisher": publisher.to_string(), "parent": manifest.parent.map(|id| id.to_string()),
-        "parts": parts, "precision": manifest.precision_text(),
+        "config": config_json(manifest.decoder()), "parts": parts, "precision": manifest.precision_text(),
         "experts": {"have": found.experts_present(&open.store), "all": manifest.experts_count(), "bytes_each": manifest.expert_blobs().next().map(|blob| blob.length)},
         "trunk_bytes": trunk, "bytes": found.bytes_present(&open.store), "total_bytes": manifest.total_bytes(),
         "tokenizer": manifest.tokenizer.map(|blob| blob.hash.to_string()), "chat_template": manifest.chat.template.is_some(),
@@ -48,6 +49,25 @@ fn all_blobs(manifest: &ModelManifest) -> impl Iterator<Item = (String, Precisio
     let tensors = manifest.parts.iter().flat_map(|part| &part.trunk);
     let trunk = tensors.map(|tensor| (tensor.role.to_string(), tensor.precision, tensor.blob));
     trunk.chain(manifest.experts().map(|(slot, expert)| (slot.to_string(), expert.precision, expert.blob)))
+}
+
+/// The shape of a decoder by the usual names, as far as they go.
+fn config_json(decoder: &Decoder) -> Value {
+    let (attention, moe) = (decoder.attention(), decoder.moe());
+    let (dense_width, _) = decoder.widths_beside_experts();
+    let sections = match attention.rope {
+        Rope::Plain { .. } => None,
+        Rope::Interleaved { sections, .. } => Some(sections),
+    };
+    let normalise = moe.is_some_and(|moe| moe.router == Router::Softmax { normalise: true });
+    json!({
+        "vocab_size": decoder.vocab_size, "hidden_size": decoder.hidden_size, "num_hidden_layers": decoder.layers(),
+        "num_attention_heads": attention.heads, "num_key_value_heads": attention.kv_heads, "head_dim": attention.head_dim,
+        "num_experts": decoder.experts(), "num_experts_per_tok": decoder.experts_per_token(), "moe_intermediate_size": moe.map(|moe| moe.width),
+        "intermediate_size": dense_width, "dense_layers": (0..decoder.layers()).filter(|&layer| !decoder.is_moe(layer)).collect::<Vec<_>>(),
+        "qk_norm": attention.qk_norm != QkNorm::None, "norm_topk_prob": normalise, "rope_theta": attention.rope.base(), "mrope_section": sections,
+        "rms_norm_eps": decoder.final_norm.eps(), "tie_word_embeddings": decoder.head == Head::Embedding, "max_position_embeddings": decoder.context,
+    })
 }
 
 /// What a part of a model is.

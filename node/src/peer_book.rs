@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::net::address::{Neighbourhood, ip_of, neighbourhood, peer_of};
-use crate::net::network::{Peers, Source};
+use crate::net::peers::{Peers, Source};
 use crate::net::{Multiaddr, PeerId};
 
 /// Peers in a book.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use protocol::profile::ProbeSet;
 
-use crate::data_dir::io_failure;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 
 /// Longest file of a domain's probes, in bytes.

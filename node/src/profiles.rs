@@ -15,7 +15,8 @@ use serde::{Deserialize, Serialize};
 use store::RealDisk;
 use store::disk::{read_file, replace_file};
 
-use crate::data_dir::{DataDir, io_failure};
+use crate::data_dir::DataDir;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 
 const FRAME_BYTES_MAX: usize = 16 << 20;

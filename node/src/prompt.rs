@@ -1,6 +1,7 @@
 //! Turning what was asked into tokens, and into the rules at which its answer ends.
 
 use std::fmt;
+use std::sync::Arc;
 
 use inference::chat::{ChatError, ChatTemplate, Message, Rendering, Role};
 use inference::generate::GenerateRequest;
@@ -19,7 +20,7 @@ const NEXT_TURN_BYTES_MAX: usize = 256 << 10;
 /// What a model has to do with text.
 #[derive(Debug)]
 pub(crate) struct ModelText {
-    pub(crate) tokenizer: Option<Tokenizer>,
+    pub(crate) tokenizer: Option<Arc<Tokenizer>>,
     pub(crate) chat: Option<Chat>,
 }
 

@@ -5,7 +5,7 @@ use std::io::{self, Write as _};
 use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
 use std::path::Path;
 
-use crate::data_dir::io_failure;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 
 /// Refuses a file that others may read.

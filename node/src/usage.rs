@@ -6,8 +6,9 @@ use store::RealDisk;
 use store::disk::{read_file, replace_file};
 use tracing::warn;
 
-use crate::data_dir::{DataDir, LocalModel, io_failure, keep_damaged};
+use crate::data_dir::{DataDir, LocalModel, keep_damaged};
 use crate::failure::Failure;
+use crate::failure::io_failure;
 use crate::places::Places;
 
 const BYTES_MAX: u64 = 1 << 20;

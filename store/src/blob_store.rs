@@ -13,9 +13,10 @@ use protocol::group_hashes::{GroupHashes, WrongGroups, group_count, group_length
 use protocol::{BlobRef, ContentHash};
 use tracing::warn;
 
+use crate::arriving::Partials;
 use crate::disk::{Disk, DiskFile};
+use crate::error::{StoreError, io_error, list};
 use crate::index::{Index, IndexEntry};
-use crate::partial::Partials;
 use crate::quota::{Quota, Reservation};
 
 /// Left free on a disk: this, or a twentieth of a smaller one.
@@ -40,61 +41,6 @@ pub struct BlobStore {
     /// Grows with every blob that comes or goes.
     generation: AtomicU64,
     pub(crate) partials: Mutex<Partials>,
-}
-
-/// What the store could not do.
-#[derive(Debug, thiserror::Error)]
-pub enum StoreError {
-    /// The quota is used up.
-    #[error("{wanted} more bytes do not fit: {left} bytes are left of the disk quota of {bytes_max}")]
-    QuotaExceeded {
-        /// Bytes that were to be written.
-        wanted: u64,
-        /// Bytes that are left.
-        left: u64,
-        /// The quota.
-        bytes_max: u64,
-    },
-    /// The filesystem is full.
-    #[error("no space left on the disk that holds {path}")]
-    DiskFull {
-        /// The store.
-        path: String,
-        /// The filesystem's answer.
-        source: io::Error,
-    },
-    /// Bytes came that are not those of the hash.
-    #[error("{found} bytes do not match {expected} of {length} bytes")]
-    WrongBytes {
-        /// The hash that was promised.
-        expected: ContentHash,
-        /// The length that was promised.
-        length: u64,
-        /// Bytes that came.
-        found: u64,
-    },
-    /// A blob on disk is no longer what it was; it has been moved to the quarantine.
-    #[error("blob {hash} is damaged on disk and was put into quarantine")]
-    Damaged {
-        /// Which.
-        hash: ContentHash,
-    },
-    /// The blob is arriving already.
-    #[error("blob {hash} is arriving already")]
-    Arriving {
-        /// Which.
-        hash: ContentHash,
-    },
-    /// The filesystem refused.
-    #[error("cannot {action} {path}")]
-    Io {
-        /// What was tried.
-        action: &'static str,
-        /// On what.
-        path: String,
-        /// Why not.
-        source: io::Error,
-    },
 }
 
 /// Whether a blob is new to the store.
@@ -607,18 +553,6 @@ fn hash_of(file: &dyn DiskFile, length: u64) -> io::Result<ContentHash> {
 
 fn blob_name(path: &Path) -> Option<ContentHash> {
     path.file_name()?.to_str()?.parse().ok().filter(|hash: &ContentHash| path.ends_with(hash.to_hex()))
-}
-
-pub(crate) fn list(disk: &dyn Disk, path: &Path) -> Result<Vec<(PathBuf, u64)>, StoreError> {
-    disk.list(path).map_err(|source| io_error("list", path, source))
-}
-
-pub(crate) fn io_error(action: &'static str, path: &Path, source: io::Error) -> StoreError {
-    let path = path.display().to_string();
-    match source.kind() {
-        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => StoreError::DiskFull { path, source },
-        _ => StoreError::Io { action, path, source },
-    }
 }
 
 #[cfg(test)]

@@ -8,26 +8,24 @@
 //! by this process, with a list that folds to the blob's hash, in memory before it was written or on the disk when it was taken
 //! up; no group is written twice; and a write that the disk did not carry out is reported by the sync before the rename.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use protocol::BlobRef;
 use protocol::group_hashes::{GroupCheck, GroupHashes, group_count, group_length, group_offset};
-use protocol::{BlobRef, ContentHash};
 use tracing::warn;
 
-use crate::blob_store::{BlobStore, PutOutcome, StoreError, io_error, list};
+use crate::arriving::{Partials, file_path, log_path};
+use crate::blob_store::{BlobStore, PutOutcome};
 use crate::disk::{Disk, DiskFile};
-use crate::quota::{Quota, Reservation};
+use crate::error::{StoreError, io_error};
+use crate::quota::Reservation;
 
 const MAGIC: &[u8; 4] = b"CFPG";
 /// Magic, length of the blob; then 32 bytes a group, then 4 bytes a group that is there.
 const HEAD_BYTES: u64 = 4 + 8;
-
-/// The blobs that have arrived in part, with the room that is set aside for them; none for those that are arriving now.
-#[derive(Debug, Default)]
-pub(crate) struct Partials(BTreeMap<ContentHash, Option<Reservation>>);
 
 /// A blob on its way into the store, group by group. Dropped before [`finish`](Self::finish), it leaves what has arrived.
 pub struct PartialBlob {
@@ -44,36 +42,6 @@ struct State {
     here: BTreeSet<u32>,
     reservation: Option<Reservation>,
     finished: bool,
-}
-
-impl Partials {
-    /// Finds what an earlier process left; removes all that cannot be taken up, or has no room in the quota.
-    pub(crate) fn find(disk: &dyn Disk, incoming: &Path, quota: &Quota) -> Result<Self, StoreError> {
-        let files: BTreeMap<_, _> = list(disk, incoming)?.into_iter().collect();
-        let mut partials = BTreeMap::new();
-        for (path, length) in &files {
-            let hash = path.file_name().and_then(|name| name.to_str()?.strip_suffix(".part")?.parse::<ContentHash>().ok());
-            let Some(hash) = hash.filter(|hash| *path == file_path(incoming, hash)) else { continue };
-            if files.contains_key(&log_path(incoming, &hash))
-                && let Ok(reservation) = quota.reserve(*length)
-            {
-                partials.insert(hash, Some(reservation));
-            }
-        }
-        let kept: BTreeSet<_> = partials.keys().flat_map(|hash| [file_path(incoming, hash), log_path(incoming, hash)]).collect();
-        for path in files.keys().filter(|path| !kept.contains(*path)) {
-            disk.remove(path).map_err(|source| io_error("remove", path, source))?;
-        }
-        Ok(Self(partials))
-    }
-}
-
-fn file_path(incoming: &Path, hash: &ContentHash) -> PathBuf {
-    incoming.join(format!("{}.part", hash.to_hex()))
-}
-
-fn log_path(incoming: &Path, hash: &ContentHash) -> PathBuf {
-    incoming.join(format!("{}.groups", hash.to_hex()))
 }
 
 impl BlobStore {

@@ -2,7 +2,8 @@
 
 use protocol::ContentHash;
 
-use crate::blob_store::{BlobStore, StoreError};
+use crate::blob_store::BlobStore;
+use crate::error::StoreError;
 
 /// What a scrub found.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -75,11 +75,6 @@ impl Imported {
         Self::from_dir(&checkpoint(name), None).expect("the vectors import")
     }
 
-    pub(crate) fn model(&self) -> Model {
-        let mut read = |blob| Ok::<_, std::io::Error>(Arc::new(AlignedBytes::copy_of(&self.blobs.get(blob))));
-        Model::load(Arc::clone(&self.manifest), PartKind::Text, &mut read).expect("the trunk is there")
-    }
-
     /// The model ready to run, as it is by default but with keys and values in f32.
     pub(crate) fn engine(&self, bytes_max: u64, seed: u64) -> Engine {
         self.engine_with(bytes_max, seed, self.options())
@@ -96,21 +91,36 @@ impl Imported {
         self.engine_of(bytes_max, Shuffled { elsewhere: Some(runner), ..Shuffled::new(self, seed) }, self.options())
     }
 
+    /// As by default, but with keys and values in f32.
+    pub(crate) fn options(&self) -> EngineOptions {
+        EngineOptions { kv: KvPrecision::F32, ..EngineOptions::for_model(&self.manifest) }
+    }
+
+    /// On a machine that other models may be on, too.
+    pub(crate) fn engine_on(&self, machine: &Machine, seed: u64) -> Engine {
+        self.put_together(machine, Shuffled::new(self, seed), self.options())
+    }
+
     /// Experts in memory take `bytes_max` bytes at most; others are delivered in an order that the source's seed decides.
     fn engine_of(&self, bytes_max: u64, source: Shuffled, options: EngineOptions) -> Engine {
         let machine = Machine::new(options.threads, options.kernels, PolicyKind::Lru);
         machine.experts().lock().set_bytes_max(bytes_max);
-        self.engine_on(&machine, source, options)
+        self.put_together(&machine, source, options)
     }
 
-    /// On a machine that other models may be on, too.
-    fn engine_on(&self, machine: &Machine, source: Shuffled, options: EngineOptions) -> Engine {
+    fn put_together(&self, machine: &Machine, source: Shuffled, options: EngineOptions) -> Engine {
         let experts = Experts::new(&self.manifest, PartKind::Text, machine.experts().clone(), Box::new(source));
-        Engine::new(machine, self.model(), experts, options)
+        Engine::new(machine, self.model_on(machine), experts, options)
     }
 
-    pub(crate) fn options(&self) -> EngineOptions {
-        EngineOptions { kv: KvPrecision::F32, ..EngineOptions::for_model(&self.manifest) }
+    fn model_on(&self, machine: &Machine) -> Model {
+        let mut read = |blob| {
+            machine.tensor(blob, |bytes| {
+                bytes.copy_from_slice(&self.blobs.get(blob));
+                Ok::<_, std::io::Error>(())
+            })
+        };
+        Model::load(Arc::clone(&self.manifest), PartKind::Text, &mut read).expect("the trunk is there")
     }
 }
 

@@ -8,7 +8,7 @@ use super::rope::{Position, Rope, Rotation};
 use super::{MixerInput, Share};
 use crate::kernels::math::{add, rms_scale};
 use crate::kernels::{Forms, Operand, Rows, Vector, project};
-use crate::model::{LoadError, TrunkReader, Weight};
+use crate::weights::{LoadError, TrunkReader, Weight};
 use protocol::precision::PANEL_ROWS;
 
 /// Rows whose queries and keys a thread turns by their positions at a time.

@@ -110,7 +110,7 @@ fn is_open(path: &str) -> bool {
 
 /// What changes whom the node trusts, or fills its disk: other users of this machine may not.
 fn changes_the_node(path: &str) -> bool {
-    path == "/api/join" || path == "/api/pull"
+    ["/api/join", "/api/pull", "/api/unload"].contains(&path)
 }
 
 /// Lets a request pass, or refuses it.
@@ -165,7 +165,7 @@ mod tests {
     fn what_changes_the_node_needs_the_owner_s_token_even_where_no_other_is_needed() {
         let access = Access::new(None, "owner", []);
         let host = ("host", "127.0.0.1");
-        for path in ["/api/join", "/api/pull"] {
+        for path in ["/api/join", "/api/pull", "/api/unload"] {
             assert_eq!(ask(&access, path, &[host]).expect_err(path).status, 401);
             assert_eq!(ask(&access, path, &[host, ("authorization", "Bearer other")]).expect_err(path).status, 401);
             assert!(ask(&access, path, &[host, ("authorization", "Bearer owner")]).is_ok());

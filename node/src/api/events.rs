@@ -74,7 +74,7 @@ impl Maker {
         let (found, loading) = match self.api.generation.model() {
             ModelState::Ready(ready) => (Some(ready.found.clone()), None),
             ModelState::Loading(found) => (None, Some(found.id)),
-            ModelState::None | ModelState::Failed(..) => (None, None),
+            ModelState::None | ModelState::Failed => (None, None),
         };
         let mut changed = Vec::new();
         if let Some(found) = &found {
@@ -93,7 +93,7 @@ impl Maker {
             self.told = now;
         }
         self.model = found.as_ref().map(|found| found.id);
-        let mut used = self.api.generation.activity().lock().take_fresh();
+        let mut used = self.model.map(|model| self.api.generation.activity().lock().take_fresh(model)).unwrap_or_default();
         used.truncate(USED_MAX);
         let store = self.api.library.open.store.stat().ok().map(|stat| stat_json(&stat));
         let event = json!({

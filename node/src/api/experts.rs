@@ -5,16 +5,15 @@ use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Path, State};
+use protocol::ExpertSlot;
 use protocol::profile::lift::{Ranked, ranking};
-use protocol::{ExpertSlot, ModelId};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
-use super::refreshed::Refreshed;
+use super::holders::Holders;
 use super::{Api, Asked, asked, model_or_default};
 use crate::data_dir::LocalModel;
-use crate::generation::ModelState;
 use crate::net::PeerId;
 use crate::net::fetcher::Fetcher;
 use crate::specialists::{check_layer, domain_json, map_json, own_body};
@@ -29,12 +28,6 @@ pub(super) const NOWHERE: u8 = 0;
 pub(super) const AT_PEERS: u8 = 1;
 pub(super) const ON_DISK: u8 = 2;
 pub(super) const IN_MEMORY: u8 = 3;
-
-/// Who has which experts of a model.
-#[derive(Default)]
-pub(crate) struct HoldersCache(Refreshed<(ModelId, Holders)>);
-
-type Holders = Arc<Vec<Vec<PeerId>>>;
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,9 +82,7 @@ pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -
 
 /// Where each expert of a model is.
 pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> Vec<u8> {
-    let is_loaded = matches!(api.generation.model(), ModelState::Ready(ready) if ready.found.id == found.id);
-    let counts = api.generation.activity().lock();
-    let in_memory = if is_loaded { &counts.in_memory[..] } else { &[] };
+    let in_memory = api.generation.activity().lock().in_memory(found.id);
     let place = |(number, blob): (usize, protocol::BlobRef)| {
         if in_memory.get(number) == Some(&true) {
             IN_MEMORY

@@ -16,7 +16,7 @@ pub(super) async fn metrics(State(api): State<Arc<Api>>) -> Response {
     {
         let counts = api.generation.activity().lock();
         let (sum, count) = counts.first_tokens;
-        gauge(&mut text, "confrere_requests_active", "Requests that are being answered.", counts.active as f64);
+        gauge(&mut text, "confrere_requests_active", "Requests that are being answered.", counts.active() as f64);
         gauge(&mut text, "confrere_requests_waiting", "Requests that wait for their turn.", waiting as f64);
         counter(&mut text, "confrere_answers_total", "Requests that were answered.", counts.answers as f64);
         counter(&mut text, "confrere_failed_total", "Requests that failed on the way.", counts.failed as f64);

@@ -8,6 +8,7 @@ mod error;
 mod events;
 mod experts;
 mod fetching;
+mod holders;
 mod metrics;
 mod openai;
 mod own;
@@ -31,7 +32,7 @@ pub(crate) use self::access::Access;
 pub(crate) use self::body::Intake;
 use self::body::refuse_unread;
 use self::error::ApiError;
-pub(crate) use self::experts::HoldersCache;
+pub(crate) use self::holders::HoldersCache;
 pub(crate) use self::refreshed::Refreshed;
 use crate::data_dir::LocalModel;
 use crate::federation::PeerOptions;
@@ -114,6 +115,8 @@ pub(crate) fn router(api: Arc<Api>, access: Access) -> Router {
         .route("/api/node", get(own::node))
         .route("/api/models", get(own::models))
         .route("/api/models/{id}", get(own::model))
+        .route("/api/loaded", get(own::loaded))
+        .route("/api/unload", post(own::unload))
         .route("/api/join", post(fetching::join))
         .route("/api/pull", post(fetching::pull))
         .route("/api/peers", get(own::peers))
@@ -169,7 +172,7 @@ fn model_or_default(api: &Api, name: Option<&str>) -> Result<LocalModel, ApiErro
     match api.generation.model() {
         ModelState::Ready(ready) => return Ok(ready.found.clone()),
         ModelState::Loading(found) => return Ok(found),
-        ModelState::None | ModelState::Failed(..) => {}
+        ModelState::None | ModelState::Failed => {}
     }
     let mut models = api.library.models();
     match models.len() {

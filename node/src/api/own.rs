@@ -4,14 +4,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{Path, State};
-use axum::response::Response;
+use axum::extract::{Path, Request, State};
+use axum::response::{IntoResponse as _, Response};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::{Api, Asked, asked, json_response, loading, lookup};
-use crate::clock::now_ms;
+use crate::clock::{instant, now_ms};
 use crate::data_dir::LocalModel;
 use crate::generation::{ModelState, QUEUE_MAX, ReadyModel, TOGETHER_MAX};
 use crate::models::{details, stat_json, summary};
@@ -72,7 +72,7 @@ fn loaded_json(api: &Api) -> Value {
     match api.generation.model() {
         ModelState::Ready(ready) => of(&ready.found, "ready", Some(&ready)),
         ModelState::Loading(found) => of(&found, "loading", None),
-        ModelState::None | ModelState::Failed(..) => Value::Null,
+        ModelState::None | ModelState::Failed => Value::Null,
     }
 }
 
@@ -82,16 +82,56 @@ pub(super) fn generation_json(api: &Api) -> Value {
 }
 
 pub(super) async fn models(State(api): State<Arc<Api>>) -> Json<Value> {
-    let loaded = match api.generation.model() {
-        ModelState::Ready(ready) => Some(ready.found.id),
-        _ => None,
-    };
+    let loaded = api.generation.models();
     let one = |found: &LocalModel| {
         let mut summary = summary(&api.library.open, found);
-        summary["loaded"] = json!(loaded == Some(found.id));
+        summary["loaded"] = json!(loaded.iter().any(|ready| ready.found.id == found.id));
         summary
     };
     Json(api.library.models().iter().map(one).collect())
+}
+
+/// The models in memory, and what they take.
+pub(super) async fn loaded(State(api): State<Arc<Api>>) -> Json<Value> {
+    let models = api.generation.models();
+    let mut counts = api.generation.activity().lock();
+    let one = |ready: &Arc<ReadyModel>| {
+        let of = counts.model(ready.found.id);
+        json!({
+            "id": ready.found.id.to_string(), "name": ready.found.name, "context": ready.context, "active": of.active,
+            "idle_s": of.used.map_or(0, |used| (instant() - used).as_secs()), "trunk_bytes": ready.found.manifest.text().trunk_bytes(),
+            "work_bytes": ready.work_bytes, "kv_bytes": of.kv_bytes,
+        })
+    };
+    let models: Vec<_> = models.iter().map(one).collect();
+    let machine = api.generation.machine();
+    Json(json!({
+        "models": models,
+        "memory": {
+            "experts_bytes": machine.experts().bytes(), "experts_bytes_max": machine.experts().lock().bytes_max(),
+            "trunk_bytes": machine.trunk_bytes(),
+        },
+    }))
+}
+
+/// Lets a model go.
+pub(super) async fn unload(State(api): State<Arc<Api>>, request: Request) -> Result<Json<Value>, Response> {
+    let name = api
+        .intake
+        .read(request, |mut fields| {
+            let name = fields.text("model")?.ok_or_else(|| ApiError::invalid("model is missing").param("model"))?;
+            fields.none_left().map(|()| name)
+        })
+        .await?;
+    let unload = || {
+        let found = lookup(&api, &name)?;
+        let loaded = api.generation.models().iter().any(|ready| ready.found.id == found.id);
+        if loaded {
+            api.generation.unload(&found, "")?;
+        }
+        Ok(Json(json!({"id": found.id.to_string(), "name": found.name, "loaded": loaded})))
+    };
+    unload().map_err(ApiError::into_response)
 }
 
 #[derive(Deserialize)]

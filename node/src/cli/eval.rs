@@ -12,7 +12,7 @@ use serde_json::json;
 
 use super::{Context, EngineArgs, PeerArgs};
 use crate::clock::{check_interrupted, interrupted, now_ms};
-use crate::data_dir::io_failure;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::federation::Federation;
 use crate::output::{byte_bar, note, print_json, print_line};

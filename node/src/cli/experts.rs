@@ -10,8 +10,8 @@ use protocol::record::is_domain_name;
 use serde_json::{Value, json};
 
 use super::map::Map;
-use super::profile::{Measuring, parse_time};
-use super::{Context, EngineArgs, Held, PeerArgs, encoded};
+use super::profile::Measuring;
+use super::{Context, EngineArgs, Held, PeerArgs, encoded, parse_time};
 use crate::claims::{self, Check, Claim, Claims, Sample, check_text, unknown_domain};
 use crate::clock::{check_interrupted, instant, interrupted};
 use crate::data_dir::{LocalModel, OpenDataDir};
@@ -92,16 +92,6 @@ pub(super) fn experts(context: &Context, command: &ExpertsCommand) -> Result<(),
     }
 }
 
-/// The only model that is here.
-pub(super) fn only_model(open: &OpenDataDir) -> Result<String, Failure> {
-    let mut models = open.models()?;
-    match (models.pop(), models.is_empty()) {
-        (Some(model), true) => Ok(model.name),
-        (None, _) => Err(Failure::new(Kind::NotFound, "no model is here; say which with --model ID")),
-        _ => Err(Failure::new(Kind::Usage, "more than one model is here; say which with --model")),
-    }
-}
-
 fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
     let json = match context.open()? {
         Held::Here(open) => domain_json(&open, &model_of(&open, args.model.as_deref())?, domain, args.layer, args.top as usize)?,
@@ -134,7 +124,7 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
 fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let model = args.model.clone().map_or_else(|| only_model(&open), Ok)?;
+    let model = args.model.clone().map_or_else(|| open.only_model(), Ok)?;
     let found = federation.find(&open, &model, None)?;
     check_layer(&found, args.layer)?;
     let network = federation.settle(SETTLE)?.ok_or_else(|| no_peer(context))?;
@@ -383,7 +373,7 @@ fn map(context: &Context, args: &MapArgs) -> Result<(), Failure> {
         return Err(no_profile(&args.model));
     }
     if let Some(path) = &args.png {
-        std::fs::write(path, map.png()?).map_err(|error| crate::data_dir::io_failure("write", path, &error))?;
+        std::fs::write(path, map.png()?).map_err(|error| crate::failure::io_failure("write", path, &error))?;
         note(&format!("wrote {}", path.display()));
     }
     if context.json {

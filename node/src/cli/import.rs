@@ -8,7 +8,8 @@ use indicatif::ProgressBar;
 use inference::chat::{ChatTemplate, TEMPLATE_BYTES_MAX};
 use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, import as import_checkpoint};
-use inference::convert::{self, Target};
+use inference::convert::Target;
+use inference::requantize;
 use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
 use serde_json::json;
 use store::{BlobStore, PutOutcome, StoreError};
@@ -88,7 +89,7 @@ pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(),
         store.read(&blob.hash, now_ms())?.ok_or_else(gone)
     };
     let suggested = Some(format!("{}-{}", found.name, args.precision));
-    let made = |sink: &dyn BlobSink| convert::requantize(&manifest, target, &read, sink).map_err(Failure::from);
+    let made = |sink: &dyn BlobSink| requantize::requantize(&manifest, target, &read, sink).map_err(Failure::from);
     let model = make_model(&open, (args.name.as_deref(), suggested), manifest.total_bytes(), "requantize", made)?;
     report(context, &open, &model)
 }

@@ -1,13 +1,11 @@
 //! The command line: what people type, one file a command.
 
-mod asked;
 mod bench;
 mod config;
 mod demo;
 mod doctor;
 mod eval;
 mod experts;
-mod front_door;
 mod import;
 mod join;
 mod keys;
@@ -18,8 +16,13 @@ mod plan;
 mod profile;
 mod pull;
 mod repo;
+mod resident;
 mod run;
+mod run_args;
+mod run_at_daemon;
 mod serve;
+mod serve_api;
+mod serve_args;
 mod shell;
 mod trust;
 
@@ -118,13 +121,20 @@ enum Command {
         model: String,
     },
     /// Serve manifests, trunks and experts to peers
-    Serve(serve::ServeArgs),
+    Serve(serve_args::ServeArgs),
+    /// List the models that the node which serves has in memory
+    Ps,
+    /// Have the node which serves let a model go from memory
+    Stop {
+        /// A name, an id or the beginning of an id
+        model: String,
+    },
     /// Fetch a model, or part of it, from peers. A node that serves from the data directory is told to
     Pull(pull::PullArgs),
     /// Say what of a model would run in some memory, and how fast
     Plan(plan::PlanArgs),
     /// Generate text; experts that are missing are fetched. A node that serves from the data directory is asked
-    Run(run::RunArgs),
+    Run(run_args::RunArgs),
     /// Say which experts serve a domain
     #[command(subcommand)]
     Experts(experts::ExpertsCommand),
@@ -378,6 +388,8 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Ls => models::ls(&context),
         Command::Show { model, blobs } => models::show(&context, &model, blobs),
         Command::Rm { model } => models::rm(&context, &model),
+        Command::Ps => resident::ps(&context),
+        Command::Stop { model } => resident::stop(&context, &model),
         Command::Serve(args) => serve::serve(&context, &args),
         Command::Plan(args) => plan::plan(&context, &args),
         Command::Experts(command) => experts::experts(&context, &command),
@@ -437,6 +449,18 @@ fn parse_size(text: &str) -> Result<u64, String> {
         return Err(format!("{text:?} is more than any machine has"));
     }
     Ok(bytes as u64)
+}
+
+/// Reads a time: seconds, or a number with s, m or h.
+fn parse_time(text: &str) -> Result<Duration, String> {
+    let (number, factor) = match text.strip_suffix(['s', 'm', 'h']) {
+        Some(number) if text.ends_with('m') => (number, 60.0),
+        Some(number) if text.ends_with('h') => (number, 3600.0),
+        Some(number) => (number, 1.0),
+        None => (text, 1.0),
+    };
+    let seconds = number.parse::<f64>().ok().map(|number| number * factor).filter(|seconds| (0.0..=1e9).contains(seconds));
+    seconds.map(Duration::from_secs_f64).ok_or_else(|| format!("{text:?} is not a time; write 90s, 10m or 2h"))
 }
 
 fn parse_seconds(text: &str) -> Result<f64, String> {

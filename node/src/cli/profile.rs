@@ -12,7 +12,7 @@ use protocol::record::Facet;
 use protocol::{ContentHash, ModelId};
 use serde_json::{Value, json};
 
-use super::{Context, EngineArgs, PeerArgs, experts};
+use super::{Context, EngineArgs, PeerArgs, parse_time};
 use crate::claims::{self, Check, Sample, check_text};
 use crate::clock::{instant, interrupted, now_ms};
 use crate::data_dir::{LocalModel, OpenDataDir};
@@ -309,7 +309,7 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let peer = parse_peer(&args.peer)?;
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
-    let model = args.model.clone().map_or_else(|| experts::only_model(&open), Ok)?;
+    let model = args.model.clone().map_or_else(|| open.only_model(), Ok)?;
     let found = federation.find(&open, &model, None)?;
     let set = probes::shipped();
     let any = set.domains().keys().next().expect("a probe set has domains").clone();
@@ -394,16 +394,4 @@ fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &
         domains.first().map_or("", |(domain, ..)| &domain.name)
     ));
     Ok(())
-}
-
-/// Reads a time: seconds, or a number with s, m or h.
-pub(super) fn parse_time(text: &str) -> Result<Duration, String> {
-    let (number, factor) = match text.strip_suffix(['s', 'm', 'h']) {
-        Some(number) if text.ends_with('m') => (number, 60.0),
-        Some(number) if text.ends_with('h') => (number, 3600.0),
-        Some(number) => (number, 1.0),
-        None => (text, 1.0),
-    };
-    let seconds = number.parse::<f64>().ok().map(|number| number * factor).filter(|seconds| (0.0..=1e9).contains(seconds));
-    seconds.map(Duration::from_secs_f64).ok_or_else(|| format!("{text:?} is not a time; write 90s, 10m or 2h"))
 }

@@ -1,11 +1,9 @@
 //! `confrere run`: a prompt, or a conversation.
 
-use std::io::{BufRead, IsTerminal, Read};
+use std::io::IsTerminal;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use clap::Args;
 use inference::activation_log::{ActivationLog, ENTRIES_DEFAULT};
 use inference::chat::{Message, Role};
 use inference::experts::ExpertUse;
@@ -15,10 +13,11 @@ use inference::session::Session;
 use protocol::manifest::GenerationDefaults;
 use serde_json::{Value, json};
 
-use super::{Context, EngineArgs, Held, PeerArgs, RemoteArgs, asked};
-use crate::clock::{instant, interrupted, while_waiting_for_input};
-use crate::data_dir::io_failure;
+use super::run_args::{RunArgs, next_line, read_stdin};
+use super::{Context, Held, run_at_daemon};
+use crate::clock::{instant, interrupted};
 use crate::dispatcher::Waited;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, PeerOptions};
 use crate::loading::Loaded;
@@ -28,54 +27,11 @@ use crate::prompt::{Prompt, PromptError, default_sampling};
 
 /// What a chat template may add to a prompt, for the plan of memory; a longer one costs more than was planned, nothing else.
 const TEMPLATE_TOKENS_MAX: usize = 1024;
-/// Longest prompt that is read from standard input, in bytes.
-const STDIN_BYTES_MAX: u64 = 16 << 20;
-
-#[derive(Args)]
-pub(super) struct RunArgs {
-    /// A name, an id or the beginning of an id
-    pub(super) model: String,
-    /// What to answer; without it, a conversation on a terminal, else standard input. Token ids ([1, 2, 3]) where there is no tokenizer
-    pub(super) prompt: Option<String>,
-    /// Most tokens to generate
-    #[arg(long, value_name = "N", default_value_t = 256)]
-    pub(super) max_tokens: usize,
-    /// 0 takes the likeliest token [default: the model's own]
-    #[arg(long, value_name = "T", value_parser = parse_temperature)]
-    pub(super) temperature: Option<f32>,
-    /// Choose among so many of the likeliest tokens; 0 for all
-    #[arg(long, value_name = "K")]
-    pub(super) top_k: Option<usize>,
-    /// Choose among the likeliest tokens up to this probability
-    #[arg(long, value_name = "P", value_parser = parse_probability)]
-    pub(super) top_p: Option<f32>,
-    /// Push down tokens that are there already; 1 for not at all
-    #[arg(long, value_name = "R", value_parser = parse_penalty)]
-    pub(super) repetition_penalty: Option<f32>,
-    /// The same seed gives the same text
-    #[arg(long, default_value_t = 0)]
-    pub(super) seed: u64,
-    /// Continue the text as it is, without the chat template
-    #[arg(long)]
-    pub(super) raw: bool,
-    /// Write which experts are used to FILE, for `bench trace` and `plan`. It reveals much of the text: keep it to yourself
-    #[arg(long, value_name = "FILE", conflicts_with = "no_log")]
-    trace: Option<PathBuf>,
-    /// Do not count which experts are used. The counts stay on this node
-    #[arg(long)]
-    no_log: bool,
-    #[command(flatten)]
-    engine: EngineArgs,
-    #[command(flatten)]
-    peers: PeerArgs,
-    #[command(flatten)]
-    remote: RemoteArgs,
-}
 
 pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let open = match context.open()? {
         Held::Here(open) => open,
-        Held::Daemon(daemon) => return asked::run(context, args, &daemon),
+        Held::Daemon(daemon) => return run_at_daemon::run(context, args, &daemon),
     };
     let peers = PeerOptions { remote: args.remote.options(), ..args.peers.options() };
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &peers, context.offline)?;
@@ -358,20 +314,6 @@ fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &
     }
 }
 
-/// What the user says next, once he says something; nothing at the end of the input.
-pub(super) fn next_line() -> Result<Option<String>, Failure> {
-    loop {
-        print("> ")?;
-        let mut line = String::new();
-        let read = while_waiting_for_input(|| std::io::stdin().lock().read_line(&mut line));
-        match read.map_err(|error| Failure::new(Kind::Other, error.to_string()))? {
-            0 => return Ok(None),
-            _ if line.trim().is_empty() => {}
-            _ => return Ok(Some(line.trim().to_owned())),
-        }
-    }
-}
-
 struct Conversation {
     session: Session,
     taken_in: Vec<u32>, // the tokens that the session has seen
@@ -415,31 +357,4 @@ impl Conversation {
         self.messages = messages;
         Ok(())
     }
-}
-
-pub(super) fn read_stdin() -> Result<String, Failure> {
-    let mut text = String::new();
-    let read = while_waiting_for_input(|| std::io::stdin().lock().take(STDIN_BYTES_MAX + 1).read_to_string(&mut text));
-    read.map_err(|error| Failure::new(Kind::Usage, format!("cannot read the prompt from standard input: {error}")))?;
-    if text.len() as u64 > STDIN_BYTES_MAX {
-        return Err(Failure::new(Kind::Usage, format!("the prompt on standard input is longer than {STDIN_BYTES_MAX} bytes")));
-    }
-    // The line's end belongs to the shell that wrote it, not to the prompt.
-    Ok(text.strip_suffix('\n').map(str::to_owned).unwrap_or(text))
-}
-
-fn parse_number(text: &str, fine: impl Fn(f32) -> bool, rule: &str) -> Result<f32, String> {
-    text.parse().ok().filter(|&number| fine(number)).ok_or_else(|| format!("{text:?} is not {rule}"))
-}
-
-fn parse_temperature(text: &str) -> Result<f32, String> {
-    parse_number(text, |t| (0.0..=100.0).contains(&t), "a number from 0 to 100")
-}
-
-fn parse_probability(text: &str) -> Result<f32, String> {
-    parse_number(text, |p| p > 0.0 && p <= 1.0, "a number above 0, up to 1")
-}
-
-fn parse_penalty(text: &str) -> Result<f32, String> {
-    parse_number(text, |p| p > 0.0 && p <= 100.0, "a number above 0, up to 100")
 }

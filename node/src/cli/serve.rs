@@ -1,14 +1,13 @@
 //! `confrere serve`: a node that others fetch from, until it is told to stop.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::{Ipv4Addr, SocketAddr, ToSocketAddrs};
-use std::path::PathBuf;
-use std::sync::atomic::AtomicU64;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use clap::Args;
+use inference::cache_policy::PolicyKind;
 use inference::kernels::Kernels;
+use inference::machine::Machine;
 use protocol::ModelId;
 use protocol::profile::ProfileBody;
 use protocol::profile::lift::ranking;
@@ -21,8 +20,9 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing::warn;
 
-use super::front_door::{FrontDoor, Shared};
-use super::{Context, EngineArgs, RemoteArgs, parse_seconds, parse_size};
+use super::Context;
+use super::serve_api::{ServedApi, Shared};
+use super::serve_args::{ApiAddress, ServeArgs};
 use crate::announcer::Announcer;
 use crate::api::server::Server;
 use crate::clock::now_ms;
@@ -31,8 +31,8 @@ use crate::failure::{Failure, Kind};
 use crate::federation::remember;
 use crate::library::Library;
 use crate::memory::{network_memory, process_bytes};
-use crate::net::address::{is_loopback, is_relayed, is_tcp, parse_address, parse_listen};
-use crate::net::allowed::{Allowed, AllowedPeers};
+use crate::net::address::{is_loopback, is_relayed, is_tcp, parse_listen};
+use crate::net::allowed::AllowedPeers;
 use crate::net::executor::{self, ExecutorOptions};
 use crate::net::group::GroupKey;
 use crate::net::network::{Network, NetworkOptions, Peers, Relay, Role};
@@ -57,63 +57,6 @@ const NOTES_PAUSE: Duration = Duration::from_secs(300);
 const LISTEN_WAIT: Duration = Duration::from_secs(5);
 /// Addresses of further interfaces turn up one by one; after so long a pause all are there.
 const LISTEN_PAUSE: Duration = Duration::from_millis(200);
-
-#[derive(Args)]
-pub(super) struct ServeArgs {
-    /// Where to listen: HOST:PORT for TCP and QUIC, or a multiaddr; may be given again [default: 0.0.0.0:4747]
-    #[arg(long, value_name = "ADDR", env = "CONFRERE_LISTEN", value_delimiter = ',')]
-    listen: Vec<String>,
-    /// Where to serve the HTTP API and the dashboard; off for nowhere [default: 127.0.0.1:4748, or another port if that is taken]
-    #[arg(long, value_name = "HOST:PORT", value_parser = parse_api, env = "CONFRERE_API")]
-    api: Option<ApiAddress>,
-    /// Tokens of the API, one a line. Beyond this machine one is needed [default: one in the data directory, made at the first start]
-    #[arg(long, value_name = "FILE", env = "CONFRERE_API_TOKENS")]
-    pub(super) api_tokens: Option<PathBuf>,
-    /// A name under which the API is called, besides addresses and localhost; may be given again
-    #[arg(long, value_name = "NAME", env = "CONFRERE_API_NAME", value_delimiter = ',')]
-    pub(super) api_name: Vec<String>,
-    /// Load this model at the start, not when it is first asked for
-    #[arg(long, value_name = "MODEL", env = "CONFRERE_MODEL")]
-    pub(super) model: Option<String>,
-    /// Tokens of all requests under way, prompts and answers together [default: 8192, or the context if that is more]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..), env = "CONFRERE_KV_TOKENS")]
-    pub(super) kv_tokens: Option<u32>,
-    /// A peer to stay connected to; may be given again
-    #[arg(long = "peer", value_name = "ADDR", value_parser = parse_address, env = "CONFRERE_PEER", value_delimiter = ',')]
-    peers: Vec<Multiaddr>,
-    /// Run experts for a peer: its key, its id, or any; may be given again
-    #[arg(long, value_name = "PEER", env = "CONFRERE_EXECUTE_FOR", value_delimiter = ',')]
-    execute_for: Vec<Allowed>,
-    /// Send no more than this a second [default: as much as the line takes]
-    #[arg(long, value_name = "SIZE", value_parser = parse_size, env = "CONFRERE_UPLOAD")]
-    pub(super) upload: Option<u64>,
-    /// Stop when standard input closes: for a program that starts a node and must not leave it behind
-    #[arg(long, hide = true)]
-    until_stdin_closes: bool,
-    /// Serve a closed group: only nodes that have the key in this file
-    #[arg(long, value_name = "KEYFILE", env = "CONFRERE_PRIVATE")]
-    pub(super) private: Option<PathBuf>,
-    /// Let nodes that cannot be reached from outside be called through this one, which must be reachable itself
-    #[arg(long, env = "CONFRERE_RELAY", value_parser = clap::builder::FalseyValueParser::new())]
-    relay: bool,
-    /// Let nodes on the local network find this one
-    #[arg(long, env = "CONFRERE_MDNS", value_parser = clap::builder::FalseyValueParser::new())]
-    mdns: bool,
-    /// Give up on peers after so many seconds without progress
-    #[arg(long, value_name = "SECONDS", default_value_t = 10.0, value_parser = parse_seconds, env = "CONFRERE_TIMEOUT")]
-    pub(super) timeout: f64,
-    #[command(flatten)]
-    pub(super) engine: EngineArgs,
-    #[command(flatten)]
-    pub(super) remote: RemoteArgs,
-}
-
-/// Where the API is to be.
-#[derive(Clone, Copy, Debug)]
-enum ApiAddress {
-    Nowhere,
-    At(SocketAddr),
-}
 
 pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> {
     let open = Arc::new(context.lock()?);
@@ -159,10 +102,12 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             counted: Mutex::default(),
         };
         provider::start(Provider::new(own_status), &network, args.upload)?;
-        let executor_bytes = Arc::new(AtomicU64::new(memory_bytes));
+        let kernels = args.engine.kernels.unwrap_or_else(Kernels::best);
+        let machine = Machine::new(threads, kernels, PolicyKind::Lru);
+        machine.experts().lock().set_bytes_max(memory_bytes);
         if executes {
-            let (key, kernels) = (open.dir.key()?, args.engine.kernels.unwrap_or_else(Kernels::best));
-            let options = ExecutorOptions { key, works_for, threads, kernels, bytes_max: Arc::clone(&executor_bytes) };
+            let (key, memory) = (open.dir.key()?, machine.experts().clone());
+            let options = ExecutorOptions { key, works_for, threads, kernels, memory, bytes_max: memory_bytes };
             executor::start(Arc::clone(&library), options, &network)?;
         }
         let bodies = Arc::new(own_bodies(&open, &models));
@@ -185,8 +130,8 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         let (first, ticket) = introduce(&addresses, &network, key.id());
         let front_door = match api_address(args.api).await? {
             Some(listener) => {
-                let shared = Shared { context, args, library: &library, network: &network, group: fingerprint.clone() };
-                Some(FrontDoor::open(&shared, listener, executor_bytes, (&addresses, &ticket))?)
+                let shared = Shared { context, args, library: &library, network: &network, group: fingerprint.clone(), executes };
+                Some(ServedApi::open(&shared, listener, machine, (&addresses, &ticket))?)
             }
             None => None,
         };
@@ -344,10 +289,6 @@ fn listen_addresses(texts: &[String], group: Option<GroupKey>) -> Result<Vec<Mul
     Ok(addresses)
 }
 
-fn parse_api(text: &str) -> Result<ApiAddress, String> {
-    if text == "off" { Ok(ApiAddress::Nowhere) } else { parse_socket(text).map(ApiAddress::At) }
-}
-
 /// A socket for the API. Where the user has named none and the usual one is taken, by another node mostly, any will do.
 async fn api_address(asked: Option<ApiAddress>) -> Result<Option<TcpListener>, Failure> {
     let usual = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_API_PORT));
@@ -366,11 +307,6 @@ fn limits(context: &Context, args: &ServeArgs) -> String {
     let disk = if context.disk_max == u64::MAX { "no limit".to_owned() } else { human_bytes(context.disk_max) };
     let upload = args.upload.map_or_else(|| "no limit".to_owned(), |upload| format!("{}/s", human_bytes(upload)));
     format!("limits: memory {}, disk {disk}, upload {upload}", human_bytes(context.memory_max))
-}
-
-fn parse_socket(text: &str) -> Result<SocketAddr, String> {
-    let mut found = text.to_socket_addrs().map_err(|error| format!("{text:?} is not HOST:PORT: {error}"))?;
-    found.next().ok_or_else(|| format!("{text:?} has no address"))
 }
 
 async fn wait_for_addresses(network: &Network) -> Result<Vec<Multiaddr>, Failure> {

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Command, ValueEnum};
 use clap_complete::{Shell, generate};
 
-use crate::data_dir::io_failure;
 use crate::failure::Failure;
+use crate::failure::io_failure;
 use crate::output::{note, print};
 
 /// Shells that completions are written for.

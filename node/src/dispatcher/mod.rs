@@ -6,12 +6,13 @@
 mod auditor;
 mod blame;
 mod choice;
-mod interest;
+mod event;
 mod mover;
 mod reader;
 mod remote;
 mod report;
 mod saver;
+mod waiters;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
@@ -28,35 +29,32 @@ use tokio::task::JoinHandle;
 
 use self::auditor::{Auditor, AuditorParts};
 use self::choice::{Cost, Way, Ways};
-pub(crate) use self::interest::Interest;
-use self::mover::{Hurry, Mover, Quiet};
+pub(crate) use self::event::SharedFetcher;
+use self::event::{Event, tell};
+use self::mover::{Mover, Quiet, Urgent};
 use self::reader::Read;
 use self::remote::{Came, Lateness, LayerRows, Remote};
 pub(crate) use self::report::{RemoteReport, SharedReport, Waited};
 use self::saver::Saver;
+pub(crate) use self::waiters::Waiters;
 use crate::clock::{instant, interrupted};
 use crate::evidence::Evidence;
 use crate::failure::{Failure, Kind};
 use crate::net::PeerId;
 use crate::net::allowed::AllowedPeers;
 use crate::net::execute_link::Told;
-use crate::net::fetcher::{Fetched, Fetcher, Want};
+use crate::net::fetcher::{Fetched, Want};
 use crate::net::link::Wanted;
 use crate::net::network::Network;
 
 const RESULTS_MAX: usize = 8;
 /// Each read makes an event, and the end of a fetch another.
 const EVENTS_MAX: usize = 2 * reader::READS_MAX;
-/// Before a full queue is tried again.
-const FULL_PAUSE: Duration = Duration::from_millis(1);
 /// How often a wait looks for Ctrl-C.
 const LOOK_UP: Duration = Duration::from_millis(100);
 /// What a read, and a fetch, are thought to cost before they have been measured, in milliseconds.
 const DISK_FIRST: Cost = Cost { start: 0.0, each: 1.5 };
 const FETCH_FIRST: Cost = Cost { start: 5.0, each: 50.0 };
-
-/// A fetcher that several parts of a command use in turn.
-pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
 
 /// Who has sent experts so far, shared with whoever reports it.
 pub(crate) type Providers = Arc<Mutex<BTreeMap<PeerId, u64>>>;
@@ -95,7 +93,7 @@ pub(crate) struct DispatcherOptions {
     pub(crate) report: SharedReport,
     /// Where evidence against peers goes.
     pub(crate) evidence: Evidence,
-    pub(crate) interest: Interest,
+    pub(crate) waiters: Waiters,
 }
 
 /// The experts of one model.
@@ -103,9 +101,9 @@ pub(crate) struct Dispatcher {
     store: Arc<BlobStore>,
     peers: Option<DispatcherPeers>,
     remote: Option<Remote>,
-    interest: Interest,
+    waiters: Waiters,
     mover: Option<Mover>,
-    hurry: Hurry,
+    urgent: Urgent,
     hidden_size: usize,
     saver: Saver,
     providers: Providers,
@@ -142,35 +140,17 @@ struct Fetching {
     since: Instant,
 }
 
-enum Event {
-    /// Read and verified, in so many milliseconds.
-    Read(ExpertRequest, f64),
-    /// The store has it no more.
-    Missing(ExpertRequest),
-    /// For the time when it is wanted again: as the store had it, or as a peer sent it, or not at all.
-    MovedIn(ExpertRequest, Option<Fetched>),
-    ReadIn(ExpertRequest, bool),
-    /// It cannot be read, and no peer would help.
-    Failed(Failure),
-    /// A peer has sent it.
-    Fetched(Fetched),
-    /// The peers have sent all, or this is why not.
-    FetchEnded(Result<(), Failure>),
-    /// A peer that runs experts has said something, then.
-    Told(PeerId, Instant, Told),
-}
-
 impl Dispatcher {
     /// Experts from `store`, and from `peers` if there are any.
     pub(crate) fn new(store: Arc<BlobStore>, peers: Option<DispatcherPeers>, providers: Providers, options: DispatcherOptions) -> Self {
         let (happening, happened) = std_mpsc::sync_channel(EVENTS_MAX);
         let (reads, readers) = reader::start(&store, &happening);
-        let DispatcherOptions { hidden_size, packed, kernels, remote, report, evidence, interest } = options;
+        let DispatcherOptions { hidden_size, packed, kernels, remote, report, evidence, waiters } = options;
         let runs = packed && !remote.execute_at.is_empty();
-        let (hurry, hurried) = Hurry::new();
+        let (urgent, waited_for) = Urgent::new();
         let remote = peers.as_ref().filter(|_| runs).map(|peers| {
             let DispatcherPeers { fetcher, network, runtime } = peers.clone();
-            let quiet = Quiet { fetcher, hurry: hurried.clone() };
+            let quiet = Quiet { fetcher, waited_for: waited_for.clone() };
             let mover = Mover::start(quiet.clone(), &runtime, happening.clone());
             let parts = AuditorParts {
                 store: Arc::clone(&store),
@@ -191,11 +171,11 @@ impl Dispatcher {
             peers,
             remote,
             mover,
-            hurry,
+            urgent,
             hidden_size,
             saver,
             providers,
-            interest,
+            waiters,
             report,
             reads,
             happened,
@@ -271,9 +251,9 @@ impl Dispatcher {
         };
         let wants = requests.iter().map(|request| Want { wanted: Wanted::Blob(request.blob), name: request.slot.to_string() }).collect();
         let (fetcher, happening, round) = (Arc::clone(fetcher), self.happening.clone(), self.round);
-        let hurry = self.hurry.begin();
+        let urgent = self.urgent.begin();
         let task = runtime.spawn(async move {
-            let _hurry = hurry;
+            let _urgent = urgent;
             let (results, mut arrivals) = mpsc::channel(RESULTS_MAX);
             let mut fetcher = fetcher.lock().await;
             let fetch = async {
@@ -306,10 +286,10 @@ impl Dispatcher {
             }
             let event = match self.happened.recv_timeout(self.patience()) {
                 Ok((round, event)) if round == self.round || matches!(event, Event::Told(..)) => event,
-                Err(_) if interrupted() || self.interest.is_gone() => return Err(source_error(Failure::interrupted())),
+                Err(_) if interrupted() || self.waiters.is_gone() => return Err(source_error(Failure::interrupted())),
                 Ok(_) => continue,
                 Err(_) => {
-                    self.hurry();
+                    self.hedge();
                     continue;
                 }
             };
@@ -346,7 +326,7 @@ impl Dispatcher {
                     }
                 }
             }
-            self.hurry();
+            self.hedge();
         }
     }
 
@@ -395,7 +375,7 @@ impl Dispatcher {
     }
 
     /// Seeks another way to what is late.
-    fn hurry(&mut self) {
+    fn hedge(&mut self) {
         let Some(remote) = &mut self.remote else { return };
         for (_, lateness, slots) in remote.late() {
             self.place(&slots, Some(lateness));
@@ -483,15 +463,6 @@ impl ExpertSource for Dispatcher {
         if let Some(fetching) = self.fetching.take() {
             fetching.task.abort();
         }
-    }
-}
-
-/// Tells the engine something from an async task. A full queue holds up this task alone, not the thread that others need.
-async fn tell(happening: &std_mpsc::SyncSender<(u64, Event)>, round: u64, event: Event) {
-    let mut event = (round, event);
-    while let Err(std_mpsc::TrySendError::Full(back)) = happening.try_send(event) {
-        event = back;
-        tokio::time::sleep(FULL_PAUSE).await;
     }
 }
 

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::{Event, SharedFetcher, tell};
+use super::event::{Event, SharedFetcher, tell};
 use crate::net::fetcher::{Fetched, Want};
 use crate::net::link::Wanted;
 
@@ -26,17 +26,17 @@ const PAUSE_FILLING: f64 = 0.5;
 pub(super) struct Quiet {
     pub(super) fetcher: SharedFetcher,
     /// How many fetches somebody waits for.
-    pub(super) hurry: watch::Receiver<usize>,
+    pub(super) waited_for: watch::Receiver<usize>,
 }
 
 impl Quiet {
     /// Fetches a blob when nobody is in a hurry; begun again where it was broken off when somebody was. `None` when it cannot be had.
     pub(super) async fn bring(&mut self, blob: BlobRef, name: &str) -> Option<Fetched> {
         loop {
-            self.hurry.wait_for(|waiting| *waiting == 0).await.ok()?;
+            self.waited_for.wait_for(|waiting| *waiting == 0).await.ok()?;
             tokio::select! {
                 biased;
-                Ok(_) = self.hurry.wait_for(|waiting| *waiting > 0) => {}
+                Ok(_) = self.waited_for.wait_for(|waiting| *waiting > 0) => {}
                 fetched = fetch(&self.fetcher, blob, name) => return fetched,
             }
         }
@@ -97,25 +97,25 @@ async fn run(mut quiet: Quiet, mut moves: mpsc::Receiver<Move>, happening: std_m
 
 /// Fetches that somebody waits for, counted.
 #[derive(Clone)]
-pub(super) struct Hurry(Arc<watch::Sender<usize>>);
+pub(super) struct Urgent(Arc<watch::Sender<usize>>);
 
-impl Hurry {
+impl Urgent {
     pub(super) fn new() -> (Self, watch::Receiver<usize>) {
         let (sender, receiver) = watch::channel(0);
         (Self(Arc::new(sender)), receiver)
     }
 
     /// Counts as one until it is dropped.
-    pub(super) fn begin(&self) -> InHurry {
+    pub(super) fn begin(&self) -> Urgently {
         self.0.send_modify(|waiting| *waiting += 1);
-        InHurry(Arc::clone(&self.0))
+        Urgently(Arc::clone(&self.0))
     }
 }
 
 /// Somebody waits.
-pub(super) struct InHurry(Arc<watch::Sender<usize>>);
+pub(super) struct Urgently(Arc<watch::Sender<usize>>);
 
-impl Drop for InHurry {
+impl Drop for Urgently {
     fn drop(&mut self) {
         self.0.send_modify(|waiting| *waiting -= 1);
     }

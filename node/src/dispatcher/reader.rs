@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use inference::expert_source::ExpertRequest;
 use store::{BlobStore, StoreError};
 
-use super::Event;
+use super::event::Event;
 use crate::clock::{instant, now_ms};
 use crate::failure::Failure;
 use crate::output::note;

@@ -15,10 +15,10 @@ use protocol::{BlobRef, ContentHash, ExpertSlot};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::Event;
 use super::auditor::{Audit, Auditor};
 use super::blame::Blamer;
 use super::choice::Cost;
+use super::event::Event;
 use super::report::SharedReport;
 use crate::clock::instant;
 use crate::net::PeerId;

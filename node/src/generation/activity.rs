@@ -1,10 +1,11 @@
 //! What generating comes to, for whoever looks: requests under way, tokens, and where experts were.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use inference::experts::ServedFrom;
+use protocol::ModelId;
 use serde_json::{Value, json};
 
 use super::tally::Whereabouts;
@@ -20,8 +21,6 @@ pub(crate) struct Activity(Mutex<Counts>);
 /// Since the start, unless it says otherwise.
 #[derive(Debug, Default)]
 pub(crate) struct Counts {
-    /// Requests that are being answered now.
-    pub(crate) active: usize,
     pub(crate) answers: u64,
     pub(crate) failed: u64,
     /// Requests of clients that went away.
@@ -35,9 +34,22 @@ pub(crate) struct Counts {
     /// Sum and number of those times.
     pub(crate) first_tokens: (Duration, u64),
     came: VecDeque<(Instant, u64)>,
-    /// By the place of each expert of the model that is loaded: uses since the events were last told, …
+    /// Of each model that is loaded.
+    models: BTreeMap<ModelId, ModelCounts>,
+}
+
+/// Of one model since it was loaded.
+#[derive(Debug, Default)]
+pub(crate) struct ModelCounts {
+    /// Requests that are being answered now.
+    pub(crate) active: usize,
+    /// When that number last changed.
+    pub(crate) used: Option<Instant>,
+    /// Bytes that keys and values take.
+    pub(crate) kv_bytes: u64,
+    /// By the place of each expert: uses since the events were last told, …
     fresh: Vec<u32>,
-    /// … uses since it was loaded, …
+    /// … all uses, …
     pub(crate) uses: Vec<u64>,
     /// … and whether it is in memory.
     pub(crate) in_memory: Vec<bool>,
@@ -50,17 +62,39 @@ impl Activity {
 }
 
 impl Counts {
-    /// Another model is loaded, with so many experts.
-    pub(super) fn begin_model(&mut self, experts: usize) {
-        self.fresh = vec![0; experts];
-        self.uses = vec![0; experts];
-        self.in_memory = vec![false; experts];
+    /// A model is loaded, with so many experts.
+    pub(super) fn begin_model(&mut self, model: ModelId, experts: usize) {
+        let used = Some(instant());
+        let counts =
+            ModelCounts { active: 0, used, kv_bytes: 0, fresh: vec![0; experts], uses: vec![0; experts], in_memory: vec![false; experts] };
+        self.models.insert(model, counts);
     }
 
-    pub(super) fn use_expert(&mut self, place: usize, source: ServedFrom) {
+    /// It is loaded no more.
+    pub(super) fn end_model(&mut self, model: ModelId) {
+        self.models.remove(&model);
+    }
+
+    /// What is counted of a model; nothing of one that is not loaded.
+    pub(crate) fn model(&mut self, model: ModelId) -> &mut ModelCounts {
+        self.models.entry(model).or_default()
+    }
+
+    /// Whether each expert of a model is in memory, by place; nothing of one that is not loaded.
+    pub(crate) fn in_memory(&self, model: ModelId) -> Vec<bool> {
+        self.models.get(&model).map_or_else(Vec::new, |counts| counts.in_memory.clone())
+    }
+
+    /// Requests that are being answered now.
+    pub(crate) fn active(&self) -> usize {
+        self.models.values().map(|counts| counts.active).sum()
+    }
+
+    pub(super) fn use_expert(&mut self, model: ModelId, place: usize, source: ServedFrom) {
         self.experts.add(source);
-        self.fresh[place] += 1;
-        self.uses[place] += 1;
+        let counts = self.model(model);
+        counts.fresh[place] += 1;
+        counts.uses[place] += 1;
     }
 
     pub(super) fn tokens_came(&mut self, tokens: u64) {
@@ -84,16 +118,16 @@ impl Counts {
         recent as f64 / WINDOW.as_secs_f64()
     }
 
-    /// Uses of experts that have not been told yet, by place; now they have.
-    pub(crate) fn take_fresh(&mut self) -> Vec<(usize, u32)> {
-        let used = self.fresh.iter_mut().enumerate().filter(|(_, uses)| **uses > 0);
+    /// Uses of experts of a model that have not been told yet, by place; now they have.
+    pub(crate) fn take_fresh(&mut self, model: ModelId) -> Vec<(usize, u32)> {
+        let used = self.model(model).fresh.iter_mut().enumerate().filter(|(_, uses)| **uses > 0);
         used.map(|(place, uses)| (place, std::mem::take(uses))).collect()
     }
 
     pub(crate) fn json(&self, waiting: usize) -> Value {
         let Whereabouts { ram, disk, remote, fetched } = self.experts;
         json!({
-            "active": self.active, "waiting": waiting, "answers": self.answers, "failed": self.failed, "tokens": self.tokens,
+            "active": self.active(), "waiting": waiting, "answers": self.answers, "failed": self.failed, "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_second(),
             "time_to_first_token_ms": self.first_token.map(|time| time.as_secs_f64() * 1e3),
             "experts": {"uses": self.experts.all(), "ram": ram, "disk": disk, "remote": remote, "fetched": fetched},

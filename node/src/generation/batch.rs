@@ -8,9 +8,10 @@ use inference::activation_log::ActivationLog;
 use inference::engine::{Engine, Piece, Want};
 use inference::generate::{Answer, GenerateError, GenerateRequest, StopReason};
 use inference::session::Session;
+use protocol::ModelId;
 
 use super::tally::{Tally, uses};
-use super::{Done, Event, Job, Shared, Stopped, TOGETHER_MAX, TOGETHER_OF_ONE_MAX};
+use super::{Done, Event, Job, Shared, Stopped, TOGETHER_MAX};
 use crate::clock::instant;
 use crate::failure::{Failure, Kind};
 use crate::loading::Loaded;
@@ -29,12 +30,13 @@ const SAME_TOKENS_MIN: usize = 16;
 const MAP_PAUSE: Duration = Duration::from_millis(250);
 
 /// Requests under way with one model.
-pub(super) struct Batch<'a> {
-    loaded: &'a mut Loaded,
-    text: &'a ModelText,
-    shared: &'a Arc<Shared>,
+pub(super) struct Batch {
+    model: ModelId,
+    loaded: Loaded,
+    text: Arc<ModelText>,
+    shared: Arc<Shared>,
     places: Places,
-    active: Vec<Active<'a>>,
+    active: Vec<Active>,
     /// Sequences whose answers are complete, the oldest first: the next request often goes on from there.
     kept: VecDeque<Kept>,
     /// Bytes of keys and values that there may be.
@@ -50,9 +52,9 @@ pub(super) struct Batch<'a> {
 }
 
 /// A request under way.
-struct Active<'a> {
+struct Active {
     job: Job,
-    answer: Answer<'a>,
+    answer: Answer,
     session: Session,
     /// Bytes that are set aside for it.
     bytes: u64,
@@ -80,19 +82,34 @@ struct Kept {
     tokens: Vec<u32>,
 }
 
-impl<'a> Batch<'a> {
-    pub(super) fn new(loaded: &'a mut Loaded, text: &'a ModelText, shared: &'a Arc<Shared>) -> Self {
+impl Batch {
+    pub(super) fn new(model: ModelId, mut loaded: Loaded, shared: Arc<Shared>) -> Self {
+        let text = Arc::clone(&loaded.text);
         let engine = &mut loaded.engine;
         let decoder = engine.model().decoder();
         let places = Places::of(decoder);
         let rows = engine.options().batch_tokens.max(TOGETHER_MAX);
         engine.log = Some(ActivationLog::new(rows * decoder.layers() as usize));
-        shared.activity.lock().begin_model(places.count());
+        shared.activity.lock().begin_model(model, places.count());
         let room = engine.session_bytes(engine.options().kv_tokens.max(engine.context()));
         let piece = PIECE_TOKENS.min(engine.options().batch_tokens);
         let wrong = loaded.shared_report().lock().wrong_peers();
         let helpers = loaded.helpers();
-        Self { loaded, text, shared, places, active: Vec::new(), kept: VecDeque::new(), room, piece, turn: 0, wrong, helpers, mapped: None }
+        Self {
+            model,
+            loaded,
+            text,
+            shared,
+            places,
+            active: Vec::new(),
+            kept: VecDeque::new(),
+            room,
+            piece,
+            turn: 0,
+            wrong,
+            helpers,
+            mapped: None,
+        }
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -104,9 +121,18 @@ impl<'a> Batch<'a> {
         self.places.count()
     }
 
-    /// Whether a user may have another request taken up now.
-    pub(super) fn admits(&self, user: &str) -> bool {
-        self.active.iter().filter(|active| active.job.user == user).count() < TOGETHER_OF_ONE_MAX
+    /// Requests of a user that are under way.
+    pub(super) fn active_of(&self, user: &str) -> usize {
+        self.active.iter().filter(|active| active.job.user == user).count()
+    }
+
+    /// Bytes of keys and values that may still be taken.
+    pub(super) fn reserved(&self) -> u64 {
+        self.room.saturating_sub(self.sessions().map(Session::bytes).sum())
+    }
+
+    fn sessions(&self) -> impl Iterator<Item = &Session> {
+        self.active.iter().map(|active| &active.session).chain(self.kept.iter().map(|kept| &kept.session))
     }
 
     /// Whether a request can be taken up now.
@@ -277,8 +303,8 @@ impl<'a> Batch<'a> {
     /// Says for whom the next pass is: what it waits for is given up when they have all gone, or must end.
     fn work_for(&self, requests: &[usize]) {
         let events: Vec<_> = requests.iter().map(|&request| self.active[request].job.events.clone()).collect();
-        let shared = Arc::clone(self.shared);
-        self.loaded.interest.set(move || events.iter().any(|events| !events.is_closed()) && !shared.must_stop());
+        let shared = Arc::clone(&self.shared);
+        self.loaded.waiters.set(move || events.iter().any(|events| !events.is_closed()) && !shared.must_stop());
     }
 
     fn pass(&mut self, rows: &[usize]) -> Result<(), GenerateError> {
@@ -309,12 +335,14 @@ impl<'a> Batch<'a> {
     /// Counts the experts that the last pass used, for the requests whose rows it had; a prompt's piece has all rows of one.
     fn count_uses(&mut self, requests: &[usize]) {
         let Some(mut log) = self.loaded.engine.log.take() else { return };
-        let mut counts = self.shared.activity.lock();
+        let shared = Arc::clone(&self.shared);
+        let mut counts = shared.activity.lock();
         let mut came = false;
+        let model = self.model;
         uses(&log, &self.places, self.loaded.engine.experts(), |row, place, source| {
             let request = if requests.len() == 1 { requests[0] } else { requests[row] };
             self.active[request].tally.add(place, source);
-            counts.use_expert(place, source);
+            counts.use_expert(model, place, source);
             came |= !source.is_here();
         });
         log.clear();
@@ -336,20 +364,26 @@ impl<'a> Batch<'a> {
         let mut counts = self.shared.activity.lock();
         let (ended, active) = std::mem::take(&mut self.active).into_iter().partition(|active| active.state != Course::GoesOn);
         self.active = active;
-        for active in Vec::<Active<'_>>::into_iter(ended) {
+        for active in Vec::<Active>::into_iter(ended) {
             let Course::Ended(reason) = active.state else {
-                counts.failed += 1;
+                // Who goes away during a pass is found out when there is something to tell.
+                let count = if active.job.events.is_closed() { &mut counts.abandoned } else { &mut counts.failed };
+                *count += 1;
                 continue;
             };
             counts.answers += 1;
             counts.bytes_fetched += active.tally.first.fetched * one;
             self.kept.push_back(active.done(reason, one));
         }
-        counts.active = self.active.len();
+        drop(counts);
+        self.count_active();
     }
 
     fn count_active(&self) {
-        self.shared.activity.lock().active = self.active.len();
+        let kv_bytes = self.sessions().map(Session::bytes).sum();
+        let mut counts = self.shared.activity.lock();
+        let of = counts.model(self.model);
+        (of.active, of.used, of.kv_bytes) = (self.active.len(), Some(instant()), kv_bytes);
     }
 
     /// Notes which experts are in memory, now and then.
@@ -360,14 +394,16 @@ impl<'a> Batch<'a> {
         self.mapped = Some(instant());
         let experts = self.loaded.engine.experts();
         let mut counts = self.shared.activity.lock();
-        (0..self.places.count()).for_each(|place| counts.in_memory[place] = experts.is_in_memory(place));
+        let in_memory = &mut counts.model(self.model).in_memory;
+        (0..self.places.count()).for_each(|place| in_memory[place] = experts.is_in_memory(place));
     }
 }
 
-impl Drop for Batch<'_> {
+impl Drop for Batch {
     /// Whatever ends a batch, nobody waits for it in vain.
     fn drop(&mut self) {
         self.fail_all(&Stopped::Failed(Failure::new(Kind::Other, "the answer ended by a fault of this node; its log says more")));
+        self.shared.activity.lock().end_model(self.model);
     }
 }
 
@@ -376,7 +412,7 @@ fn same_tokens(kept: &Kept, prompt: &[u32]) -> usize {
     kept.tokens.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count()
 }
 
-impl Active<'_> {
+impl Active {
     fn wants_prompt(&self) -> bool {
         self.state == Course::GoesOn && self.pending.is_none()
     }

@@ -7,12 +7,14 @@ mod queue;
 mod tally;
 mod worker;
 
+use std::collections::HashMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use inference::engine::{EngineOptions, LOGITS_TOKENS};
 use inference::generate::{GenerateRequest, Step, StopReason};
+use inference::machine::Machine;
 use protocol::{ModelId, ModelManifest};
 use tokio::sync::{mpsc, watch};
 
@@ -43,14 +45,19 @@ const STOP_PATIENCE: Duration = Duration::from_secs(8);
 pub(crate) struct GenerationOptions {
     /// How one works, by the model.
     pub(crate) engine: Box<dyn Fn(&ModelManifest) -> EngineOptions + Send>,
-    /// Most memory that it may take, in bytes; asked each time that a model is loaded.
-    pub(crate) memory_max: Box<dyn Fn() -> u64 + Send>,
+    /// Most memory that all of them may take, with everything else in this process, in bytes.
+    pub(crate) memory_max: u64,
+    /// How long a model that has nothing to do stays in memory; for ever, if memory suffices, where nothing is said.
+    pub(crate) keep_alive: Option<Duration>,
+    /// Whether experts run for peers, too, and stay in memory for that when no model is here.
+    pub(crate) executes: bool,
 }
 
 /// A handle on the thread that generates.
 #[derive(Clone)]
 pub(crate) struct Generation {
     shared: Arc<Shared>,
+    machine: Machine,
     thread: Arc<Mutex<Option<JoinHandle<()>>>>,
 }
 
@@ -58,7 +65,7 @@ pub(crate) struct Generation {
 struct Shared {
     state: Mutex<State>,
     news: Condvar,
-    model: watch::Sender<ModelState>,
+    models: watch::Sender<Models>,
     activity: Activity,
 }
 
@@ -84,6 +91,8 @@ enum Task {
     Load(Weak<()>),
     /// The model is to be loaded, whether or not somebody waits.
     LoadFirst,
+    /// The model is to go once what is under way has ended.
+    Unload,
 }
 
 /// A request on its way.
@@ -120,13 +129,24 @@ pub(crate) struct Done {
     pub(crate) decode: Duration,
 }
 
-/// The model that is loaded.
+/// The models that are in memory.
+#[derive(Clone, Debug)]
+pub(crate) struct Models {
+    /// The one that was asked for last.
+    pub(crate) current: ModelState,
+    /// All that are ready.
+    pub(crate) ready: Vec<Arc<ReadyModel>>,
+    /// Those that could not be loaded when they were last asked for.
+    failed: HashMap<ModelId, Failure>,
+}
+
+/// How far a model is.
 #[derive(Clone, Debug)]
 pub(crate) enum ModelState {
     None,
     Loading(LocalModel),
     Ready(Arc<ReadyModel>),
-    Failed(ModelId, Failure),
+    Failed,
 }
 
 /// A model that answers.
@@ -136,6 +156,8 @@ pub(crate) struct ReadyModel {
     pub(crate) text: Arc<ModelText>,
     /// Longest sequence, in tokens.
     pub(crate) context: usize,
+    /// Bytes of its working memory.
+    pub(crate) work_bytes: u64,
 }
 
 /// Why a request is not answered.
@@ -151,7 +173,13 @@ pub(crate) enum Stopped {
 
 impl Generation {
     /// Starts the thread. The model of `first`, if there is one, is loaded at once.
-    pub(crate) fn start(open: Arc<OpenDataDir>, federation: Federation, options: GenerationOptions, first: Option<LocalModel>) -> Self {
+    pub(crate) fn start(
+        open: Arc<OpenDataDir>,
+        federation: Federation,
+        machine: Machine,
+        options: GenerationOptions,
+        first: Option<LocalModel>,
+    ) -> Self {
         let mut queue = FairQueue::new(QUEUE_MAX, QUEUE_OF_ONE_MAX);
         let state = first.clone().map_or(ModelState::None, ModelState::Loading);
         if let Some(found) = first {
@@ -162,17 +190,33 @@ impl Generation {
         let shared = Arc::new(Shared {
             state: Mutex::new(State { queue, stopping: None, loading: Some(loading) }),
             news: Condvar::new(),
-            model: watch::Sender::new(state),
+            models: watch::Sender::new(Models { current: state, ready: Vec::new(), failed: HashMap::new() }),
             activity: Activity::default(),
         });
-        let worker = worker::Worker { shared: Arc::clone(&shared), open, federation, options };
+        let worker =
+            worker::Worker { shared: Arc::clone(&shared), open, federation, options, machine: machine.clone(), residents: Vec::new() };
         let thread = threads::watched("generation", move || worker.work());
-        Self { shared, thread: Arc::new(Mutex::new(Some(thread))) }
+        Self { shared, machine, thread: Arc::new(Mutex::new(Some(thread))) }
     }
 
-    /// The model that is loaded or about to be.
+    /// The model that was asked for last: it is loaded or about to be.
     pub(crate) fn model(&self) -> ModelState {
-        self.shared.model.borrow().clone()
+        self.shared.models.borrow().current.clone()
+    }
+
+    /// What they run on.
+    pub(crate) fn machine(&self) -> &Machine {
+        &self.machine
+    }
+
+    /// All models that are loaded.
+    pub(crate) fn models(&self) -> Vec<Arc<ReadyModel>> {
+        self.shared.models.borrow().ready.clone()
+    }
+
+    /// Lets a model go once what is under way with it has ended.
+    pub(crate) fn unload(&self, found: &LocalModel, user: &str) -> Result<(), Stopped> {
+        self.push(user, Item { found: found.clone(), task: Task::Unload })
     }
 
     pub(crate) fn activity(&self) -> &Activity {
@@ -187,20 +231,21 @@ impl Generation {
 
     /// Has a model loaded, if it is not; waits for that as long as `patience`.
     pub(crate) async fn ready(&self, found: &LocalModel, user: &str, patience: Duration) -> Result<Arc<ReadyModel>, Stopped> {
-        let mut states = self.shared.model.subscribe();
-        if let ModelState::Ready(model) = &*states.borrow()
-            && model.found.id == found.id
-        {
+        let mut states = self.shared.models.subscribe();
+        let is_it = |model: &&Arc<ReadyModel>| model.found.id == found.id;
+        if let Some(model) = states.borrow().ready.iter().find(is_it) {
             return Ok(Arc::clone(model));
         }
         let waits = Arc::new(());
         self.push(user, Item { found: found.clone(), task: Task::Load(Arc::downgrade(&waits)) })?;
         let loaded = async {
             while states.changed().await.is_ok() {
-                match &*states.borrow_and_update() {
-                    ModelState::Ready(model) if model.found.id == found.id => return Ok(Arc::clone(model)),
-                    ModelState::Failed(id, failure) if *id == found.id => return Err(Stopped::Failed(failure.clone())),
-                    _ => {}
+                let models = states.borrow_and_update();
+                if let Some(model) = models.ready.iter().find(is_it) {
+                    return Ok(Arc::clone(model));
+                }
+                if let Some(failure) = models.failed.get(&found.id) {
+                    return Err(Stopped::Failed(failure.clone()));
                 }
             }
             Err(Stopped::Stopping)
@@ -266,18 +311,51 @@ impl Shared {
         self.lock().queue.pop(may)
     }
 
-    /// Waits for what is next; returns nothing once the node is to stop.
-    fn wait(&self) -> Option<Item> {
-        let mut state = self.lock();
-        loop {
-            if state.stopping.is_some() {
-                return None;
+    /// Waits for what is next, so long at most; returns nothing then, and once the node is to stop.
+    fn wait(&self, most: Option<Duration>) -> Option<Item> {
+        let idle = |state: &mut State| state.stopping.is_none() && state.queue.len() == 0;
+        let state = self.lock();
+        let mut state = match most {
+            Some(most) => self.news.wait_timeout_while(state, most, idle).unwrap_or_else(PoisonError::into_inner).0,
+            None => self.news.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner),
+        };
+        if state.stopping.is_some() { None } else { state.queue.pop(|_| true) }
+    }
+
+    /// A model is being loaded.
+    fn tell_loading(&self, found: &LocalModel) {
+        self.models.send_modify(|models| {
+            models.failed.remove(&found.id);
+            models.current = ModelState::Loading(found.clone());
+        });
+    }
+
+    /// A model could not be loaded, or broke down.
+    fn tell_failed(&self, id: ModelId, failure: Failure) {
+        self.models.send_modify(|models| {
+            models.failed.insert(id, failure);
+            models.current = ModelState::Failed;
+        });
+    }
+
+    /// A model is ready; `ready` are all that are.
+    fn tell_ready(&self, ready: Vec<Arc<ReadyModel>>, current: Arc<ReadyModel>) {
+        self.models.send_modify(|models| {
+            models.current = ModelState::Ready(current);
+            models.ready = ready;
+        });
+    }
+
+    /// Others are ready than before.
+    fn tell_models(&self, ready: Vec<Arc<ReadyModel>>) {
+        self.models.send_modify(|models| {
+            if let ModelState::Ready(current) = &models.current
+                && !ready.iter().any(|model| Arc::ptr_eq(model, current))
+            {
+                models.current = ready.last().map_or(ModelState::None, |model| ModelState::Ready(Arc::clone(model)));
             }
-            if let Some(item) = state.queue.pop(|_| true) {
-                return Some(item);
-            }
-            state = self.news.wait(state).unwrap_or_else(PoisonError::into_inner);
-        }
+            models.ready = ready;
+        });
     }
 
     fn is_stopping(&self) -> bool {
@@ -296,7 +374,7 @@ impl Item {
         match &self.task {
             Task::Answer(job) => job.events.is_closed(),
             Task::Load(waits) => waits.strong_count() == 0,
-            Task::LoadFirst => false,
+            Task::LoadFirst | Task::Unload => false,
         }
     }
 

@@ -3,14 +3,14 @@
 //! One thread computes, whoever asks; a request waits in a short queue or is told that the node is busy. Streams of several peers take
 //! turns, since each has one request under way.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use inference::aligned::AlignedBytes;
 use inference::expert::Expert;
+use inference::expert_memory::ExpertMemory;
 use inference::expert_runner::ExpertRunner;
 use inference::kernels::Kernels;
 use libp2p::{PeerId, Stream, StreamProtocol};
@@ -62,8 +62,10 @@ pub(crate) struct ExecutorOptions {
     pub(crate) works_for: AllowedPeers,
     pub(crate) threads: usize,
     pub(crate) kernels: &'static Kernels,
-    /// Bytes of experts that stay in memory.
-    pub(crate) bytes_max: Arc<AtomicU64>,
+    /// Where experts stay.
+    pub(crate) memory: ExpertMemory,
+    /// Bytes that all may take.
+    pub(crate) bytes_max: u64,
 }
 
 struct Work {
@@ -85,8 +87,8 @@ pub(crate) fn start(library: Arc<Library>, options: ExecutorOptions, network: &N
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
     let (queue, work) = std_mpsc::sync_channel(QUEUE_MAX);
     let works_for = options.works_for.clone();
-    let under_way = (options.bytes_max.load(Ordering::Relaxed) / 4).min(UNDER_WAY_BYTES_MAX as u64) as usize;
-    let experts = Arc::new(HotExperts::new(library, Arc::clone(&options.bytes_max)));
+    let under_way = (options.bytes_max / 4).min(UNDER_WAY_BYTES_MAX as u64) as usize;
+    let experts = Arc::new(HotExperts::new(library, options.memory.clone()));
     let (foretold, ahead) = std_mpsc::sync_channel(FORETOLD_MAX);
     let reading = Arc::clone(&experts);
     threads::start("executor-reader", ahead, move || {
@@ -255,28 +257,19 @@ impl Worker {
     }
 }
 
-/// Experts in memory, the least recently used forgotten first; others come from the store.
+/// Experts in memory, which the models that are loaded share; others come from the store.
 struct HotExperts {
     library: Arc<Library>,
-    bytes_max: Arc<AtomicU64>,
-    hot: Mutex<Hot>,
+    memory: ExpertMemory,
+    /// Being read: whoever wants one of these waits for it.
+    reading: Mutex<HashSet<ContentHash>>,
     /// Told whenever a read has ended.
     read: Condvar,
 }
 
-#[derive(Default)]
-struct Hot {
-    bytes: u64,
-    uses: u64,
-    experts: HashMap<ContentHash, (Arc<Expert>, u64)>,
-    by_use: BTreeMap<u64, ContentHash>,
-    /// Being read: whoever wants one of these waits for it.
-    reading: HashSet<ContentHash>,
-}
-
 impl HotExperts {
-    fn new(library: Arc<Library>, bytes_max: Arc<AtomicU64>) -> Self {
-        Self { library, bytes_max, hot: Mutex::default(), read: Condvar::new() }
+    fn new(library: Arc<Library>, memory: ExpertMemory) -> Self {
+        Self { library, memory, reading: Mutex::default(), read: Condvar::new() }
     }
 
     /// An expert of a model that is here, if the store has it. What else has that hash, a trunk's table say, is not looked at.
@@ -284,21 +277,20 @@ impl HotExperts {
         if !self.library.has_expert(&hash) {
             return None;
         }
-        let lock = || self.hot.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut hot = self.read.wait_while(lock(), |hot| hot.reading.contains(&hash)).unwrap_or_else(PoisonError::into_inner);
-        if let Some(expert) = hot.get(hash) {
+        let reading = self.reading.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut reading = self.read.wait_while(reading, |reading| reading.contains(&hash)).unwrap_or_else(PoisonError::into_inner);
+        if let Some(expert) = self.memory.lock().find_expert(&hash) {
             return Some(expert);
         }
         let store = &self.library.open.store;
-        let bytes = store.length(&hash)?;
+        let length = store.length(&hash)? as usize;
+        reading.insert(hash);
+        drop(reading);
+        let _done = ReadEnds { experts: self, hash };
         // Before it is read: memory for two experts where there is room for one is too much.
-        hot.make_room(bytes, self.bytes_max.load(Ordering::Relaxed));
-        hot.bytes += bytes;
-        hot.reading.insert(hash);
-        drop(hot);
-        let _done = ReadEnds { experts: self, hash, bytes };
-        let expert = Arc::new(load(store, hash)?);
-        lock().insert(hash, Arc::clone(&expert), bytes);
+        let buffer = self.memory.lock().buffer(length);
+        let expert = Arc::new(load_into(store, hash, buffer)?);
+        self.memory.lock().insert_new(hash, Arc::clone(&expert));
         Some(expert)
     }
 }
@@ -307,51 +299,24 @@ impl HotExperts {
 struct ReadEnds<'a> {
     experts: &'a HotExperts,
     hash: ContentHash,
-    bytes: u64,
 }
 
 impl Drop for ReadEnds<'_> {
     fn drop(&mut self) {
-        let mut hot = self.experts.hot.lock().unwrap_or_else(PoisonError::into_inner);
-        hot.bytes -= self.bytes;
-        hot.reading.remove(&self.hash);
-        drop(hot);
+        self.experts.reading.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.hash);
         self.experts.read.notify_all();
-    }
-}
-
-impl Hot {
-    fn get(&mut self, hash: ContentHash) -> Option<Arc<Expert>> {
-        let (expert, used) = self.experts.get_mut(&hash)?;
-        self.uses += 1;
-        self.by_use.remove(used);
-        *used = self.uses;
-        self.by_use.insert(self.uses, hash);
-        Some(Arc::clone(expert))
-    }
-
-    fn insert(&mut self, hash: ContentHash, expert: Arc<Expert>, bytes: u64) {
-        self.uses += 1;
-        self.bytes += bytes;
-        self.experts.insert(hash, (expert, self.uses));
-        self.by_use.insert(self.uses, hash);
-    }
-
-    /// Forgets what was used longest ago until there is room for so many more bytes, or nothing is left.
-    fn make_room(&mut self, bytes: u64, bytes_max: u64) {
-        while self.bytes + bytes > bytes_max {
-            let Some((_, oldest)) = self.by_use.pop_first() else { break };
-            if let Some((gone, _)) = self.experts.remove(&oldest) {
-                self.bytes -= gone.bytes();
-            }
-        }
     }
 }
 
 /// Reads and verifies an expert of any shape from the store.
 pub(crate) fn load(store: &BlobStore, hash: ContentHash) -> Option<Expert> {
     let length = store.length(&hash)? as usize;
-    let mut bytes = AlignedBytes::zeroed(length);
+    load_into(store, hash, AlignedBytes::zeroed(length))
+}
+
+/// The same, into memory of its length.
+fn load_into(store: &BlobStore, hash: ContentHash, mut bytes: AlignedBytes) -> Option<Expert> {
+    let length = bytes.len();
     match store.read_pages(&hash, bytes.whole_pages(), length, now_ms()) {
         Ok(true) => {}
         Ok(false) => return None,

@@ -1,6 +1,6 @@
 //! Gets blobs from whichever peers have them: drives `protocol::exchange` with links, threads and a clock.
 //!
-//! What is asked of whom is decided there, when to give up in `hope`; here it is done, call by call.
+//! What is asked of whom is decided there, when to give up in `give_up`; here it is done, call by call.
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::fmt;
@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
 use libp2p::PeerId;
-use protocol::exchange::{Action, Downloads, Event, Urgency};
+use protocol::exchange::{Action, Downloads, Event};
 use protocol::group_hashes::group_count;
 use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ModelManifest};
@@ -20,10 +20,11 @@ use tracing::{debug, warn};
 
 use crate::clock::now_ms;
 use crate::failure::{Failure, Kind};
-use crate::net::assembly::{Assembly, Done, Sink, WORK_MAX, Work, start_verifiers};
+use crate::net::assembly::{Assembly, Done, WORK_MAX, Work, start_verifiers};
 use crate::net::link::{Heard, Link, What};
 use crate::net::network::Network;
 use crate::net::progress::{Listed, Progress, Transfer};
+use crate::net::wanted::Wanted;
 
 const HEARD_MAX: usize = 16;
 const PREPARED_MAX: usize = 64;
@@ -44,19 +45,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(2);
 pub(super) const BREAKS_MAX: u32 = 8;
 /// Of no blob that is wanted.
 const NO_SERIAL: u64 = 0;
-
-/// What to fetch.
-#[derive(Clone, Debug)]
-pub(crate) enum Wanted {
-    /// A blob that fits into memory, and for which somebody waits.
-    Blob(BlobRef),
-    /// The same, but its length is what somebody said.
-    ToldBlob(BlobRef),
-    /// The same as the first, but nobody waits.
-    SpareBlob(BlobRef),
-    /// A blob that goes straight to the store.
-    StoredBlob(BlobRef, Arc<Sink>),
-}
 
 /// A thing that came, and from whom.
 #[derive(Debug)]
@@ -163,22 +151,6 @@ enum Next {
     PeersChanged,
     Taken,
     NetworkEnded,
-}
-
-impl Wanted {
-    pub(super) fn blob(&self) -> BlobRef {
-        match self {
-            Self::Blob(blob) | Self::ToldBlob(blob) | Self::SpareBlob(blob) | Self::StoredBlob(blob, _) => *blob,
-        }
-    }
-
-    fn urgency(&self) -> Urgency {
-        match self {
-            Self::Blob(_) | Self::ToldBlob(_) => Urgency::Now,
-            Self::SpareBlob(_) => Urgency::Soon,
-            Self::StoredBlob(..) => Urgency::Rest,
-        }
-    }
 }
 
 impl Fetcher {

@@ -6,26 +6,19 @@ use std::collections::{HashMap, HashSet};
 use std::time::Duration;
 
 use libp2p::gossipsub::{
-    ConfigBuilder, Event, IdentTopic, IdentityTransform, MessageAcceptance, MessageAuthenticity, MessageId, PeerScoreParams,
-    PeerScoreThresholds, PublishError, TopicHash, TopicScoreParams, ValidationMode, WhitelistSubscriptionFilter,
+    ConfigBuilder, IdentTopic, IdentityTransform, MessageAuthenticity, MessageId, PeerScoreParams, PeerScoreThresholds, TopicHash,
+    TopicScoreParams, ValidationMode, WhitelistSubscriptionFilter,
 };
 use protocol::ContentHash;
-use tokio::time::Instant;
-use tracing::{debug, warn};
 
-use super::address::node_id;
-use super::swarm::SwarmTask;
-use crate::clock::now_ms;
 use crate::records::RecordKind;
 
 /// Most bytes of a message: a head of a profile and some wrapping are a sixth of it.
 const MESSAGE_BYTES_MAX: usize = 64 << 10;
-/// Who sends more than his allowance is not listened to for this long.
-const NOISY_FOR: Duration = Duration::from_secs(60);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// A forgery costs ten times its square: at the seventh, nothing more is read of its sender.
 const FORGERY_WEIGHT: f64 = -10.0;
-const GRAYLIST: f64 = -400.0;
+pub(super) const GRAYLIST: f64 = -400.0;
 /// Half of a penalty is forgiven in so many heartbeats.
 const FORGERY_DECAY: f64 = 0.99;
 
@@ -33,7 +26,7 @@ const FORGERY_DECAY: f64 = 0.99;
 pub(super) type Behaviour = libp2p::gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>;
 
 /// The topic of a kind of record.
-fn topic(kind: RecordKind) -> IdentTopic {
+pub(super) fn topic(kind: RecordKind) -> IdentTopic {
     IdentTopic::new(match kind {
         RecordKind::Profile => "/confrere/gossip/profile/1",
         RecordKind::Attestation => "/confrere/gossip/attestation/1",
@@ -41,7 +34,7 @@ fn topic(kind: RecordKind) -> IdentTopic {
     })
 }
 
-fn kind(hash: &TopicHash) -> Option<RecordKind> {
+pub(super) fn kind(hash: &TopicHash) -> Option<RecordKind> {
     RecordKind::ALL.into_iter().find(|kind| topic(*kind).hash() == *hash)
 }
 
@@ -97,64 +90,4 @@ pub(super) fn behaviour() -> Result<Behaviour, std::io::Error> {
         behaviour.subscribe(&topic(kind)).map_err(std::io::Error::other)?;
     }
     Ok(behaviour)
-}
-
-impl SwarmTask {
-    pub(super) fn on_gossip(&mut self, event: Event) {
-        let Event::Message { propagation_source, message_id, message } = event else { return };
-        let (records, Some(gossip)) = (&self.records, self.swarm.behaviour_mut().gossip.as_mut()) else { return };
-        let sender = node_id(propagation_source).zip(kind(&message.topic));
-        let length = message.data.len() as u64;
-        if sender.is_some_and(|(sender, _)| !records.lock().is_within_allowance(now_ms(), sender)) {
-            // This one is judged all the same: it may be an honest record, of which no other copy is looked at.
-            debug!(peer = %propagation_source, "sends too much");
-            gossip.set_application_score(&propagation_source, 2.0 * GRAYLIST);
-            self.noisy.insert(propagation_source, Instant::now() + NOISY_FOR);
-        }
-        let acceptance = match sender.map(|(_, kind)| records.lock().take(now_ms(), kind, message.data)) {
-            Some(Ok(())) => {
-                records.lock().counts.bytes_out += length * gossip.all_mesh_peers().count().saturating_sub(1) as u64;
-                MessageAcceptance::Accept
-            }
-            Some(Err(refused)) if refused.is_forgery() => {
-                debug!(peer = %propagation_source, %refused, "a forged record");
-                MessageAcceptance::Reject
-            }
-            Some(Err(refused)) => {
-                debug!(peer = %propagation_source, %refused, "a record is ignored");
-                MessageAcceptance::Ignore
-            }
-            None => MessageAcceptance::Reject,
-        };
-        gossip.report_message_validation_result(&message_id, &propagation_source, acceptance);
-    }
-
-    /// Listens again to those who had sent too much.
-    pub(super) fn forgive_noisy(&mut self, now: Instant) {
-        let over: Vec<_> = self.noisy.iter().filter(|(_, until)| **until <= now).map(|(peer, _)| *peer).collect();
-        for peer in over {
-            self.noisy.remove(&peer);
-            if let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() {
-                gossip.set_application_score(&peer, 0.0);
-            }
-        }
-    }
-
-    /// Tells a record of this node's own; says whether anybody was there to hear it.
-    pub(super) fn tell_record(&mut self, of: RecordKind, bytes: Vec<u8>) -> bool {
-        let Some(gossip) = self.swarm.behaviour_mut().gossip.as_mut() else { return true };
-        let (length, peers) = (bytes.len() as u64, gossip.all_mesh_peers().count() as u64);
-        match gossip.publish(topic(of), bytes) {
-            Ok(_) => {
-                self.records.lock().counts.bytes_out += length * peers;
-                true
-            }
-            Err(PublishError::NoPeersSubscribedToTopic | PublishError::AllQueuesFull(_)) => false,
-            Err(PublishError::Duplicate) => true,
-            Err(error) => {
-                warn!(%error, "a record is not told");
-                true
-            }
-        }
-    }
 }

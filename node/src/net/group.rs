@@ -6,7 +6,7 @@ use std::path::Path;
 use libp2p::pnet::PreSharedKey;
 use store::disk::read_file;
 
-use crate::data_dir::io_failure;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::secret_file;
 

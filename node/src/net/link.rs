@@ -14,8 +14,8 @@ use tokio::task::JoinHandle;
 use tracing::debug;
 
 pub(crate) use super::assembly::Sink;
-pub(crate) use super::fetcher::Wanted;
 use super::stream;
+pub(crate) use super::wanted::Wanted;
 
 /// Messages that wait to be written: all requests that a peer takes, and as many that take them back.
 const TO_PEER_MAX: usize = 4096;

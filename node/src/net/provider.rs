@@ -1,76 +1,28 @@
 //! What a node offers, and the small things of it: manifests, the list of models, its status. Blobs are served by `upload`.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream};
 use protocol::message::{Answer, FETCH_PROTOCOL, RANGE_BYTES_MAX, REQUEST_BYTES, Request, STREAM_ACK, Subject};
-use protocol::{ContentHash, ModelId, ModelManifest};
-use store::BlobStore;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::clock::instant;
 use crate::failure::{Failure, Kind};
 use crate::net::network::Network;
-use crate::net::status::OwnStatus;
 use crate::net::stream_slots::{SlotLimits, StreamSlot, StreamSlots};
 use crate::net::upload;
-use crate::records::TOLD_BYTES_MAX;
 
 /// Streams of fetches, and as many of exchanges.
 pub(super) const STREAMS: SlotLimits = SlotLimits { strangers: 224, friends: 32, of_one: 8 };
 /// Who opens a stream wants something.
 const FIRST_TIMEOUT: Duration = Duration::from_secs(10);
 const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
-/// How old the records may be that are told.
-const TOLD_FOR: Duration = Duration::from_secs(1);
 /// For one answer of at most [`RANGE_BYTES_MAX`]: a peer that reads more slowly than this is let go.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// What a node offers.
-pub(crate) struct Provider {
-    pub(super) store: Arc<BlobStore>,
-    own_status: OwnStatus,
-    /// The records, and when they were put together.
-    told: Mutex<Option<(Instant, Arc<Vec<u8>>)>>,
-    /// The blobs of each model that somebody has asked about.
-    blobs: Mutex<HashMap<ModelId, Arc<Vec<ContentHash>>>>,
-}
-
-impl Provider {
-    /// Offers the models of a library and the blobs of its store.
-    pub(crate) fn new(own_status: OwnStatus) -> Self {
-        Self { store: Arc::clone(&own_status.library.open.store), own_status, told: Mutex::default(), blobs: Mutex::default() }
-    }
-
-    /// The records that are held, as they were a moment ago: putting them together takes time that others wait for.
-    fn records(&self) -> Arc<Vec<u8>> {
-        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*told {
-            Some((at, bytes)) if at.elapsed() < TOLD_FOR => Arc::clone(bytes),
-            _ => {
-                let bytes = Arc::new(self.own_status.records.lock().to_bytes(TOLD_BYTES_MAX as usize));
-                *told = Some((instant(), Arc::clone(&bytes)));
-                bytes
-            }
-        }
-    }
-
-    /// The blobs of a model that is offered, in the order in which bitfields have them.
-    pub(super) fn blobs_of(&self, model: ModelId) -> Option<Arc<Vec<ContentHash>>> {
-        let mut known = self.blobs.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(blobs) = known.get(&model) {
-            return Some(Arc::clone(blobs));
-        }
-        let (manifest, _) = ModelManifest::open(model, self.own_status.library.envelope(model)?.to_vec()).ok()?;
-        let blobs = Arc::new(manifest.blobs().map(|blob| blob.hash).collect());
-        known.insert(model, Arc::clone(&blobs));
-        Some(blobs)
-    }
-}
+pub(crate) use super::offered::Provider;
 
 /// Accepts streams until the network ends. No more than `bytes_per_second_max` of blobs go out, if that is given.
 pub(crate) fn start(provider: Provider, network: &Network, bytes_per_second_max: Option<u64>) -> Result<(), Failure> {

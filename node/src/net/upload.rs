@@ -21,7 +21,7 @@ use tracing::{debug, warn};
 
 use crate::clock::now_ms;
 use crate::net::network::Peers;
-use crate::net::provider::Provider;
+use crate::net::offered::Provider;
 use crate::net::stream_slots::{StreamSlot, StreamSlots};
 
 const HAPPENED_MAX: usize = 256;

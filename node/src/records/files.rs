@@ -15,7 +15,8 @@ use store::RealDisk;
 use store::disk::{read_file, replace_file};
 
 use super::{RECORDS_BYTES_MAX, RecordKind, frames};
-use crate::data_dir::{DataDir, io_failure, keep_damaged};
+use crate::data_dir::{DataDir, keep_damaged};
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 
 const TRUST_BYTES_MAX: u64 = 4 << 20;

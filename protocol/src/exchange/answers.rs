@@ -2,8 +2,9 @@
 
 use super::Payload;
 use super::bitfield::Bitfield;
-use super::downloads::{Asked, BROKEN_CLAIMS_MAX, BUSY_MAX_MS, Downloads, cost_bytes};
+use super::downloads::{BROKEN_CLAIMS_MAX, BUSY_MAX_MS, Downloads, cost_bytes};
 use super::events::{Action, Fault};
+use super::peer_state::Asked;
 use super::wanted::Group;
 use super::wire::FromProvider;
 use crate::group_hashes::{GroupCheck, GroupHash, GroupHashes, group_length};

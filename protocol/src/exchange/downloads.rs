@@ -1,12 +1,12 @@
 //! The side that wants: its state, and the bookkeeping of what is asked of whom.
 //!
-//! `answers` takes in what peers say, `standing` finds out who is too slow, `picker` decides what is asked of whom next.
+//! `answers` takes in what peers say, `slow_peers` finds out who is too slow, `picker` decides what is asked of whom next.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::events::{Action, Counts, Event, Fault};
-use super::standing::Peer;
-use super::wanted::{Room, Wanted};
+use super::peer_state::{Asked, Peer};
+use super::wanted::{Place, Room, Wanted};
 use super::wire::ToProvider;
 use super::{Draws, Payload, Urgency};
 use crate::group_hashes::GroupHashes;
@@ -36,22 +36,10 @@ pub struct Downloads<P, B> {
     pub(super) counts: Counts,
 }
 
-/// A blob's place in the order: urgency, then begun or not, then rarity, then by lot, and its name.
-pub(super) type Place = (Urgency, bool, u32, u64, ContentHash);
-
 /// Small groups count as more than they are, so that a limit on bytes is one on requests, too.
 pub(super) fn cost_bytes(length: u64) -> u64 {
     const COST_BYTES_MIN: u64 = 64 << 10;
     length.max(COST_BYTES_MIN)
-}
-
-/// A group that a peer owes.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Asked {
-    pub(super) hash: ContentHash,
-    pub(super) group: u32,
-    pub(super) length: u64,
-    pub(super) second: bool, // another was asked before
 }
 
 impl<P: Copy + Ord, B: Payload> Downloads<P, B> {

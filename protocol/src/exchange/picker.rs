@@ -3,8 +3,10 @@
 //! All peers that have a blob draw from its missing groups, so a large one is split between them by their rates. When nothing is
 //! missing any more, the last groups that a much slower peer owes are asked of a second one.
 
-use super::downloads::{Asked, Downloads, Place};
+use super::downloads::Downloads;
 use super::events::Action;
+use super::peer_state::Asked;
+use super::wanted::Place;
 use super::wanted::{Group, Room};
 use super::wire::ToProvider;
 use super::{Payload, Urgency};

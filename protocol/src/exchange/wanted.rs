@@ -3,9 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::Urgency;
-use super::downloads::Place;
 use crate::group_hashes::{GroupHashes, group_count};
-use crate::hash::BlobRef;
+use crate::hash::{BlobRef, ContentHash};
+
+/// A blob's place in the order: urgency, then begun or not, then rarity, then by lot, and its name.
+pub(super) type Place = (Urgency, bool, u32, u64, ContentHash);
 
 /// Whether the driver has made room for a blob.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

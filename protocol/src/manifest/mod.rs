@@ -2,7 +2,7 @@
 //!
 //! The id is the hash of the manifest's bytes, so it depends on weights, shape, tokenizer, chat format and defaults,
 //! and on nothing else: not on names, paths, times, publishers or how a checkpoint was sharded. So that a model has one id, it is written
-//! in the oldest version that can say all of it: [2](v2), or [`VERSION`].
+//! in the oldest version that can say all of it: 2, or [`VERSION`].
 
 mod v2;
 

@@ -7,15 +7,13 @@ use std::collections::BTreeSet;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::probes::{PROBE_BYTES_MAX, PROBES_MAX, ProbeSet, ProbeSetError};
+pub use self::probes::{DOMAINS_MAX, PROBE_BYTES_MAX, PROBES_MAX, ProbeSet, ProbeSetError};
 use crate::hash::{ContentHash, ModelId};
 use crate::manifest::ExpertSlot;
 use crate::record::is_domain_name;
 
 /// Most bytes of an encoded body.
 pub const BODY_BYTES_MAX: usize = 8 << 20;
-/// Most domains of a body.
-pub const DOMAINS_MAX: usize = 16;
 /// Most experts that are named as used together with one.
 pub const COACTIVE_MAX: usize = 8;
 /// Gate mass is counted in parts of this.

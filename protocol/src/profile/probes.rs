@@ -2,9 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use super::DOMAINS_MAX;
 use crate::hash::ContentHash;
 use crate::record::is_domain_name;
+
+/// Most domains of a body.
+pub const DOMAINS_MAX: usize = 16;
 
 /// Most probes of a domain.
 pub const PROBES_MAX: usize = 4096;

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Record, RecordHead};
+use super::head::{Record, RecordHead};
 use crate::envelope::Domain;
 use crate::hash::ContentHash;
 use crate::identity::NodeId;

@@ -3,8 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::tally::{Outcome, Tally, score};
-use super::{Facet, RATER_MIN};
 use crate::identity::NodeId;
+use crate::record::Facet;
+
+/// Peers with at least this score, from what this node has seen itself, are listened to.
+pub const RATER_MIN: f64 = 0.5;
 
 /// Peers of whom observations are kept; of those beyond, the ones of whom least was seen are forgotten.
 pub const PEERS_MAX: usize = 4096;

@@ -6,14 +6,11 @@
 pub mod book;
 pub mod tally;
 
-pub use self::book::{Opinion, Ruling, TrustBook, Voice};
+pub use self::book::{Opinion, RATER_MIN, Ruling, TrustBook, Voice};
 pub use self::tally::{Outcome, Tally, score};
 pub use crate::record::Facet;
 
 /// A peer that runs this node's experts has at least this score, from what this node has seen itself.
 pub const EXECUTION_GATE: f64 = 0.7;
-/// Peers with at least this score, from what this node has seen itself, are listened to.
-pub const RATER_MIN: f64 = 0.5;
-
 #[cfg(test)]
 mod sim;

@@ -1,5 +1,5 @@
 //! Model families: what is special to each is one file, and nowhere else: which keys its configuration may have, what decoder they make, and
-//! how its checkpoints spell the names of tensors. A new family is a file here and a line in [`ALL`].
+//! how its checkpoints spell the names of tensors. A new family is a file here and a line in `ALL`.
 
 mod keys;
 mod mixtral;

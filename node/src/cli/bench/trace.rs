@@ -7,7 +7,7 @@ use inference::cache_policy::{PolicyKind, Trace, belady, simulate};
 use serde_json::json;
 
 use super::super::Context;
-use crate::data_dir::io_failure;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::output::{print_json, print_line};
 

@@ -10,7 +10,7 @@ use protocol::ContentHash;
 use serde_json::Value;
 
 use crate::clock::{check_interrupted, instant};
-use crate::data_dir::io_failure;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 
 /// Of the namespaces' names; their numbers follow.

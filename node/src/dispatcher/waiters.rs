@@ -4,11 +4,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Whether anybody still wants what the model is at work on.
 #[derive(Clone, Default)]
-pub(crate) struct Interest(Arc<Mutex<Option<IsWanted>>>);
+pub(crate) struct Waiters(Arc<Mutex<Option<IsWanted>>>);
 
 type IsWanted = Box<dyn Fn() -> bool + Send>;
 
-impl Interest {
+impl Waiters {
     /// From now on, what is awaited is given up when `is_wanted` says no.
     pub(crate) fn set(&self, is_wanted: impl Fn() -> bool + Send + 'static) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(is_wanted));

@@ -5,7 +5,7 @@ use std::io::IsTerminal as _;
 use serde_json::{Value, json};
 
 use super::Context;
-use super::run::{RunArgs, next_line, read_stdin};
+use super::run_args::{RunArgs, next_line, read_stdin};
 use crate::daemon::Daemon;
 use crate::failure::{Failure, Kind};
 use crate::output::{human_bytes, note, print, print_json};

@@ -3,22 +3,23 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use inference::engine::EngineOptions;
+use inference::machine::Machine;
 use protocol::ModelManifest;
 use protocol::ticket::Ticket;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
-use super::serve::ServeArgs;
+use super::serve_args::ServeArgs;
 use super::{CONTEXT_DEFAULT, Context};
 use crate::api::server::Server;
 use crate::api::{About, Access, Api, Transfers, router};
 use crate::clock::now_ms;
 use crate::daemon::Daemon;
-use crate::data_dir::{DataDir, io_failure};
+use crate::data_dir::DataDir;
+use crate::failure::io_failure;
 use crate::failure::{Failure, Kind};
 use crate::federation::{Federation, PeerOptions, Publishers};
 use crate::generation::{Generation, GenerationOptions};
@@ -37,10 +38,12 @@ pub(super) struct Shared<'a> {
     pub(super) library: &'a Arc<Library>,
     pub(super) network: &'a Network,
     pub(super) group: Option<String>,
+    /// Whether experts run for peers.
+    pub(super) executes: bool,
 }
 
 /// The API of a node, with the engine behind it.
-pub(super) struct FrontDoor {
+pub(super) struct ServedApi {
     pub(super) server: Server,
     generation: Generation,
     stopping: watch::Sender<bool>,
@@ -49,14 +52,14 @@ pub(super) struct FrontDoor {
     token: Option<PathBuf>,
 }
 
-impl FrontDoor {
+impl ServedApi {
     pub(super) fn open(
         shared: &Shared<'_>,
         listener: TcpListener,
-        executor_bytes: Arc<AtomicU64>,
+        machine: Machine,
         (addresses, ticket): (&[Multiaddr], &Ticket),
     ) -> Result<Self, Failure> {
-        let Shared { context, args, library, network, group } = shared;
+        let Shared { context, args, library, network, group, executes } = shared;
         let open = &library.open;
         let address = listener.local_addr().map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
         let tokens = match &args.api_tokens {
@@ -75,7 +78,7 @@ impl FrontDoor {
         };
         let federation = Federation::over(context.runtime.handle(), (*network).clone(), &open.dir, group.clone(), &peers);
         let (rates, progress) = federation.figures();
-        let generation = Generation::start(Arc::clone(open), federation, options(context, args, executor_bytes), first);
+        let generation = Generation::start(Arc::clone(open), federation, machine, options(context, args, *executes), first);
         let (stopping, until_stopping) = watch::channel(false);
         let api = Api {
             library: Arc::clone(library),
@@ -133,19 +136,13 @@ fn kv_tokens(args: &ServeArgs) -> usize {
     args.kv_tokens.map_or(CONTEXT_DEFAULT, |tokens| tokens as usize)
 }
 
-fn options(context: &Context, args: &ServeArgs, executor_bytes: Arc<AtomicU64>) -> GenerationOptions {
-    let (engine, kv_tokens, memory_max) = (args.engine.clone(), kv_tokens(args), context.memory_max);
+fn options(context: &Context, args: &ServeArgs, executes: bool) -> GenerationOptions {
+    let (engine, kv_tokens) = (args.engine.clone(), kv_tokens(args));
     let by_model = move |manifest: &ModelManifest| {
         let options = engine.options(manifest, None);
         EngineOptions { kv_tokens: kv_tokens.max(options.context), ..options }
     };
-    // Experts that run for peers and the model that answers here share what there is.
-    let memory_max = move || {
-        let half = executor_bytes.load(Ordering::Relaxed).min(memory_max / 2);
-        executor_bytes.store(half, Ordering::Relaxed);
-        memory_max - half
-    };
-    GenerationOptions { engine: Box::new(by_model), memory_max: Box::new(memory_max) }
+    GenerationOptions { engine: Box::new(by_model), memory_max: context.memory_max, keep_alive: args.keep_alive, executes }
 }
 
 fn read_tokens(file: &Path) -> Result<Vec<String>, Failure> {
