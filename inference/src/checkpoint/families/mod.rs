@@ -3,6 +3,7 @@
 
 mod keys;
 mod mixtral;
+mod olmoe;
 mod qwen3_moe;
 mod qwen3_omni;
 
@@ -16,7 +17,7 @@ pub use keys::ConfigProblem;
 use keys::{KeyTable, Keys, wrong};
 
 /// Every family.
-const ALL: &[Family] = &[qwen3_moe::QWEN3_MOE, qwen3_omni::QWEN3_OMNI, qwen3_omni::QWEN3_OMNI_THINKER, mixtral::MIXTRAL];
+const ALL: &[Family] = &[qwen3_moe::QWEN3_MOE, qwen3_omni::QWEN3_OMNI, qwen3_omni::QWEN3_OMNI_THINKER, mixtral::MIXTRAL, olmoe::OLMOE];
 
 /// What is special to a family of models.
 pub struct Family {
