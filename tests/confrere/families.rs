@@ -17,7 +17,7 @@ const LOGITS_TOLERANCE: f32 = 1e-4;
 const HIDDEN_TOLERANCE: f32 = 2e-4;
 
 /// A checkpoint for each family beside Qwen3, whose cases are in `parity`.
-const CASES: [&str; 2] = ["tiny-mixtral", "tiny-olmoe"];
+const CASES: [&str; 3] = ["tiny-mixtral", "tiny-olmoe", "tiny-qwen2-moe"];
 
 fn worst(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());

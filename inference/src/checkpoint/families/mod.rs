@@ -4,6 +4,7 @@
 mod keys;
 mod mixtral;
 mod olmoe;
+mod qwen2_moe;
 mod qwen3_moe;
 mod qwen3_omni;
 
@@ -17,7 +18,8 @@ pub use keys::ConfigProblem;
 use keys::{KeyTable, Keys, wrong};
 
 /// Every family.
-const ALL: &[Family] = &[qwen3_moe::QWEN3_MOE, qwen3_omni::QWEN3_OMNI, qwen3_omni::QWEN3_OMNI_THINKER, mixtral::MIXTRAL, olmoe::OLMOE];
+const ALL: &[Family] =
+    &[qwen3_moe::QWEN3_MOE, qwen3_omni::QWEN3_OMNI, qwen3_omni::QWEN3_OMNI_THINKER, mixtral::MIXTRAL, olmoe::OLMOE, qwen2_moe::QWEN2_MOE];
 
 /// What is special to a family of models.
 pub struct Family {

@@ -1,0 +1,38 @@
+//! Qwen1.5-MoE and Qwen2-MoE: `Qwen2MoeForCausalLM`. Queries, keys and values have a bias; every token uses a shared expert besides.
+
+use protocol::Decoder;
+use protocol::decoder::{FeedForward, Moe, QkNorm, QkvBias, Router, SharedExpert};
+
+use super::keys::{ConfigProblem, Key, KeyTable, Keys};
+use super::{Family, decoder_of, usual_name};
+
+pub(super) const QWEN2_MOE: Family = Family { model_type: "qwen2_moe", wrappers: &[], keys: KEYS, decoder, name: usual_name };
+
+const KEYS: KeyTable = &[
+    ("decoder_sparse_step", Key::Read),
+    ("head_dim", Key::Read),
+    ("intermediate_size", Key::Read),
+    ("max_window_layers", Key::Ignored("of use only with use_sliding_window")),
+    ("mlp_only_layers", Key::Read),
+    ("moe_intermediate_size", Key::Read),
+    ("norm_topk_prob", Key::Read),
+    ("num_experts", Key::Read),
+    ("num_experts_per_tok", Key::Read),
+    ("num_local_experts", Key::Read),
+    ("qkv_bias", Key::Ignored("published models have the biases, and say nothing of them")),
+    ("shared_expert_intermediate_size", Key::Read),
+    ("sliding_window", Key::Ignored("a window is named even where use_sliding_window says that there is none")),
+    ("use_sliding_window", Key::Off),
+];
+
+fn decoder(keys: Keys<'_>) -> Result<Decoder, ConfigProblem> {
+    let moe = FeedForward::Moe(Moe {
+        experts: keys.experts()?,
+        per_token: keys.integer("num_experts_per_tok")?,
+        width: keys.integer("moe_intermediate_size")?,
+        activation: keys.activation()?,
+        router: Router::Softmax { normalise: keys.boolean("norm_topk_prob")?.unwrap_or(false) },
+        shared: SharedExpert::Gated { width: keys.integer("shared_expert_intermediate_size")? },
+    });
+    decoder_of(keys, &keys.attention(QkNorm::None, QkvBias::Each)?, keys.sparse_or_dense(&moe)?)
+}
