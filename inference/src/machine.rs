@@ -77,6 +77,11 @@ impl Machine {
         Ok(bytes)
     }
 
+    /// Lets the thread that runs passes, which has a core of its own, run anywhere until the next: threads that it starts meanwhile may, too.
+    pub fn rest(&self) {
+        self.pool().rest();
+    }
+
     /// The threads, for one pass.
     pub(crate) fn pool(&self) -> MutexGuard<'_, Pool> {
         self.pool.lock().unwrap_or_else(PoisonError::into_inner)

@@ -26,7 +26,10 @@ type Task<'a> = &'a (dyn Fn(usize, usize) + Sync);
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<JoinHandle<()>>,
-    pinned: bool,
+    /// The core of the thread that hands over work, where each thread has one.
+    core: Option<usize>,
+    /// Whether that thread keeps to it.
+    stays: bool,
 }
 
 struct Shared {
@@ -121,15 +124,13 @@ impl Pool {
             asleep: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
-        // Left to itself, a scheduler may keep two threads that hand work to each other on one core. Each gets its own, the caller too.
+        // Left to itself, a scheduler may keep two threads that hand work to each other on one core. Each gets its own, and so does the caller
+        // once it hands over work: not before, since threads that it starts would keep to its core, too.
         let allowed = allowed_cores();
         let pinned = threads > 1 && allowed.len() >= threads;
         // Pools that live at the same time do not all begin with the same core.
         let shift = POOLS.fetch_add(threads, Ordering::Relaxed);
         let core = |worker: usize| if pinned { &allowed[(shift + worker) % allowed.len()..][..1] } else { &[] };
-        if pinned {
-            stay_on(core(0));
-        }
         let start = |worker: usize| {
             let shared = Arc::clone(&shared);
             let core = core(worker);
@@ -147,7 +148,14 @@ impl Pool {
         };
         // A machine that has no more threads to give still computes, with fewer.
         let workers = (1..threads.max(1)).map_while(|worker| start(worker).ok()).collect();
-        Self { shared, workers, pinned }
+        Self { shared, workers, core: core(0).first().copied(), stays: false }
+    }
+
+    /// Lets the thread that hands over work run anywhere, until it does so again: threads that it starts meanwhile may, too.
+    pub(crate) fn rest(&mut self) {
+        if std::mem::take(&mut self.stays) {
+            stay_on(allowed_cores());
+        }
     }
 
     /// Threads that share the work.
@@ -159,6 +167,11 @@ impl Pool {
     pub(crate) fn run(&mut self, tasks: usize, task: Task<'_>) {
         if self.workers.is_empty() || tasks <= 1 {
             return (0..tasks).for_each(|number| task(number, 0));
+        }
+        if let Some(core) = self.core
+            && !std::mem::replace(&mut self.stays, true)
+        {
+            stay_on(&[core]);
         }
         assert!(tasks <= TASKS_MAX, "a run has at most {TASKS_MAX} tasks");
         let shared = &*self.shared;
@@ -281,9 +294,7 @@ fn stay_on(cores: &[usize]) {
 
 impl Drop for Pool {
     fn drop(&mut self) {
-        if self.pinned {
-            stay_on(allowed_cores());
-        }
+        self.rest();
         self.shared.stop.store(true, Ordering::SeqCst);
         for worker in self.workers.drain(..) {
             worker.thread().unpark();

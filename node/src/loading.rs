@@ -92,6 +92,8 @@ impl Federation {
         options: EngineOptions,
     ) -> Result<Loaded, Failure> {
         let manifest = &found.manifest;
+        // What starts here reads and verifies beside the engine's threads, not on the core of one of them.
+        machine.rest();
         // Before anything is fetched: no budget is large enough by what only the process itself would save.
         plan_memory(manifest, &options, 0, memory_max)?;
         let fetched = self.bring(&open.store, &trunk_parts(manifest), "trunk")?;
