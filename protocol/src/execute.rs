@@ -230,7 +230,7 @@ fn is_group(group: &[u8; GROUP_BYTES]) -> bool {
 
 /// What an executor says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Answer {
+pub enum ExecuteAnswer {
     /// An expert's results follow, as many bytes: rows of f32.
     Results {
         /// Which of the request's tasks.
@@ -270,7 +270,7 @@ pub enum Refusal {
     Malformed = 4,
 }
 
-impl Answer {
+impl ExecuteAnswer {
     /// The encoding, with the number of the request that is answered.
     pub fn to_bytes(self, number: u64) -> [u8; ANSWER_HEAD_BYTES] {
         let (kind, what, length) = match self {
@@ -482,7 +482,7 @@ mod tests {
             }
             let mut answer = answer;
             answer[8] %= 4;
-            if let Ok((number, read)) = Answer::from_bytes(&answer) { prop_assert_eq!(read.to_bytes(number), answer); }
+            if let Ok((number, read)) = ExecuteAnswer::from_bytes(&answer) { prop_assert_eq!(read.to_bytes(number), answer); }
         }
     }
 }

@@ -46,7 +46,7 @@ pub struct Request {
 
 /// The head of an answer.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Answer {
+pub enum FetchAnswer {
     /// `length` bytes follow.
     Bytes {
         /// Length of the whole subject.
@@ -104,7 +104,7 @@ impl Request {
     }
 }
 
-impl Answer {
+impl FetchAnswer {
     /// The encoding: status, total, length.
     pub fn to_bytes(&self) -> [u8; ANSWER_BYTES] {
         let (status, total, length) = match *self {
@@ -177,10 +177,10 @@ mod tests {
         for (length, fine) in [(0, false), (1, true), (RANGE_BYTES_MAX, true), (RANGE_BYTES_MAX + 1, false)] {
             let request = Request { subject: Subject::Listing, offset: 0, length };
             assert_eq!(Request::from_bytes(&request.to_bytes()).is_ok(), fine, "{length}");
-            let answer = Answer::Bytes { total: u64::MAX, length };
-            assert_eq!(Answer::from_bytes(&answer.to_bytes()).is_ok(), length <= RANGE_BYTES_MAX, "{length}");
+            let answer = FetchAnswer::Bytes { total: u64::MAX, length };
+            assert_eq!(FetchAnswer::from_bytes(&answer.to_bytes()).is_ok(), length <= RANGE_BYTES_MAX, "{length}");
         }
-        assert!(Answer::from_bytes(&Answer::Bytes { total: 3, length: 4 }.to_bytes()).is_err());
+        assert!(FetchAnswer::from_bytes(&FetchAnswer::Bytes { total: 3, length: 4 }.to_bytes()).is_err());
     }
 
     #[test]
@@ -202,7 +202,7 @@ mod tests {
             if let Ok(read) = Request::from_bytes(&request) { prop_assert_eq!(read.to_bytes(), request); }
             let mut answer = answer;
             answer[0] = kind;
-            if let Ok(read) = Answer::from_bytes(&answer) { prop_assert_eq!(read.to_bytes(), answer); }
+            if let Ok(read) = FetchAnswer::from_bytes(&answer) { prop_assert_eq!(read.to_bytes(), answer); }
         }
     }
 }

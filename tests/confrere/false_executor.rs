@@ -12,7 +12,7 @@ use inference::kernels::Kernels;
 use libp2p::swarm::SwarmEvent;
 use libp2p::{Stream, StreamProtocol, noise, tcp, yamux};
 use protocol::execute::{
-    ANSWER_HEAD_BYTES, Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, RequestHead, row_bytes,
+    ANSWER_HEAD_BYTES, EXECUTE_PROTOCOL, ExecuteAnswer, ExecuteRequest, REQUEST_HEAD_BYTES, Receipt, ReceiptResult, RequestHead, row_bytes,
 };
 use protocol::expert_blob::ExpertShape;
 use protocol::message::STREAM_ACK;
@@ -167,14 +167,14 @@ fn answers(state: &State, request: &ExecuteRequest) -> Vec<u8> {
             Falsehood::Twice => 2,
             _ => 1,
         } {
-            said.extend(Answer::Results { task: task_number as u16, length: results.len() as u32 }.to_bytes(number));
+            said.extend(ExecuteAnswer::Results { task: task_number as u16, length: results.len() as u32 }.to_bytes(number));
             said.extend(&results);
         }
     }
     let thief = NodeKey::from_secret(&[77; 32]);
     let key = if state.falsehood == Falsehood::StolenReceipt { &thief } else { &*state.key };
     let receipt = Receipt::seal(key, request.nonce, receipt).as_bytes().to_vec();
-    said.extend(Answer::Done { length: receipt.len() as u32 }.to_bytes(number));
+    said.extend(ExecuteAnswer::Done { length: receipt.len() as u32 }.to_bytes(number));
     said.extend(receipt);
     said
 }

@@ -205,7 +205,7 @@ fn slow_clients_keep_nobody_out() {
 #[test]
 fn a_trunk_s_table_is_not_run_as_an_expert() {
     use futures::AsyncWriteExt as _;
-    use protocol::execute::{ANSWER_HEAD_BYTES, Answer, ExecuteRequest, Task, row_bytes};
+    use protocol::execute::{ANSWER_HEAD_BYTES, ExecuteAnswer, ExecuteRequest, Task, row_bytes};
     let a = Node::new();
     let imported = a.run(&["import", text(&shipped_model()), "--name", "m", "--precision", "q4"]);
     let id: protocol::ModelId = imported.out.lines().last().expect("the id").parse().expect("an id");
@@ -229,9 +229,9 @@ fn a_trunk_s_table_is_not_run_as_an_expert() {
             stream.flush().await.expect("sent");
             let mut head = [0; ANSWER_HEAD_BYTES];
             stream.read_exact(&mut head).await.expect("an answer");
-            assert_eq!(Answer::from_bytes(&head), Ok((number, Answer::NotHave { task: 0 })));
+            assert_eq!(ExecuteAnswer::from_bytes(&head), Ok((number, ExecuteAnswer::NotHave { task: 0 })));
             stream.read_exact(&mut head).await.expect("a receipt");
-            let Ok((_, Answer::Done { length })) = Answer::from_bytes(&head) else { panic!("no receipt") };
+            let Ok((_, ExecuteAnswer::Done { length })) = ExecuteAnswer::from_bytes(&head) else { panic!("no receipt") };
             stream.read_exact(&mut vec![0; length as usize]).await.expect("a receipt");
         }
     });

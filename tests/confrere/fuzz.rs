@@ -7,8 +7,11 @@ use inference::checkpoint::header::read_header;
 use inference::tokenizer::Tokenizer;
 use protocol::exchange::wire::{CHANGES_MAX, HEAD_BYTES, Head};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider, Urgency};
+use protocol::execute::{self, ExecuteAnswer, ExecuteRequest, Receipt, ReceiptResult, RequestHead, Task, row_bytes};
 use protocol::expert_blob::ExpertShape;
-use protocol::message::{Answer, Listing, Request, Subject};
+use protocol::message::{FetchAnswer, Listing, Request, Subject};
+use protocol::profile::{DomainTotal, ProfileBody};
+use protocol::query::{Query, QueryAnswer};
 use protocol::status::{Holding, Status};
 use protocol::ticket::Ticket;
 use protocol::{ContentHash, Domain, ModelId, ModelManifest, NodeKey, SignedEnvelope};
@@ -82,6 +85,15 @@ fn no_parser_of_binary_input_panics() {
             assert_eq!(read.to_bytes(), bytes, "canonical");
         }
     });
+    let vector: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(crate::support::vectors("manifest.json")).expect("readable")).expect("JSON");
+    let hex = vector["version_3"]["bytes"].as_str().expect("a text");
+    let parts: Vec<u8> = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hex")).collect();
+    feed("manifest of parts", &parts, inputs(20_000), |bytes| {
+        if let Ok(read) = ModelManifest::from_bytes(bytes) {
+            assert_eq!(read.to_bytes(), bytes, "canonical");
+        }
+    });
     feed("envelope", envelope.as_bytes(), inputs(20_000), |bytes| drop(SignedEnvelope::open(Domain::Manifest, bytes.to_vec())));
     let listing = Listing { models: vec![("one".into(), manifest.id()), ("two".into(), manifest.id())] };
     let holding = Holding { name: "one".into(), model: manifest.id(), experts: 3, of: 4 };
@@ -100,8 +112,8 @@ fn no_parser_of_binary_input_panics() {
     feed("request", &request.to_bytes(), inputs(100_000), |bytes| {
         let _ = bytes.first_chunk().map(Request::from_bytes);
     });
-    feed("answer", &Answer::Bytes { total: 10, length: 5 }.to_bytes(), inputs(100_000), |bytes| {
-        let _ = bytes.first_chunk().map(Answer::from_bytes);
+    feed("answer", &FetchAnswer::Bytes { total: 10, length: 5 }.to_bytes(), inputs(100_000), |bytes| {
+        let _ = bytes.first_chunk().map(FetchAnswer::from_bytes);
     });
     let (id, blob) = (7, ContentHash::of(b"x"));
     let asked = ToProvider::Group { id, urgency: Urgency::Soon, blob, group: 3 };
@@ -129,6 +141,44 @@ fn no_parser_of_binary_input_panics() {
     feed("expert", &[&shape.header()[..], &[0; 100]].concat(), inputs(100_000), |bytes| drop(ExpertShape::of_blob(bytes)));
 }
 
+/// What runs on execute and query streams, and bodies of profiles.
+#[test]
+fn no_parser_of_requests_panics() {
+    let expert = ContentHash::of(b"x");
+    let tasks = vec![Task { expert, rows: vec![0, 1] }, Task { expert, rows: vec![1] }];
+    let request = ExecuteRequest { number: 1, nonce: [2; 16], hidden_size: 64, rows: vec![0; 2 * row_bytes(64)], tasks };
+    feed("execute request", &request.to_bytes(), inputs(50_000), |bytes| {
+        let Some((head, body)) = bytes.split_first_chunk() else { return };
+        if let Ok(head) = RequestHead::from_bytes(head) {
+            let body = &body[..body.len().min(head.body_bytes())];
+            if head.foretells() {
+                drop(execute::foretold(body));
+            } else {
+                drop(ExecuteRequest::from_body(&head, body));
+            }
+        }
+    });
+    let answer = ExecuteAnswer::Results { task: 1, length: 256 };
+    feed("execute answer", &answer.to_bytes(7), inputs(50_000), |bytes| {
+        if let Some(head) = bytes.first_chunk() {
+            let _ = ExecuteAnswer::from_bytes(head);
+        }
+    });
+    let key = NodeKey::from_secret(&[1; 32]);
+    let receipt = Receipt::seal(&key, [2; 16], vec![ReceiptResult { expert, input: expert, output: expert }]);
+    feed("receipt", receipt.as_bytes(), inputs(10_000), |bytes| drop(Receipt::open(key.id(), [2; 16], bytes.to_vec())));
+    let query = Query { model: ModelId(expert), domain: "code".into(), top: 5 };
+    feed("query", &query.to_frame()[4..], inputs(50_000), |bytes| drop(Query::from_body(bytes)));
+    let answer = QueryAnswer { domains: vec!["code".into()], experts: vec![3, 1], ..QueryAnswer::default() };
+    feed("query answer", &answer.to_frame()[4..], inputs(50_000), |bytes| drop(QueryAnswer::from_body(bytes)));
+    let domain = DomainTotal { name: "code".into(), probes: 1, tokens: 10, square_tokens: 100 };
+    let slots: Vec<_> = (0..4).map(|expert| protocol::ExpertSlot::text(0, expert)).collect();
+    let body = ProfileBody::new(ModelId(expert), expert, vec![domain], slots.len());
+    feed("profile", &body.to_bytes(), inputs(50_000), |bytes| {
+        drop(ProfileBody::from_bytes(bytes, (ModelId(expert), expert), &slots));
+    });
+}
+
 #[test]
 fn no_parser_of_text_input_panics() {
     let as_text = |bytes: &[u8], parse: &dyn Fn(&str)| parse(&String::from_utf8_lossy(bytes));
@@ -139,13 +189,17 @@ fn no_parser_of_text_input_panics() {
             let _ = text.parse::<protocol::NodeId>();
         });
     });
-    let config = std::fs::read(checkpoint("tiny-qwen3-omni").join("config.json")).expect("a config");
-    feed("config", &config, inputs(5_000), |bytes| {
-        if let Ok(json) = serde_json::from_slice(bytes) {
-            drop(parse_config(&json));
-            parse_generation(&json, &json);
-        }
-    });
+    for family in ["tiny-qwen3-moe", "tiny-qwen3-omni", "tiny-mixtral", "tiny-olmoe", "tiny-qwen2-moe"] {
+        let config = std::fs::read(checkpoint(family).join("config.json")).expect("a config");
+        feed("config", &config, inputs(2_000), |bytes| {
+            if let Ok(json) = serde_json::from_slice(bytes) {
+                if let Ok((decoder, _)) = parse_config(&json) {
+                    assert!(decoder.validate().is_ok() && !decoder.tensors().is_empty());
+                }
+                parse_generation(&json, &json);
+            }
+        });
+    }
     let template = b"{% for m in messages %}{{ m.role + ': ' + m.content.strip() }}{% endfor %}{% if add_generation_prompt %}x{% endif %}";
     feed("template", template, inputs(5_000), |bytes| {
         let template = ChatTemplate { source: String::from_utf8_lossy(bytes).into_owned(), bos_token: None, eos_token: None };

@@ -10,7 +10,7 @@ use libp2p::{Stream, StreamProtocol, identify, kad, noise, tcp, yamux};
 use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head, Kind};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider};
 use protocol::group_hashes::{GROUP_BYTES, group_length, group_offset};
-use protocol::message::{Answer, FETCH_PROTOCOL, REQUEST_BYTES, Request, STREAM_ACK, Subject};
+use protocol::message::{FETCH_PROTOCOL, FetchAnswer, REQUEST_BYTES, Request, STREAM_ACK, Subject};
 use protocol::{ContentHash, GroupHashes, ModelId, ModelManifest};
 
 /// What it does when asked for an expert.
@@ -120,7 +120,7 @@ async fn serve(truth: Truth, mut stream: Stream) -> std::io::Result<()> {
         }
         let from = (request.offset as usize).min(whole.len());
         let part = &whole[from..(from + request.length as usize).min(whole.len())];
-        let head = Answer::Bytes { total: whole.len() as u64, length: part.len() as u32 };
+        let head = FetchAnswer::Bytes { total: whole.len() as u64, length: part.len() as u32 };
         stream.write_all(&head.to_bytes()).await?;
         stream.write_all(part).await?;
         stream.flush().await?;

@@ -15,7 +15,7 @@ use tokio::runtime::Runtime;
 
 use super::EngineArgs;
 use super::import::{UnreadTokenizer, import_into};
-use super::run::{Answer, answer};
+use super::run::{RunOutput, answer};
 use crate::clock::{check_interrupted, instant};
 use crate::data_dir::{DataDir, LocalModel};
 use crate::dispatcher::RemoteOptions;
@@ -166,7 +166,7 @@ fn generate_one(
     }
     let mut session = loaded.engine.session();
     let mut fetched = 0;
-    let Answer { generated, prefill, experts, tokens_per_second, .. } = answer(loaded, &mut session, &request, |progress| {
+    let RunOutput { generated, prefill, experts, tokens_per_second, .. } = answer(loaded, &mut session, &request, |progress| {
         let (Progress::Prefilled(usage) | Progress::Token(_, usage)) = progress;
         // What the model waited for stands before the token that came of it.
         if show == Show::Everything && usage.fetched > fetched {

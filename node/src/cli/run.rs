@@ -92,13 +92,13 @@ fn show(progress: &Progress) -> Result<(), Failure> {
 }
 
 /// Ends the line of a streamed answer; without a tokenizer the answer is its token ids.
-fn end_line(loaded: &Loaded, answer: &Answer) -> Result<(), Failure> {
+fn end_line(loaded: &Loaded, answer: &RunOutput) -> Result<(), Failure> {
     let ids = if loaded.text.tokenizer.is_none() { json!(answer.generated.tokens).to_string() } else { String::new() };
     print(&format!("{ids}\n"))
 }
 
 /// An answer and what it took.
-pub(super) struct Answer {
+pub(super) struct RunOutput {
     pub(super) generated: Generated,
     /// The experts that the prompt took.
     pub(super) prefill: ExpertUse,
@@ -117,7 +117,7 @@ pub(super) fn answer(
     session: &mut Session,
     request: &GenerateRequest,
     mut on_progress: impl FnMut(&Progress) -> Result<(), Failure>,
-) -> Result<Answer, Failure> {
+) -> Result<RunOutput, Failure> {
     let (start, mut shown, mut again) = (session.tokens(), Shown::default(), 0);
     let report = loaded.shared_report();
     loop {
@@ -134,7 +134,7 @@ pub(super) fn answer(
             on_progress(&news).map(ControlFlow::Continue)
         })?;
         if !is_wrong() {
-            return Ok(Answer { again, ..answer });
+            return Ok(RunOutput { again, ..answer });
         }
         note("note: a peer's result was wrong: the answer is made again without that peer");
         again += 1;
@@ -177,7 +177,7 @@ fn attempt(
     session: &mut Session,
     request: &GenerateRequest,
     mut on_progress: impl FnMut(&Progress) -> Result<ControlFlow<()>, Failure>,
-) -> Result<Answer, Failure> {
+) -> Result<RunOutput, Failure> {
     loaded.engine.experts().start_counting();
     let mut decoding_since: Option<Instant> = None;
     let mut prefill = ExpertUse::default();
@@ -207,7 +207,7 @@ fn attempt(
     let seconds = decoding_since.map_or(0.0, |since| (instant() - since).as_secs_f64());
     let tokens_per_second = if seconds > 0.0 { generated.tokens.len() as f64 / seconds } else { 0.0 };
     let times = Times::of(gaps, report.lock().waited.since(waited_before));
-    Ok(Answer { generated, prefill, experts: loaded.engine.experts().usage(), tokens_per_second, times, again: 0 })
+    Ok(RunOutput { generated, prefill, experts: loaded.engine.experts().usage(), tokens_per_second, times, again: 0 })
 }
 
 /// How long tokens took, and what of that the model waited.
@@ -259,7 +259,7 @@ impl Times {
     }
 }
 
-impl Answer {
+impl RunOutput {
     fn json(&self, loaded: &Loaded) -> Value {
         let ExpertUse { needed, ram, disk, fetched, bytes_fetched, remote, remote_uses, remote_rows, moved_in, uses, .. } = self.experts;
         let ExpertUse { hits, bytes_read, prefetched, prefetched_used, hinted, hinted_used, .. } = self.experts;

@@ -17,7 +17,7 @@ const FULL_PAUSE: Duration = Duration::from_millis(1);
 pub(crate) type SharedFetcher = Arc<tokio::sync::Mutex<Fetcher>>;
 
 /// Something that has come, or will not.
-pub(super) enum Event {
+pub(super) enum SourceEvent {
     /// Read and verified, in so many milliseconds.
     Read(ExpertRequest, f64),
     /// The store has it no more.
@@ -36,7 +36,7 @@ pub(super) enum Event {
 }
 
 /// Tells the engine something from an async task. A full queue holds up this task alone, not the thread that others need.
-pub(super) async fn tell(happening: &std_mpsc::SyncSender<(u64, Event)>, round: u64, event: Event) {
+pub(super) async fn tell(happening: &std_mpsc::SyncSender<(u64, SourceEvent)>, round: u64, event: SourceEvent) {
     let mut event = (round, event);
     while let Err(std_mpsc::TrySendError::Full(back)) = happening.try_send(event) {
         event = back;

@@ -30,7 +30,7 @@ use tokio::task::JoinHandle;
 use self::auditor::{Auditor, AuditorParts};
 use self::choice::{Cost, Way, Ways};
 pub(crate) use self::event::SharedFetcher;
-use self::event::{Event, tell};
+use self::event::{SourceEvent, tell};
 use self::mover::{Mover, Quiet, Urgent};
 use self::reader::Read;
 use self::remote::{Came, Lateness, LayerRows, Remote};
@@ -109,8 +109,8 @@ pub(crate) struct Dispatcher {
     providers: Providers,
     report: SharedReport,
     reads: std_mpsc::SyncSender<(u64, Read)>,
-    happened: std_mpsc::Receiver<(u64, Event)>,
-    happening: std_mpsc::SyncSender<(u64, Event)>,
+    happened: std_mpsc::Receiver<(u64, SourceEvent)>,
+    happening: std_mpsc::SyncSender<(u64, SourceEvent)>,
     /// What was asked for before the last `cancel` is of an earlier round, and nobody's.
     round: u64,
     /// Experts that a layer waits for.
@@ -263,11 +263,11 @@ impl Dispatcher {
             };
             let forward = async {
                 while let Some(fetched) = arrivals.recv().await {
-                    tell(&happening, round, Event::Fetched(fetched)).await;
+                    tell(&happening, round, SourceEvent::Fetched(fetched)).await;
                 }
             };
             let (result, ()) = tokio::join!(fetch, forward);
-            tell(&happening, round, Event::FetchEnded(result)).await;
+            tell(&happening, round, SourceEvent::FetchEnded(result)).await;
         });
         self.fetching = Some(Fetching { task, requests: requests.into_iter().map(Some).collect(), since: instant() });
         Ok(())
@@ -285,7 +285,7 @@ impl Dispatcher {
                 return Err(source_error(Failure::new(Kind::Other, "an expert was awaited that nobody asked for")));
             }
             let event = match self.happened.recv_timeout(self.patience()) {
-                Ok((round, event)) if round == self.round || matches!(event, Event::Told(..)) => event,
+                Ok((round, event)) if round == self.round || matches!(event, SourceEvent::Told(..)) => event,
                 Err(_) if interrupted() || self.waiters.is_gone() => return Err(source_error(Failure::interrupted())),
                 Ok(_) => continue,
                 Err(_) => {
@@ -294,24 +294,24 @@ impl Dispatcher {
                 }
             };
             match event {
-                Event::Read(request, milliseconds) => {
+                SourceEvent::Read(request, milliseconds) => {
                     self.reading -= 1;
                     self.disk.learn(0.0, Some(milliseconds / self.readers as f64));
                     return Ok(self.weights(request, Origin::Disk));
                 }
-                Event::Missing(request) => {
+                SourceEvent::Missing(request) => {
                     self.reading -= 1;
                     self.missing.push(request);
                 }
-                Event::ReadIn(request, read) => return Ok(moved_in(request, read.then_some(Origin::Disk))),
-                Event::MovedIn(request, fetched) => return Ok(self.take_in(request, fetched)),
-                Event::Failed(failure) => return Err(source_error(failure)),
-                Event::Fetched(fetched) => {
+                SourceEvent::ReadIn(request, read) => return Ok(moved_in(request, read.then_some(Origin::Disk))),
+                SourceEvent::MovedIn(request, fetched) => return Ok(self.take_in(request, fetched)),
+                SourceEvent::Failed(failure) => return Err(source_error(failure)),
+                SourceEvent::Fetched(fetched) => {
                     if let Some(arrival) = self.take(fetched) {
                         return Ok(arrival);
                     }
                 }
-                Event::FetchEnded(result) => {
+                SourceEvent::FetchEnded(result) => {
                     if let Some(fetching) = self.fetching.take()
                         && result.is_ok()
                     {
@@ -320,7 +320,7 @@ impl Dispatcher {
                     }
                     result.map_err(source_error)?;
                 }
-                Event::Told(peer, at, told) => {
+                SourceEvent::Told(peer, at, told) => {
                     if let Some(arrival) = self.hear(peer, at, told) {
                         return Ok(arrival);
                     }
@@ -429,7 +429,7 @@ impl ExpertSource for Dispatcher {
             None => Some(request),
         };
         if let Some(request) = refused {
-            let _ = self.happening.try_send((self.round, Event::MovedIn(request, None)));
+            let _ = self.happening.try_send((self.round, SourceEvent::MovedIn(request, None)));
         }
     }
 

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use tokio::time::Instant;
 use tracing::debug;
 
-use super::event::{Event, SharedFetcher, tell};
+use super::event::{SharedFetcher, SourceEvent, tell};
 use crate::net::fetcher::{Fetched, Want};
 use crate::net::link::Wanted;
 
@@ -67,7 +67,7 @@ pub(super) struct Mover {
 }
 
 impl Mover {
-    pub(super) fn start(quiet: Quiet, runtime: &Handle, happening: std_mpsc::SyncSender<(u64, Event)>) -> Self {
+    pub(super) fn start(quiet: Quiet, runtime: &Handle, happening: std_mpsc::SyncSender<(u64, SourceEvent)>) -> Self {
         let (queue, moves) = mpsc::channel(MOVES_MAX);
         let task = runtime.spawn(run(quiet, moves, happening));
         Self { queue, task }
@@ -85,11 +85,11 @@ impl Drop for Mover {
     }
 }
 
-async fn run(mut quiet: Quiet, mut moves: mpsc::Receiver<Move>, happening: std_mpsc::SyncSender<(u64, Event)>) {
+async fn run(mut quiet: Quiet, mut moves: mpsc::Receiver<Move>, happening: std_mpsc::SyncSender<(u64, SourceEvent)>) {
     while let Some(Move { round, request, gain }) = moves.recv().await {
         let began = Instant::now();
         let fetched = quiet.bring(request.blob, "an expert to move in").await;
-        tell(&happening, round, Event::MovedIn(request, fetched)).await;
+        tell(&happening, round, SourceEvent::MovedIn(request, fetched)).await;
         let pause = if gain == Gain::Fills { PAUSE_FILLING } else { PAUSE_DISPLACING };
         tokio::time::sleep(began.elapsed().mul_f64(pause)).await;
     }

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use inference::expert_source::ExpertRequest;
 use store::{BlobStore, StoreError};
 
-use super::event::Event;
+use super::event::SourceEvent;
 use crate::clock::{instant, now_ms};
 use crate::failure::Failure;
 use crate::output::note;
@@ -25,7 +25,7 @@ pub(super) enum Read {
 }
 
 /// Starts the threads that read, and says how many there are. They end when the sender is dropped; what they read is told by round.
-pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, Event)>) -> (mpsc::SyncSender<(u64, Read)>, usize) {
+pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, SourceEvent)>) -> (mpsc::SyncSender<(u64, Read)>, usize) {
     let (reads, queue) = mpsc::sync_channel(READS_MAX);
     let queue = Arc::new(Mutex::new(queue));
     let readers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get).min(READERS_MAX);
@@ -34,7 +34,7 @@ pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, E
         threads::watched("expert-reader", move || {
             while let Ok((round, wish)) = { queue.lock().unwrap_or_else(PoisonError::into_inner).recv() } {
                 // The engine waits for an event of each read, also of one that ends in a fault.
-                let event = threads::caught("reading an expert", || done(&store, wish)).unwrap_or_else(Event::Failed);
+                let event = threads::caught("reading an expert", || done(&store, wish)).unwrap_or_else(SourceEvent::Failed);
                 if happening.send((round, event)).is_err() {
                     break;
                 }
@@ -45,17 +45,17 @@ pub(super) fn start(store: &Arc<BlobStore>, happening: &mpsc::SyncSender<(u64, E
 }
 
 /// Reads what is wanted.
-fn done(store: &BlobStore, wish: Read) -> Event {
+fn done(store: &BlobStore, wish: Read) -> SourceEvent {
     match wish {
         Read::Wanted(mut request) => match read(store, &mut request) {
-            Ok(Some(milliseconds)) => Event::Read(request, milliseconds),
-            Ok(None) => Event::Missing(request),
-            Err(error) => Event::Failed(Failure::from(error).about(request.slot)),
+            Ok(Some(milliseconds)) => SourceEvent::Read(request, milliseconds),
+            Ok(None) => SourceEvent::Missing(request),
+            Err(error) => SourceEvent::Failed(Failure::from(error).about(request.slot)),
         },
         // Who waits for the expert later reads it again, and hears why that cannot be.
         Read::MovedIn(mut request) => {
             let here = matches!(read(store, &mut request), Ok(Some(_)));
-            Event::ReadIn(request, here)
+            SourceEvent::ReadIn(request, here)
         }
     }
 }

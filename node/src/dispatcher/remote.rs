@@ -18,7 +18,7 @@ use tokio::sync::mpsc;
 use super::auditor::{Audit, Auditor};
 use super::blame::Blamer;
 use super::choice::Cost;
-use super::event::Event;
+use super::event::SourceEvent;
 use super::report::SharedReport;
 use crate::clock::instant;
 use crate::net::PeerId;
@@ -79,7 +79,7 @@ pub(super) struct Remote {
     allowed: AllowedPeers,
     report: SharedReport,
     auditor: Auditor,
-    happening: std_mpsc::SyncSender<(u64, Event)>,
+    happening: std_mpsc::SyncSender<(u64, SourceEvent)>,
     blamer: Blamer,
     links: BTreeMap<PeerId, Link>,
     peers: BTreeMap<PeerId, Standing>,
@@ -155,7 +155,7 @@ impl Remote {
         allowed: AllowedPeers,
         report: SharedReport,
         auditor: Auditor,
-        happening: std_mpsc::SyncSender<(u64, Event)>,
+        happening: std_mpsc::SyncSender<(u64, SourceEvent)>,
     ) -> Self {
         let blamer = Blamer { network: network.clone(), runtime: runtime.clone(), report: report.clone() };
         Self {
@@ -287,8 +287,9 @@ impl Remote {
         let sent = self.link(peer).orders.try_send(order);
         if sent.is_err() {
             // Told like a stream that breaks, so that it takes the same way.
-            let _ =
-                self.happening.try_send((0, Event::Told(peer, now, Told::Broken { reason: "its queue is full".to_owned(), blame: false })));
+            let _ = self
+                .happening
+                .try_send((0, SourceEvent::Told(peer, now, Told::Broken { reason: "its queue is full".to_owned(), blame: false })));
             self.links.remove(&peer);
         }
     }
@@ -303,7 +304,7 @@ impl Remote {
                 if let Told::Broken { blame: true, reason } = &told {
                     blamer.blame(peer, &format!("broke the protocol: {reason}"));
                 }
-                happening.try_send((0, Event::Told(peer, instant(), told))).is_ok()
+                happening.try_send((0, SourceEvent::Told(peer, instant(), told))).is_ok()
             });
             Link { orders, owed }
         })

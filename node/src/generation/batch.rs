@@ -11,7 +11,7 @@ use inference::session::Session;
 use protocol::ModelId;
 
 use super::tally::{Tally, uses};
-use super::{Done, Event, Job, Shared, Stopped, TOGETHER_MAX};
+use super::{AnswerEvent, Done, Job, Shared, Stopped, TOGETHER_MAX};
 use crate::clock::instant;
 use crate::failure::{Failure, Kind};
 use crate::loading::Loaded;
@@ -198,7 +198,7 @@ impl Batch {
     /// Ends everything that is under way.
     pub(super) fn fail_all(&mut self, why: &Stopped) {
         for active in self.active.drain(..) {
-            let _ = active.job.events.try_send(Event::Failed(why.clone()));
+            let _ = active.job.events.try_send(AnswerEvent::Failed(why.clone()));
             self.shared.activity.lock().failed += 1;
         }
         self.count_active();
@@ -236,7 +236,7 @@ impl Batch {
             active.session.rewind(0);
             active.answer = Answer::new(active.job.request.clone(), self.text.tokenizer.as_ref());
             (active.pending, active.prefilled, active.cached) = (None, None, 0);
-            let _ = active.job.events.try_send(Event::Again);
+            let _ = active.job.events.try_send(AnswerEvent::Again);
         }
     }
 
@@ -427,7 +427,7 @@ impl Active {
                     (self.state, self.pending) = (Course::Ended(reason), None);
                 }
                 // There is room unless an answer is made again for somebody who reads nothing: he is let go.
-                if self.job.events.try_send(Event::Step(step)).is_err() {
+                if self.job.events.try_send(AnswerEvent::Step(step)).is_err() {
                     (self.state, self.pending) = (Course::Failed, None);
                 }
             }
@@ -450,12 +450,12 @@ impl Active {
             prefill: prefilled - admitted,
             decode: instant() - prefilled,
         };
-        let _ = job.events.try_send(Event::Done(Box::new(done)));
+        let _ = job.events.try_send(AnswerEvent::Done(Box::new(done)));
         Kept { user: job.user, session, tokens }
     }
 
     fn fail(&mut self, error: GenerateError) {
         (self.state, self.pending) = (Course::Failed, None);
-        let _ = self.job.events.try_send(Event::Failed(Stopped::Failed(error.into())));
+        let _ = self.job.events.try_send(AnswerEvent::Failed(Stopped::Failed(error.into())));
     }
 }

@@ -99,13 +99,13 @@ enum Task {
 struct Job {
     user: String,
     request: GenerateRequest,
-    events: mpsc::Sender<Event>,
+    events: mpsc::Sender<AnswerEvent>,
     asked: Instant,
 }
 
 /// What becomes of a request.
 #[derive(Debug)]
-pub(crate) enum Event {
+pub(crate) enum AnswerEvent {
     /// The answer has come so far.
     Step(Step),
     /// A peer's result was wrong: the answer is made again from its beginning.
@@ -256,7 +256,7 @@ impl Generation {
     }
 
     /// Puts a request into the queue. It is given up when nobody holds the receiver any more.
-    pub(crate) fn ask(&self, model: &ReadyModel, user: &str, request: GenerateRequest) -> Result<mpsc::Receiver<Event>, Stopped> {
+    pub(crate) fn ask(&self, model: &ReadyModel, user: &str, request: GenerateRequest) -> Result<mpsc::Receiver<AnswerEvent>, Stopped> {
         // Room for the whole answer: whoever reads slowly does not hold up the others.
         let (events, receiver) = mpsc::channel(request.tokens_max.saturating_add(EVENTS_MORE));
         let job = Job { user: user.to_owned(), request, events, asked: instant() };
@@ -380,7 +380,7 @@ impl Item {
 
     fn fail(self, why: Stopped) {
         if let Task::Answer(job) = self.task {
-            let _ = job.events.try_send(Event::Failed(why));
+            let _ = job.events.try_send(AnswerEvent::Failed(why));
         }
     }
 }

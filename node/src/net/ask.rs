@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::{PeerId, Stream};
-use protocol::message::{ANSWER_BYTES, Answer, FETCH_PROTOCOL, RANGE_BYTES_MAX, Request, Subject};
+use protocol::message::{ANSWER_BYTES, FETCH_PROTOCOL, FetchAnswer, RANGE_BYTES_MAX, Request, Subject};
 use tokio::time::timeout;
 
 use crate::net::stream;
@@ -61,7 +61,9 @@ async fn read_all(stream: &mut Stream, subject: Subject, bytes_max: u64) -> io::
         stream.flush().await?;
         let mut head = [0; ANSWER_BYTES];
         read_piece(stream, &mut head).await?;
-        let Answer::Bytes { total, length } = Answer::from_bytes(&head).map_err(io::Error::other)? else { return Ok(Answered::NotHave) };
+        let FetchAnswer::Bytes { total, length } = FetchAnswer::from_bytes(&head).map_err(io::Error::other)? else {
+            return Ok(Answered::NotHave);
+        };
         if total > bytes_max || known.is_some_and(|known| known != total) {
             return Ok(Answered::Wrong(format!("says it has {total} bytes of something that has at most {bytes_max}")));
         }

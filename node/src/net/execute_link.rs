@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use futures::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use libp2p::PeerId;
-use protocol::execute::{ANSWER_HEAD_BYTES, Answer, EXECUTE_PROTOCOL, Refusal};
+use protocol::execute::{ANSWER_HEAD_BYTES, EXECUTE_PROTOCOL, ExecuteAnswer, Refusal};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::debug;
@@ -91,7 +91,7 @@ impl Owed {
     }
 
     /// Checks an answer's head and takes out what it answers; returns whether somebody waits for it, or nothing if it is not owed.
-    fn settle(&self, number: u64, answer: Answer) -> Option<Waits> {
+    fn settle(&self, number: u64, answer: ExecuteAnswer) -> Option<Waits> {
         let mut all = self.lock();
         let owed = all.get_mut(&number)?;
         let waits = if owed.given_up { Waits::Nobody } else { Waits::Engine };
@@ -105,12 +105,12 @@ impl Owed {
             Some(waits)
         };
         match answer {
-            Answer::Results { task, length } => take(task, Some(length)),
-            Answer::NotHave { task } => take(task, None),
+            ExecuteAnswer::Results { task, length } => take(task, Some(length)),
+            ExecuteAnswer::NotHave { task } => take(task, None),
             // A receipt is the last of a request, when every task was answered.
-            Answer::Done { .. } if owed.lengths.iter().all(Option::is_none) => all.remove(&number).map(|_| waits),
-            Answer::Done { .. } => None,
-            Answer::Refused(_) => all.remove(&number).map(|_| waits),
+            ExecuteAnswer::Done { .. } if owed.lengths.iter().all(Option::is_none) => all.remove(&number).map(|_| waits),
+            ExecuteAnswer::Done { .. } => None,
+            ExecuteAnswer::Refused(_) => all.remove(&number).map(|_| waits),
         }
     }
 }
@@ -170,17 +170,19 @@ async fn read<R: AsyncRead + Unpin>(mut reader: R, owed: &Owed, tell: &impl Fn(T
     loop {
         let mut head = [0; ANSWER_HEAD_BYTES];
         patiently(&mut reader, &mut head, owed).await?;
-        let (number, answer) = Answer::from_bytes(&head).map_err(|error| nonsense(&error.to_string()))?;
+        let (number, answer) = ExecuteAnswer::from_bytes(&head).map_err(|error| nonsense(&error.to_string()))?;
         let waits = owed.settle(number, answer).ok_or_else(|| nonsense("the peer answered what nobody asked, or twice"))?;
         let told = match answer {
-            Answer::Results { length, .. } if waits == Waits::Nobody => {
+            ExecuteAnswer::Results { length, .. } if waits == Waits::Nobody => {
                 skip(&mut reader, length).await?;
                 continue;
             }
-            Answer::Results { task, length } => Told::Results { number, task: usize::from(task), bytes: take(&mut reader, length).await? },
-            Answer::NotHave { task } => Told::NotHave { number, task: usize::from(task) },
-            Answer::Done { length } => Told::Done { number, receipt: take(&mut reader, length).await? },
-            Answer::Refused(why) => Told::Refused { number, why },
+            ExecuteAnswer::Results { task, length } => {
+                Told::Results { number, task: usize::from(task), bytes: take(&mut reader, length).await? }
+            }
+            ExecuteAnswer::NotHave { task } => Told::NotHave { number, task: usize::from(task) },
+            ExecuteAnswer::Done { length } => Told::Done { number, receipt: take(&mut reader, length).await? },
+            ExecuteAnswer::Refused(why) => Told::Refused { number, why },
         };
         if waits == Waits::Engine && !tell(told) {
             return Err(io::Error::other("more answers wait than the engine hears"));
@@ -227,7 +229,7 @@ mod tests {
     use super::*;
 
     /// What a link tells of `answers` to a request of two tasks of 8 bytes, and how it ends.
-    async fn hear(answers: Vec<(Answer, usize)>, given_up: bool, room: usize) -> (Vec<Told>, io::Error) {
+    async fn hear(answers: Vec<(ExecuteAnswer, usize)>, given_up: bool, room: usize) -> (Vec<Told>, io::Error) {
         let owed = Owed::default();
         owed.begin(7, vec![8, 8]);
         if given_up {
@@ -250,8 +252,8 @@ mod tests {
 
     #[tokio::test]
     async fn each_result_is_owed_once() {
-        let result = (Answer::Results { task: 0, length: 8 }, 8);
-        let not_have = (Answer::NotHave { task: 0 }, 0);
+        let result = (ExecuteAnswer::Results { task: 0, length: 8 }, 8);
+        let not_have = (ExecuteAnswer::NotHave { task: 0 }, 0);
         for twice in [[result, result], [result, not_have], [not_have, result], [not_have, not_have]] {
             let (told, end) = hear(twice.to_vec(), false, 9).await;
             assert_eq!((told.len(), end.kind()), (1, io::ErrorKind::InvalidData));
@@ -260,28 +262,31 @@ mod tests {
 
     #[tokio::test]
     async fn a_receipt_is_for_what_was_answered() {
-        let results = [(Answer::Results { task: 0, length: 8 }, 8), (Answer::NotHave { task: 1 }, 0)];
-        let done = (Answer::Done { length: 4 }, 4);
+        let results = [(ExecuteAnswer::Results { task: 0, length: 8 }, 8), (ExecuteAnswer::NotHave { task: 1 }, 0)];
+        let done = (ExecuteAnswer::Done { length: 4 }, 4);
         let (told, end) = hear([&results[..], &[done]].concat(), false, 9).await;
         assert_eq!((told.len(), end.kind()), (3, io::ErrorKind::UnexpectedEof));
         for wrong in [vec![done], vec![results[0], done], [&results[..], &[done, done]].concat()] {
             assert_eq!(hear(wrong, false, 9).await.1.kind(), io::ErrorKind::InvalidData);
         }
-        let wrong_length = (Answer::Results { task: 0, length: 4 }, 4);
+        let wrong_length = (ExecuteAnswer::Results { task: 0, length: 4 }, 4);
         assert_eq!(hear(vec![wrong_length], false, 9).await.1.kind(), io::ErrorKind::InvalidData);
     }
 
     #[tokio::test]
     async fn what_was_given_up_is_read_and_not_told() {
-        let results =
-            [(Answer::Results { task: 0, length: 8 }, 8), (Answer::Results { task: 1, length: 8 }, 8), (Answer::Done { length: 4 }, 4)];
+        let results = [
+            (ExecuteAnswer::Results { task: 0, length: 8 }, 8),
+            (ExecuteAnswer::Results { task: 1, length: 8 }, 8),
+            (ExecuteAnswer::Done { length: 4 }, 4),
+        ];
         let (told, end) = hear(results.to_vec(), true, 9).await;
         assert_eq!((told.len(), end.kind()), (0, io::ErrorKind::UnexpectedEof));
     }
 
     #[tokio::test]
     async fn a_link_that_finds_no_room_breaks_and_never_waits() {
-        let results = [(Answer::Results { task: 0, length: 8 }, 8), (Answer::Results { task: 1, length: 8 }, 8)];
+        let results = [(ExecuteAnswer::Results { task: 0, length: 8 }, 8), (ExecuteAnswer::Results { task: 1, length: 8 }, 8)];
         let (told, end) = hear(results.to_vec(), false, 1).await;
         assert_eq!((told.len(), end.kind()), (2, io::ErrorKind::Other));
     }

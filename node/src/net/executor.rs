@@ -15,7 +15,7 @@ use inference::expert_runner::ExpertRunner;
 use inference::kernels::Kernels;
 use libp2p::{PeerId, Stream, StreamProtocol};
 use protocol::execute::{
-    self, Answer, EXECUTE_PROTOCOL, ExecuteRequest, REQUEST_BYTES_MAX, REQUEST_HEAD_BYTES, RESULT_BYTES_MAX, Receipt, ReceiptResult,
+    self, EXECUTE_PROTOCOL, ExecuteAnswer, ExecuteRequest, REQUEST_BYTES_MAX, REQUEST_HEAD_BYTES, RESULT_BYTES_MAX, Receipt, ReceiptResult,
     Refusal, RequestHead, row_bytes,
 };
 use protocol::expert_blob::ExpertShape;
@@ -70,7 +70,7 @@ pub(crate) struct ExecutorOptions {
 
 struct Work {
     request: ExecuteRequest,
-    answers: mpsc::Sender<(Answer, Vec<u8>)>,
+    answers: mpsc::Sender<(ExecuteAnswer, Vec<u8>)>,
 }
 
 /// What streams hand their requests to.
@@ -127,7 +127,7 @@ async fn refuse(mut stream: Stream) -> std::io::Result<()> {
     let mut head = [0; REQUEST_HEAD_BYTES];
     stream.read_exact(&mut head).await?;
     let (number, _) = numbered(&head);
-    write(&mut stream, &Answer::Refused(Refusal::NotAllowed).to_bytes(number), &[]).await?;
+    write(&mut stream, &ExecuteAnswer::Refused(Refusal::NotAllowed).to_bytes(number), &[]).await?;
     stream.close().await
 }
 
@@ -147,7 +147,7 @@ async fn serve(mut stream: Stream, peer: PeerId, desk: &Desk, slot: &StreamSlot)
         slot.note_asked();
         let (number, head) = numbered(&head);
         let Some(head) = head else {
-            write(&mut stream, &Answer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;
+            write(&mut stream, &ExecuteAnswer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;
             return stream.close().await;
         };
         // Before anything is allocated: what is announced counts until the last answer is written.
@@ -156,7 +156,7 @@ async fn serve(mut stream: Stream, peer: PeerId, desk: &Desk, slot: &StreamSlot)
         if held.is_none() {
             skip(&mut stream, body_bytes).await?;
             if !head.foretells() {
-                write(&mut stream, &Answer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
+                write(&mut stream, &ExecuteAnswer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
             }
             continue;
         }
@@ -170,14 +170,14 @@ async fn serve(mut stream: Stream, peer: PeerId, desk: &Desk, slot: &StreamSlot)
             continue;
         }
         let Ok(request) = ExecuteRequest::from_body(&head, &body) else {
-            write(&mut stream, &Answer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;
+            write(&mut stream, &ExecuteAnswer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;
             return stream.close().await;
         };
         drop(body);
         // Room for every answer: the thread that computes never waits for a peer that does not read.
         let (answers, mut said) = mpsc::channel(request.tasks.len() + 1);
         if desk.queue.try_send(Work { request, answers }).is_err() {
-            write(&mut stream, &Answer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
+            write(&mut stream, &ExecuteAnswer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
             continue;
         }
         while let Some((answer, bytes)) = said.recv().await {
@@ -219,14 +219,14 @@ impl Worker {
         for (number, task) in request.tasks.iter().enumerate() {
             let number = number as u16;
             let Some(expert) = self.experts.get(task.expert) else {
-                if answers.try_send((Answer::NotHave { task: number }, Vec::new())).is_err() {
+                if answers.try_send((ExecuteAnswer::NotHave { task: number }, Vec::new())).is_err() {
                     return;
                 }
                 continue;
             };
             let shape = expert.shape();
             if !shape.precision.is_packed() || shape.hidden_size != width {
-                let _ = answers.try_send((Answer::Refused(Refusal::Unsuitable), Vec::new()));
+                let _ = answers.try_send((ExecuteAnswer::Refused(Refusal::Unsuitable), Vec::new()));
                 return;
             }
             let rows: Vec<&[u8]> = task.rows.iter().map(|&row| rows[usize::from(row)]).collect();
@@ -237,7 +237,7 @@ impl Worker {
                 input: ContentHash::of(&request.input(task)),
                 output: ContentHash::of(&results),
             });
-            let answer = Answer::Results { task: number, length: results.len() as u32 };
+            let answer = ExecuteAnswer::Results { task: number, length: results.len() as u32 };
             if answers.try_send((answer, results)).is_err() {
                 return;
             }
@@ -245,7 +245,7 @@ impl Worker {
             std::thread::yield_now();
         }
         let receipt = Receipt::seal(&self.options.key, request.nonce, receipt).as_bytes().to_vec();
-        let _ = answers.try_send((Answer::Done { length: receipt.len() as u32 }, receipt));
+        let _ = answers.try_send((ExecuteAnswer::Done { length: receipt.len() as u32 }, receipt));
     }
 
     fn runner(&mut self, shape: ExpertShape) -> &mut ExpertRunner {

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc as std_mpsc};
 use std::time::Duration;
 
 use libp2p::PeerId;
-use protocol::exchange::{Action, Downloads, Event};
+use protocol::exchange::{DownloadAction, DownloadEvent, Downloads};
 use protocol::group_hashes::group_count;
 use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ModelManifest};
@@ -185,9 +185,9 @@ impl Fetcher {
     /// Learns of a model: from then on, peers say which of its blobs they have.
     pub(crate) fn follow(&mut self, manifest: &ModelManifest) {
         let blobs = manifest.blobs().map(|blob| blob.hash).collect();
-        let actions = self.machine.handle(self.machine_ms(), Event::Follow { model: manifest.id(), blobs });
+        let actions = self.machine.handle(self.machine_ms(), DownloadEvent::Follow { model: manifest.id(), blobs });
         for action in actions {
-            if let Action::Send { peer, message } = action
+            if let DownloadAction::Send { peer, message } = action
                 && let Some(link) = self.links.get(&peer)
             {
                 let _ = link.say(message); // a link as full as that is about to end
@@ -235,8 +235,8 @@ impl Fetcher {
     /// Gives up what is wanted, as after a fetch that nobody waits for any more; what had come is kept.
     fn abandon(&mut self) {
         self.round += 1;
-        for action in self.machine.handle(self.machine_ms(), Event::UnwantAll) {
-            if let Action::Send { peer, message } = action
+        for action in self.machine.handle(self.machine_ms(), DownloadEvent::UnwantAll) {
+            if let DownloadAction::Send { peer, message } = action
                 && let Some(link) = self.links.get(&peer)
             {
                 let _ = link.say(message); // what comes all the same is surplus
@@ -258,10 +258,10 @@ impl Fetcher {
         let blobs: Vec<_> =
             blobs.into_values().map(|wanted| (wanted.blob(), wanted.urgency(), matches!(wanted, Wanted::ToldBlob(_)))).collect();
         for (blob, urgency, unsure) in blobs {
-            self.tell(round, Event::Want { blob, urgency })?;
+            self.tell(round, DownloadEvent::Want { blob, urgency })?;
             if unsure {
                 self.told.insert(blob.hash);
-                self.tell(round, Event::Unsure { hash: blob.hash })?;
+                self.tell(round, DownloadEvent::Unsure { hash: blob.hash })?;
             }
         }
         let mut peers = self.network.peers.clone();
@@ -310,10 +310,10 @@ impl Fetcher {
         self.mind_links(round)?;
         let progress: Vec<_> = self.links.iter().map(|(peer, link)| (*peer, link.received())).collect();
         for (peer, bytes) in progress {
-            self.tell(round, Event::Progress { peer, bytes })?;
+            self.tell(round, DownloadEvent::Progress { peer, bytes })?;
         }
         if round.ready.len() < READY_MAX {
-            self.tell(round, Event::Tick)?;
+            self.tell(round, DownloadEvent::Tick)?;
         }
         let arrived = self.arrived.load(Ordering::Relaxed);
         if arrived != round.arrived {
@@ -328,13 +328,13 @@ impl Fetcher {
             Ok(true) => {
                 self.unsteady.remove(&peer);
                 round.senders.insert(hash, peer);
-                self.tell(round, Event::Verified { peer, hash, serial, check })
+                self.tell(round, DownloadEvent::Verified { peer, hash, serial, check })
             }
-            Ok(false) => self.tell(round, Event::Wrong { peer, hash, serial, check }),
+            Ok(false) => self.tell(round, DownloadEvent::Wrong { peer, hash, serial, check }),
             Err(error) => {
                 // Wanted no more, it is only counted as no longer on its way.
-                self.tell(round, Event::Unwant { hash })?;
-                self.tell(round, Event::Verified { peer, hash, serial, check })?;
+                self.tell(round, DownloadEvent::Unwant { hash })?;
+                self.tell(round, DownloadEvent::Verified { peer, hash, serial, check })?;
                 if round.by_hash.contains_key(&hash) { Err(error.into()) } else { Ok(()) }
             }
         }
@@ -347,7 +347,7 @@ impl Fetcher {
         let assembly = Assembly::Store(prepared.room?);
         let (hashes, here) = assembly.here();
         self.assemblies.insert(prepared.hash, Arc::new(assembly));
-        self.tell(round, Event::Prepared { hash: prepared.hash, hashes, here })
+        self.tell(round, DownloadEvent::Prepared { hash: prepared.hash, hashes, here })
     }
 
     pub(super) fn on_heard(&mut self, round: &mut Round, heard: Heard) -> Result<(), Failure> {
@@ -356,49 +356,49 @@ impl Fetcher {
         match what {
             What::Up(requests_max) => {
                 if self.network.is_doubted(peer) {
-                    self.tell(round, Event::Doubted { peer })?;
+                    self.tell(round, DownloadEvent::Doubted { peer })?;
                 }
-                self.tell(round, Event::PeerUp { peer, requests_max })
+                self.tell(round, DownloadEvent::PeerUp { peer, requests_max })
             }
             What::Said(message) => {
                 let bytes = link.received();
-                self.tell(round, Event::Progress { peer, bytes })?;
-                self.tell(round, Event::Received { peer, message })
+                self.tell(round, DownloadEvent::Progress { peer, bytes })?;
+                self.tell(round, DownloadEvent::Received { peer, message })
             }
             What::Ended(reason) => {
                 debug!(%peer, reason, "stream broke");
                 round.last_break = Some(reason);
                 self.hang_up(peer);
-                self.tell(round, Event::PeerDown { peer })
+                self.tell(round, DownloadEvent::PeerDown { peer })
             }
             What::Malformed(malformed) => {
                 self.note_liar(peer, format!("sent a {malformed}"));
-                self.tell(round, Event::PeerDown { peer })
+                self.tell(round, DownloadEvent::PeerDown { peer })
             }
         }
     }
 
     /// Tells the machine something, and does all that it says, whatever fails.
-    fn tell(&mut self, round: &mut Round, event: Event<PeerId, Vec<u8>>) -> Result<(), Failure> {
+    fn tell(&mut self, round: &mut Round, event: DownloadEvent<PeerId, Vec<u8>>) -> Result<(), Failure> {
         let mut events = VecDeque::from([event]);
         let mut result = Ok(());
         while let Some(event) = events.pop_front() {
             for action in self.machine.handle(self.machine_ms(), event) {
                 match action {
-                    Action::Send { peer, message } => {
+                    DownloadAction::Send { peer, message } => {
                         if self.links.get(&peer).is_some_and(|link| link.say(message).is_err()) {
                             self.hang_up(peer);
-                            events.push_back(Event::PeerDown { peer });
+                            events.push_back(DownloadEvent::PeerDown { peer });
                         }
                     }
-                    Action::Prepare { blob } => events.extend(self.prepare(round, blob)),
-                    Action::Listed { hashes } => {
+                    DownloadAction::Prepare { blob } => events.extend(self.prepare(round, blob)),
+                    DownloadAction::Listed { hashes } => {
                         let set = self.assemblies.get(&hashes.blob().hash).map_or(Ok(()), |assembly| assembly.set_hashes(hashes));
                         result = result.and(set.map_err(Failure::from));
                     }
-                    Action::Verify { peer, hash, serial, check, bytes } => {
+                    DownloadAction::Verify { peer, hash, serial, check, bytes } => {
                         let Some(assembly) = self.assemblies.get(&hash).cloned() else {
-                            events.push_back(Event::Verified { peer, hash, serial: NO_SERIAL, check });
+                            events.push_back(DownloadEvent::Verified { peer, hash, serial: NO_SERIAL, check });
                             continue;
                         };
                         // There is room for all that can be on its way.
@@ -406,12 +406,12 @@ impl Fetcher {
                             result = result.and(Err(Failure::new(Kind::Other, "the threads that verify have ended")));
                         }
                     }
-                    Action::Complete { hash } => self.complete(round, hash),
-                    Action::Blame { peer, fault } => {
+                    DownloadAction::Complete { hash } => self.complete(round, hash),
+                    DownloadAction::Blame { peer, fault } => {
                         warn!(%peer, %fault, "dropped");
                         self.note_liar(peer, fault.to_string());
                     }
-                    Action::HangUp { peer } => {
+                    DownloadAction::HangUp { peer } => {
                         debug!(%peer, "is silent; its stream is given up");
                         round.last_break = Some("it was silent".to_owned());
                         self.network.observe(peer, Facet::Bytes, Outcome::TimedOut);
@@ -429,7 +429,7 @@ impl Fetcher {
     }
 
     /// Makes room for a blob; says at once when there is.
-    fn prepare(&mut self, round: &Round, blob: BlobRef) -> Option<Event<PeerId, Vec<u8>>> {
+    fn prepare(&mut self, round: &Round, blob: BlobRef) -> Option<DownloadEvent<PeerId, Vec<u8>>> {
         let hash = blob.hash;
         let index = *round.by_hash.get(&hash)?.first()?;
         let sink = match &round.wants.get(index)?.wanted {
@@ -440,7 +440,7 @@ impl Fetcher {
                 let assembly = kept.map_or_else(|| Arc::new(Assembly::in_memory(blob)), |(_, assembly)| assembly);
                 let (hashes, here) = assembly.here();
                 self.assemblies.insert(hash, assembly);
-                return Some(Event::Prepared { hash, hashes, here });
+                return Some(DownloadEvent::Prepared { hash, hashes, here });
             }
         };
         let (prepared, number) = (self.prepared.0.clone(), self.round);
@@ -490,7 +490,7 @@ impl Fetcher {
         let gone: Vec<_> = self.links.keys().filter(|peer| !connected.contains(peer)).copied().collect();
         for peer in gone {
             self.links.remove(&peer);
-            self.tell(round, Event::PeerDown { peer })?;
+            self.tell(round, DownloadEvent::PeerDown { peer })?;
         }
         let now = Instant::now();
         for peer in connected {

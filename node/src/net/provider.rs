@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream};
-use protocol::message::{Answer, FETCH_PROTOCOL, RANGE_BYTES_MAX, REQUEST_BYTES, Request, STREAM_ACK, Subject};
+use protocol::message::{FETCH_PROTOCOL, FetchAnswer, RANGE_BYTES_MAX, REQUEST_BYTES, Request, STREAM_ACK, Subject};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -60,7 +60,7 @@ async fn serve(provider: &Arc<Provider>, peer: PeerId, mut stream: Stream, slot:
         patience = IDLE_TIMEOUT;
         slot.note_asked();
         let Ok(request) = Request::from_bytes(&request) else {
-            write(&mut stream, &Answer::Refused.to_bytes(), &[]).await?;
+            write(&mut stream, &FetchAnswer::Refused.to_bytes(), &[]).await?;
             return stream.close().await;
         };
         // Reading a manifest or counting what is here may take a disk's time.
@@ -80,23 +80,23 @@ async fn write(stream: &mut Stream, head: &[u8], bytes: &[u8]) -> std::io::Resul
     timeout(WRITE_TIMEOUT, write).await?
 }
 
-fn answer(provider: &Provider, peer: &PeerId, request: Request) -> (Answer, Vec<u8>) {
+fn answer(provider: &Provider, peer: &PeerId, request: Request) -> (FetchAnswer, Vec<u8>) {
     let whole = match request.subject {
         Subject::Manifest(id) => provider.own_status.library.envelope(id),
         Subject::Listing => Some(Arc::new(provider.own_status.library.listing())),
         Subject::Status => Some(Arc::new(provider.own_status.for_peer(peer).to_bytes())),
         Subject::Records => Some(provider.records()),
     };
-    let Some(whole) = whole else { return (Answer::NotHave, Vec::new()) };
+    let Some(whole) = whole else { return (FetchAnswer::NotHave, Vec::new()) };
     match range(request, whole.len() as u64) {
         Some((answer, length)) => (answer, whole[request.offset as usize..][..length].to_vec()),
-        None => (Answer::Refused, Vec::new()),
+        None => (FetchAnswer::Refused, Vec::new()),
     }
 }
 
 /// The head of the answer to a request for part of `total` bytes, and how many follow; nothing beyond the end.
-fn range(request: Request, total: u64) -> Option<(Answer, usize)> {
+fn range(request: Request, total: u64) -> Option<(FetchAnswer, usize)> {
     let left = total.checked_sub(request.offset)?;
     let length = left.min(u64::from(request.length.min(RANGE_BYTES_MAX))) as u32;
-    Some((Answer::Bytes { total, length }, length as usize))
+    Some((FetchAnswer::Bytes { total, length }, length as usize))
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::io::{ReadHalf, WriteHalf};
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream, StreamProtocol};
-use protocol::exchange::upload_events::{Action, Event, Sent};
+use protocol::exchange::upload_events::{Sent, UploadAction, UploadEvent};
 use protocol::exchange::uploads::{REQUESTS_MAX, Uploads};
 use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider};
@@ -112,7 +112,7 @@ pub(super) async fn serve(
             Some(happened) = happenings.recv() => serving.on_happened(happened),
             _ = tick.tick(), if !serving.streams.is_empty() => {
                 serving.tell_changes();
-                serving.tell(Event::Tick);
+                serving.tell(UploadEvent::Tick);
             }
         }
     }
@@ -149,31 +149,31 @@ impl Serving {
             }),
         ];
         self.streams.insert(number, Served { outgoing, tasks });
-        self.tell(Event::PeerUp { peer: number });
+        self.tell(UploadEvent::PeerUp { peer: number });
     }
 
     fn on_happened(&mut self, happened: Happened) {
         match happened {
             Happened::Asked(stream, message) => {
                 if self.streams.contains_key(&stream) {
-                    self.tell(Event::Received { peer: stream, message });
+                    self.tell(UploadEvent::Received { peer: stream, message });
                 }
             }
             Happened::Ended(stream, reason) => {
                 if self.streams.remove(&stream).is_some() {
                     debug!(stream, reason, "stream ended");
-                    self.tell(Event::PeerDown { peer: stream });
+                    self.tell(UploadEvent::PeerDown { peer: stream });
                 }
             }
-            Happened::Sent(stream, bytes) => self.tell(Event::Sent { peer: stream, bytes }),
+            Happened::Sent(stream, bytes) => self.tell(UploadEvent::Sent { peer: stream, bytes }),
             Happened::Opened(hash, reader) => {
                 let length = reader.as_ref().map(|reader| reader.length());
                 self.open.extend(reader.map(|reader| (hash, reader)));
-                self.tell(Event::Opened { hash, length });
+                self.tell(UploadEvent::Opened { hash, length });
             }
             Happened::Damaged(hash) => {
                 self.open.remove(&hash);
-                self.tell(Event::Opened { hash, length: None });
+                self.tell(UploadEvent::Opened { hash, length: None });
             }
             Happened::Model(stream, id, model, blobs) => {
                 let message = match blobs {
@@ -192,14 +192,14 @@ impl Serving {
     }
 
     /// Tells the machine something, and does what it says.
-    fn tell(&mut self, event: Event<StreamNumber>) {
+    fn tell(&mut self, event: UploadEvent<StreamNumber>) {
         let now_ms = self.began.elapsed().as_millis() as u64;
         for action in self.machine.handle(now_ms, event) {
             match action {
-                Action::Open { hash } => self.open(hash),
-                Action::Shut { hash } => drop(self.open.remove(&hash)),
-                Action::Send { peer, what } => self.answer(peer, what),
-                Action::HangUp { peer, why } => {
+                UploadAction::Open { hash } => self.open(hash),
+                UploadAction::Shut { hash } => drop(self.open.remove(&hash)),
+                UploadAction::Send { peer, what } => self.answer(peer, what),
+                UploadAction::HangUp { peer, why } => {
                     debug!(stream = peer, why, "hung up on");
                     self.streams.remove(&peer);
                 }
@@ -279,7 +279,7 @@ impl Serving {
             changed.push((*model, changes));
         }
         for (model, changes) in changed.into_iter().filter(|(_, changes)| !changes.is_empty()) {
-            self.tell(Event::Changed { model, changes });
+            self.tell(UploadEvent::Changed { model, changes });
         }
     }
 }

@@ -3,7 +3,7 @@
 use super::Payload;
 use super::bitfield::Bitfield;
 use super::downloads::{BROKEN_CLAIMS_MAX, BUSY_MAX_MS, Downloads, cost_bytes};
-use super::events::{Action, Fault};
+use super::events::{DownloadAction, Fault};
 use super::peer_state::Asked;
 use super::wanted::Group;
 use super::wire::FromProvider;
@@ -84,7 +84,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             Ok(hashes) => {
                 if wanted.hashes.is_none() {
                     wanted.hashes = Some(hashes.clone());
-                    self.actions.push(Action::Listed { hashes });
+                    self.actions.push(DownloadAction::Listed { hashes });
                 }
             }
             Err(_) if wanted.unsure => {
@@ -127,7 +127,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                     state.verifying_bytes += cost_bytes(length);
                 }
                 self.way_bytes += cost_bytes(length);
-                self.actions.push(Action::Verify { peer, hash, serial, check, bytes });
+                self.actions.push(DownloadAction::Verify { peer, hash, serial, check, bytes });
             }
         }
     }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::events::{Action, Counts, Event, Fault};
+use super::events::{Counts, DownloadAction, DownloadEvent, Fault};
 use super::peer_state::{Asked, Peer};
 use super::wanted::{Place, Room, Wanted};
 use super::wire::ToProvider;
@@ -32,7 +32,7 @@ pub struct Downloads<P, B> {
     pub(super) way_bytes: u64, // asked for, or being verified
     pub(super) ticked_ms: u64,
     draws: Draws,
-    pub(super) actions: Vec<Action<P, B>>,
+    pub(super) actions: Vec<DownloadAction<P, B>>,
     pub(super) counts: Counts,
 }
 
@@ -64,36 +64,36 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     }
 
     /// Takes an event in and says what to do.
-    pub fn handle(&mut self, now_ms: u64, event: Event<P, B>) -> Vec<Action<P, B>> {
+    pub fn handle(&mut self, now_ms: u64, event: DownloadEvent<P, B>) -> Vec<DownloadAction<P, B>> {
         match event {
-            Event::PeerUp { peer, requests_max } => self.peer_up(now_ms, peer, requests_max),
-            Event::Doubted { peer } => {
+            DownloadEvent::PeerUp { peer, requests_max } => self.peer_up(now_ms, peer, requests_max),
+            DownloadEvent::Doubted { peer } => {
                 self.doubted.insert(peer);
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.doubt(now_ms);
                 }
             }
-            Event::PeerDown { peer } => self.remove_peer(peer),
-            Event::Follow { model, blobs } => self.follow(model, blobs),
-            Event::Want { blob, urgency } => self.want(blob, urgency),
-            Event::Prepared { hash, hashes, here } => self.prepared(hash, hashes, &here),
-            Event::Unsure { hash } => {
+            DownloadEvent::PeerDown { peer } => self.remove_peer(peer),
+            DownloadEvent::Follow { model, blobs } => self.follow(model, blobs),
+            DownloadEvent::Want { blob, urgency } => self.want(blob, urgency),
+            DownloadEvent::Prepared { hash, hashes, here } => self.prepared(hash, hashes, &here),
+            DownloadEvent::Unsure { hash } => {
                 if let Some(wanted) = self.wanted.get_mut(&hash) {
                     wanted.unsure = true;
                 }
             }
-            Event::Unwant { hash } => self.unwant(hash),
-            Event::UnwantAll => self.unwant_all(),
-            Event::Received { peer, message } => self.received(now_ms, peer, message),
-            Event::Progress { peer, bytes } => {
+            DownloadEvent::Unwant { hash } => self.unwant(hash),
+            DownloadEvent::UnwantAll => self.unwant_all(),
+            DownloadEvent::Received { peer, message } => self.received(now_ms, peer, message),
+            DownloadEvent::Progress { peer, bytes } => {
                 if let Some(peer) = self.peers.get_mut(&peer) {
                     peer.pace.progress(now_ms, bytes);
                 }
                 return std::mem::take(&mut self.actions); // says nothing about what to ask for next
             }
-            Event::Verified { peer, hash, serial, check } => self.verified(peer, hash, serial, check),
-            Event::Wrong { peer, hash, serial, check } => self.wrong(peer, hash, serial, check),
-            Event::Tick => self.look_after_peers(now_ms),
+            DownloadEvent::Verified { peer, hash, serial, check } => self.verified(peer, hash, serial, check),
+            DownloadEvent::Wrong { peer, hash, serial, check } => self.wrong(peer, hash, serial, check),
+            DownloadEvent::Tick => self.look_after_peers(now_ms),
         }
         self.ask_all(now_ms);
         std::mem::take(&mut self.actions)
@@ -210,7 +210,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let id = self.new_id();
         if let Some(state) = self.peers.get_mut(&peer) {
             state.follows.insert(id, model);
-            self.actions.push(Action::Send { peer, message: ToProvider::Follow { id, model } });
+            self.actions.push(DownloadAction::Send { peer, message: ToProvider::Follow { id, model } });
         }
     }
 
@@ -262,14 +262,14 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
 
     pub(super) fn complete(&mut self, hash: ContentHash) {
         if self.forget_wanted(hash) {
-            self.actions.push(Action::Complete { hash });
+            self.actions.push(DownloadAction::Complete { hash });
         }
     }
 
     pub(super) fn blame(&mut self, peer: P, fault: Fault) {
         self.remove_peer(peer);
         if self.blamed.insert(peer) {
-            self.actions.push(Action::Blame { peer, fault });
+            self.actions.push(DownloadAction::Blame { peer, fault });
         }
     }
 
@@ -291,7 +291,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                 state.cancelled_bytes += asked.length;
             }
             self.release(peer, asked);
-            self.actions.push(Action::Send { peer, message: ToProvider::Cancel { id } });
+            self.actions.push(DownloadAction::Send { peer, message: ToProvider::Cancel { id } });
         }
     }
 

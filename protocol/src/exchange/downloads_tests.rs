@@ -1,14 +1,14 @@
 //! Single peers under the eye: who is found slow, who is blamed, what is asked for again.
 
 use super::downloads::Downloads;
-use super::events::{Action, Event, Fault};
+use super::events::{DownloadAction, DownloadEvent, Fault};
 use super::wire::{FromProvider, ToProvider};
 use super::{Bitfield, Urgency};
 use crate::group_hashes::{GROUP_BYTES, GroupHashes};
 use crate::hash::{ContentHash, ModelId};
 
 type Machine = Downloads<u8, Vec<u8>>;
-type Actions = Vec<Action<u8, Vec<u8>>>;
+type Actions = Vec<DownloadAction<u8, Vec<u8>>>;
 
 fn groups(count: u64) -> GroupHashes {
     GroupHashes::of(&vec![7; (count * GROUP_BYTES) as usize])
@@ -19,25 +19,25 @@ fn machine(peers: &[u8], blob: &GroupHashes, here: &[u32]) -> (Machine, Actions)
     let mut machine = Machine::new(1);
     let mut actions = Vec::new();
     for &peer in peers {
-        actions.extend(machine.handle(0, Event::PeerUp { peer, requests_max: 1024 }));
+        actions.extend(machine.handle(0, DownloadEvent::PeerUp { peer, requests_max: 1024 }));
     }
-    actions.extend(machine.handle(0, Event::Want { blob: blob.blob(), urgency: Urgency::Now }));
+    actions.extend(machine.handle(0, DownloadEvent::Want { blob: blob.blob(), urgency: Urgency::Now }));
     let hash = blob.blob().hash;
-    actions.extend(machine.handle(0, Event::Prepared { hash, hashes: Some(blob.clone()), here: here.to_vec() }));
+    actions.extend(machine.handle(0, DownloadEvent::Prepared { hash, hashes: Some(blob.clone()), here: here.to_vec() }));
     (machine, actions)
 }
 
 /// The groups asked of a peer, with the ids of the requests.
 fn asked(actions: &Actions, of: u8) -> Vec<(u32, u32)> {
-    let one = |action: &Action<u8, Vec<u8>>| match action {
-        Action::Send { peer, message: ToProvider::Group { id, group, .. } } if *peer == of => Some((*group, *id)),
+    let one = |action: &DownloadAction<u8, Vec<u8>>| match action {
+        DownloadAction::Send { peer, message: ToProvider::Group { id, group, .. } } if *peer == of => Some((*group, *id)),
         _ => None,
     };
     actions.iter().filter_map(one).collect()
 }
 
 fn send(machine: &mut Machine, now_ms: u64, peer: u8, id: u32) -> Actions {
-    machine.handle(now_ms, Event::Received { peer, message: FromProvider::Group { id, bytes: vec![7; GROUP_BYTES as usize] } })
+    machine.handle(now_ms, DownloadEvent::Received { peer, message: FromProvider::Group { id, bytes: vec![7; GROUP_BYTES as usize] } })
 }
 
 /// Somebody says that an honest peer's blob has another length: nobody is blamed, and the peer is not asked again.
@@ -48,18 +48,18 @@ fn a_length_that_is_hearsay_names_no_liar() {
         let bytes: Vec<u8> = (0..2 * GROUP_BYTES).map(|i| i as u8).collect();
         let truth = GroupHashes::of(&bytes);
         let told = crate::hash::BlobRef { hash: truth.blob().hash, length };
-        machine.handle(0, Event::PeerUp { peer: 1, requests_max: 100 });
-        let mut actions = machine.handle(0, Event::Want { blob: told, urgency: Urgency::Now });
-        actions.extend(machine.handle(0, Event::Unsure { hash: told.hash }));
-        actions.extend(machine.handle(0, Event::Prepared { hash: told.hash, hashes: None, here: Vec::new() }));
+        machine.handle(0, DownloadEvent::PeerUp { peer: 1, requests_max: 100 });
+        let mut actions = machine.handle(0, DownloadEvent::Want { blob: told, urgency: Urgency::Now });
+        actions.extend(machine.handle(0, DownloadEvent::Unsure { hash: told.hash }));
+        actions.extend(machine.handle(0, DownloadEvent::Prepared { hash: told.hash, hashes: None, here: Vec::new() }));
         let mut asked = 0;
         while let Some(action) = actions.pop() {
-            if let Action::Verify { peer, hash, serial, check, .. } = action {
-                actions.extend(machine.handle(1, Event::Wrong { peer, hash, serial, check }));
+            if let DownloadAction::Verify { peer, hash, serial, check, .. } = action {
+                actions.extend(machine.handle(1, DownloadEvent::Wrong { peer, hash, serial, check }));
                 continue;
             }
-            let Action::Send { message, .. } = action else {
-                assert!(!matches!(action, Action::Blame { .. } | Action::Complete { .. }), "{action:?}");
+            let DownloadAction::Send { message, .. } = action else {
+                assert!(!matches!(action, DownloadAction::Blame { .. } | DownloadAction::Complete { .. }), "{action:?}");
                 continue;
             };
             asked += 1;
@@ -71,7 +71,7 @@ fn a_length_that_is_hearsay_names_no_liar() {
                 ToProvider::Group { group, .. } => panic!("a provider hangs up on who asks for group {group}"),
                 _ => continue,
             };
-            actions.extend(machine.handle(1, Event::Received { peer: 1, message }));
+            actions.extend(machine.handle(1, DownloadEvent::Received { peer: 1, message }));
         }
         assert!((1..10).contains(&asked) && machine.lacks(&1, &told.hash), "{length}: {asked}");
     }
@@ -101,11 +101,11 @@ fn a_silent_peer_is_replaced_within_two_seconds_and_hung_up_on_later() {
     }
     let (mut replaced_ms, mut hung_up_ms) = (None, None);
     for now_ms in (100..10_000).step_by(100) {
-        let actions = machine.handle(now_ms, Event::Tick);
+        let actions = machine.handle(now_ms, DownloadEvent::Tick);
         if asked(&actions, 2).len() == first.len() {
             replaced_ms.get_or_insert(now_ms);
         }
-        if actions.contains(&Action::HangUp { peer: 1 }) {
+        if actions.contains(&DownloadAction::HangUp { peer: 1 }) {
             hung_up_ms.get_or_insert(now_ms);
         }
     }
@@ -116,7 +116,8 @@ fn a_silent_peer_is_replaced_within_two_seconds_and_hung_up_on_later() {
 #[test]
 fn the_only_peer_is_hung_up_on_when_it_stays_silent() {
     let (mut machine, _) = machine(&[1], &groups(3), &[]);
-    let hung_up_ms = (100..10_000).step_by(100).find(|&ms| machine.handle(ms, Event::Tick).contains(&Action::HangUp { peer: 1 }));
+    let hung_up_ms =
+        (100..10_000).step_by(100).find(|&ms| machine.handle(ms, DownloadEvent::Tick).contains(&DownloadAction::HangUp { peer: 1 }));
     assert_eq!(hung_up_ms, Some(5000));
 }
 
@@ -126,14 +127,14 @@ fn a_peer_that_drips_is_kept_only_while_nobody_else_has_it() {
     let mine = asked(&actions, 1).len();
     let mut cancelled_ms = None;
     for now_ms in (100..4000).step_by(100) {
-        let mut actions = alone.handle(now_ms, Event::Progress { peer: 1, bytes: now_ms / 10 });
-        actions.extend(alone.handle(now_ms, Event::Tick));
+        let mut actions = alone.handle(now_ms, DownloadEvent::Progress { peer: 1, bytes: now_ms / 10 });
+        actions.extend(alone.handle(now_ms, DownloadEvent::Tick));
         assert!(asked(&actions, 1).is_empty());
     }
-    alone.handle(4000, Event::PeerUp { peer: 2, requests_max: 1024 });
+    alone.handle(4000, DownloadEvent::PeerUp { peer: 2, requests_max: 1024 });
     for now_ms in (4100..7000).step_by(100) {
-        alone.handle(now_ms, Event::Progress { peer: 1, bytes: now_ms / 10 });
-        let actions = alone.handle(now_ms, Event::Tick);
+        alone.handle(now_ms, DownloadEvent::Progress { peer: 1, bytes: now_ms / 10 });
+        let actions = alone.handle(now_ms, DownloadEvent::Tick);
         if asked(&actions, 2).len() == mine {
             cancelled_ms.get_or_insert(now_ms);
         }
@@ -146,11 +147,11 @@ fn a_wrong_group_blames_its_sender_and_is_asked_of_another() {
     let (mut machine, actions) = machine(&[1, 2], &groups(4), &[]);
     let (group, id) = asked(&actions, 1)[0];
     let actions = send(&mut machine, 10, 1, id);
-    let [Action::Verify { peer: 1, hash, serial, check, .. }] = actions[..] else { panic!("{actions:?}") };
-    let actions = machine.handle(12, Event::Wrong { peer: 1, hash, serial, check });
-    assert!(actions.contains(&Action::Blame { peer: 1, fault: Fault::WrongGroup { hash, group } }));
+    let [DownloadAction::Verify { peer: 1, hash, serial, check, .. }] = actions[..] else { panic!("{actions:?}") };
+    let actions = machine.handle(12, DownloadEvent::Wrong { peer: 1, hash, serial, check });
+    assert!(actions.contains(&DownloadAction::Blame { peer: 1, fault: Fault::WrongGroup { hash, group } }));
     assert!(asked(&actions, 2).iter().any(|(again, _)| *again == group));
-    assert!(machine.handle(13, Event::PeerUp { peer: 1, requests_max: 9 }).is_empty(), "a liar is asked for nothing");
+    assert!(machine.handle(13, DownloadEvent::PeerUp { peer: 1, requests_max: 9 }).is_empty(), "a liar is asked for nothing");
 }
 
 #[test]
@@ -159,9 +160,9 @@ fn bytes_that_nobody_asked_for_are_never_verified() {
     let (_, id) = asked(&actions, 1)[0];
     send(&mut machine, 10, 1, id);
     let again = send(&mut machine, 11, 1, id);
-    assert!(again.contains(&Action::Blame { peer: 1, fault: Fault::Unsolicited }), "{again:?}");
+    assert!(again.contains(&DownloadAction::Blame { peer: 1, fault: Fault::Unsolicited }), "{again:?}");
     let never = send(&mut machine, 12, 2, 4_000_000);
-    assert!(never.contains(&Action::Blame { peer: 2, fault: Fault::Unsolicited }), "{never:?}");
+    assert!(never.contains(&DownloadAction::Blame { peer: 2, fault: Fault::Unsolicited }), "{never:?}");
 }
 
 #[test]
@@ -170,14 +171,14 @@ fn bitfields_say_whom_to_ask_and_updates_change_that() {
     let hash = blob.blob().hash;
     let model = ModelId(ContentHash::of(b"m"));
     let mut machine = Machine::new(1);
-    machine.handle(0, Event::Follow { model, blobs: vec![ContentHash::of(b"other"), hash] });
-    let up = machine.handle(0, Event::PeerUp { peer: 1, requests_max: 1024 });
-    let [Action::Send { message: ToProvider::Follow { id, .. }, .. }] = up[..] else { panic!("{up:?}") };
-    machine.handle(1, Event::Received { peer: 1, message: FromProvider::Have { id, bits: Bitfield::new(2) } });
-    let actions = machine.handle(1, Event::Want { blob: blob.blob(), urgency: Urgency::Now });
+    machine.handle(0, DownloadEvent::Follow { model, blobs: vec![ContentHash::of(b"other"), hash] });
+    let up = machine.handle(0, DownloadEvent::PeerUp { peer: 1, requests_max: 1024 });
+    let [DownloadAction::Send { message: ToProvider::Follow { id, .. }, .. }] = up[..] else { panic!("{up:?}") };
+    machine.handle(1, DownloadEvent::Received { peer: 1, message: FromProvider::Have { id, bits: Bitfield::new(2) } });
+    let actions = machine.handle(1, DownloadEvent::Want { blob: blob.blob(), urgency: Urgency::Now });
     assert!(actions.is_empty() && machine.lacks(&1, &hash) && !machine.may_be_had(&hash));
-    let actions = machine.handle(2, Event::Received { peer: 1, message: FromProvider::Update { id, changes: vec![(1, true)] } });
-    assert_eq!(actions, [Action::Prepare { blob: blob.blob() }]);
+    let actions = machine.handle(2, DownloadEvent::Received { peer: 1, message: FromProvider::Update { id, changes: vec![(1, true)] } });
+    assert_eq!(actions, [DownloadAction::Prepare { blob: blob.blob() }]);
     assert!(machine.may_be_had(&hash));
 }
 
@@ -185,8 +186,8 @@ fn bitfields_say_whom_to_ask_and_updates_change_that() {
 fn what_is_wanted_no_more_is_taken_back() {
     let (mut machine, actions) = machine(&[1], &groups(5), &[]);
     let ids: Vec<_> = asked(&actions, 1).into_iter().map(|(_, id)| id).collect();
-    let actions = machine.handle(1, Event::Unwant { hash: groups(5).blob().hash });
-    let cancels: Vec<_> = ids.iter().map(|&id| Action::Send { peer: 1, message: ToProvider::Cancel { id } }).collect();
+    let actions = machine.handle(1, DownloadEvent::Unwant { hash: groups(5).blob().hash });
+    let cancels: Vec<_> = ids.iter().map(|&id| DownloadAction::Send { peer: 1, message: ToProvider::Cancel { id } }).collect();
     assert_eq!((actions, machine.way_bytes()), (cancels, 0));
     // One may be on its way already.
     assert!(send(&mut machine, 2, 1, ids[0]).is_empty());

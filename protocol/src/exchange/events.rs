@@ -7,7 +7,7 @@ use crate::hash::{BlobRef, ContentHash, ModelId};
 
 /// What happens.
 #[derive(Clone, Debug)]
-pub enum Event<P, B> {
+pub enum DownloadEvent<P, B> {
     /// A peer has taken our stream on.
     PeerUp {
         /// Which.
@@ -15,7 +15,7 @@ pub enum Event<P, B> {
         /// Requests that it takes at a time.
         requests_max: u32,
     },
-    /// There is more against a peer than for it: whatever another may have is asked of the other. Best said before [`Event::PeerUp`].
+    /// There is more against a peer than for it: whatever another may have is asked of the other. Best said before [`DownloadEvent::PeerUp`].
     Doubted {
         /// Whom.
         peer: P,
@@ -39,7 +39,7 @@ pub enum Event<P, B> {
         /// How much.
         urgency: Urgency,
     },
-    /// There is room for a blob that [`Action::Prepare`] was about.
+    /// There is room for a blob that [`DownloadAction::Prepare`] was about.
     Prepared {
         /// Which.
         hash: ContentHash,
@@ -78,22 +78,22 @@ pub enum Event<P, B> {
     Verified {
         /// Who sent it.
         peer: P,
-        /// As [`Action::Verify`] said.
+        /// As [`DownloadAction::Verify`] said.
         hash: ContentHash,
-        /// As [`Action::Verify`] said.
+        /// As [`DownloadAction::Verify`] said.
         serial: u64,
-        /// As [`Action::Verify`] said.
+        /// As [`DownloadAction::Verify`] said.
         check: GroupCheck,
     },
     /// A group is not what it should be.
     Wrong {
         /// Who sent it.
         peer: P,
-        /// As [`Action::Verify`] said.
+        /// As [`DownloadAction::Verify`] said.
         hash: ContentHash,
-        /// As [`Action::Verify`] said.
+        /// As [`DownloadAction::Verify`] said.
         serial: u64,
-        /// As [`Action::Verify`] said.
+        /// As [`DownloadAction::Verify`] said.
         check: GroupCheck,
     },
     /// Time has passed; due every [`TICK_MS`] at least while anything is wanted.
@@ -105,7 +105,7 @@ pub const TICK_MS: u64 = 100;
 
 /// What is to be done.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Action<P, B> {
+pub enum DownloadAction<P, B> {
     /// Say something to a peer.
     Send {
         /// To whom.
@@ -113,7 +113,7 @@ pub enum Action<P, B> {
         /// What.
         message: ToProvider,
     },
-    /// Make room for a blob, then say [`Event::Prepared`].
+    /// Make room for a blob, then say [`DownloadEvent::Prepared`].
     Prepare {
         /// Which.
         blob: BlobRef,
@@ -123,7 +123,7 @@ pub enum Action<P, B> {
         /// The list, which folds to the blob's hash.
         hashes: GroupHashes,
     },
-    /// Hash a group somewhere where nobody waits; keep it if it is right; say [`Event::Verified`] or [`Event::Wrong`].
+    /// Hash a group somewhere where nobody waits; keep it if it is right; say [`DownloadEvent::Verified`] or [`DownloadEvent::Wrong`].
     Verify {
         /// Who sent it.
         peer: P,

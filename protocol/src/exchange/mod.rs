@@ -24,7 +24,7 @@ pub mod wire;
 
 pub use bitfield::Bitfield;
 pub use downloads::Downloads;
-pub use events::{Action, Event, Fault};
+pub use events::{DownloadAction, DownloadEvent, Fault};
 pub use uploads::Uploads;
 pub use wire::{FromProvider, ToProvider};
 

@@ -4,7 +4,7 @@
 //! missing any more, the last groups that a much slower peer owes are asked of a second one.
 
 use super::downloads::Downloads;
-use super::events::Action;
+use super::events::DownloadAction;
 use super::peer_state::Asked;
 use super::wanted::Place;
 use super::wanted::{Group, Room};
@@ -56,14 +56,14 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             Step::Prepare(hash) => {
                 if let Some(wanted) = self.wanted.get_mut(&hash) {
                     wanted.room = Room::Promised;
-                    self.actions.push(Action::Prepare { blob: wanted.blob });
+                    self.actions.push(DownloadAction::Prepare { blob: wanted.blob });
                 }
                 true
             }
             Step::Hashes(hash) => {
                 let id = self.new_id();
                 self.note_list_asked(peer, id, hash);
-                self.actions.push(Action::Send { peer, message: ToProvider::Hashes { id, blob: hash } });
+                self.actions.push(DownloadAction::Send { peer, message: ToProvider::Hashes { id, blob: hash } });
                 true
             }
             Step::Group(hash, _) if self.is_spared(peer, &hash) => false,
@@ -83,7 +83,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let Some((urgency, length)) = self.wanted.get(&hash).map(|wanted| (wanted.urgency, wanted.blob.length)) else { return };
         let id = self.new_id();
         self.note_asked(now_ms, peer, id, Asked { hash, group, length: group_length(length, group), second });
-        self.actions.push(Action::Send { peer, message: ToProvider::Group { id, urgency, blob: hash, group } });
+        self.actions.push(DownloadAction::Send { peer, message: ToProvider::Group { id, urgency, blob: hash, group } });
     }
 
     /// Whether a blob comes a group at a time, and the peer owes one.

@@ -9,7 +9,7 @@ use std::sync::OnceLock;
 
 use super::bitfield::Bitfield;
 use super::downloads::Downloads;
-use super::events::{self, Action, Fault, TICK_MS};
+use super::events::{self, DownloadAction, Fault, TICK_MS};
 use super::picker::WAY_BYTES_MAX;
 use super::upload_events::{self, Sent};
 use super::uploads::{REQUESTS_MAX, Uploads};
@@ -125,7 +125,7 @@ enum Happening {
     Hashed {
         node: Node,
         life: u32,
-        event: events::Event<Node, Bytes>,
+        event: events::DownloadEvent<Node, Bytes>,
     },
     Leave(Node),
     Return(Node),
@@ -252,11 +252,11 @@ impl Sim {
             others.remove(&node);
         }
         let blobs = model().blobs.iter().map(|groups| groups.blob().hash).collect();
-        self.tell(node, events::Event::Follow { model: model().id, blobs });
+        self.tell(node, events::DownloadEvent::Follow { model: model().id, blobs });
         for (i, groups) in model().blobs.iter().enumerate() {
             if !self.nodes[node as usize].complete.contains(&groups.blob().hash) {
                 let urgency = if i % 7 == 0 { Urgency::Now } else { Urgency::Rest };
-                self.tell(node, events::Event::Want { blob: groups.blob(), urgency });
+                self.tell(node, events::DownloadEvent::Want { blob: groups.blob(), urgency });
             }
         }
         for other in others {
@@ -330,7 +330,7 @@ impl Sim {
             Happening::Connect { node, other } => self.connect(node, other),
             Happening::ToProvider { from, to, link, message } => {
                 if self.linked(from, to, link) && !self.lost(from, to, link) {
-                    self.ask(to, upload_events::Event::Received { peer: from, message });
+                    self.ask(to, upload_events::UploadEvent::Received { peer: from, message });
                 }
             }
             Happening::FromProvider { from, to, link, message, sent } => {
@@ -338,8 +338,8 @@ impl Sim {
                     let bytes = self.received.entry((to, from)).or_default();
                     *bytes = (*bytes).max(sent);
                     let bytes = *bytes;
-                    self.tell(to, events::Event::Progress { peer: from, bytes });
-                    self.tell(to, events::Event::Received { peer: from, message });
+                    self.tell(to, events::DownloadEvent::Progress { peer: from, bytes });
+                    self.tell(to, events::DownloadEvent::Received { peer: from, message });
                 }
             }
             Happening::Progress { from, to, link, bytes } => {
@@ -347,26 +347,26 @@ impl Sim {
                     let known = self.received.entry((to, from)).or_default();
                     *known = (*known).max(bytes);
                     let bytes = *known;
-                    self.tell(to, events::Event::Progress { peer: from, bytes });
+                    self.tell(to, events::DownloadEvent::Progress { peer: from, bytes });
                 }
             }
             Happening::Down { node, other, link } => {
                 if self.linked(node, other, link) {
                     self.links.remove(&(node, other));
-                    self.tell(node, events::Event::PeerDown { peer: other });
+                    self.tell(node, events::DownloadEvent::PeerDown { peer: other });
                     let again_ms = self.now_ms + 500;
                     self.at(again_ms, Happening::Connect { node, other });
                 }
             }
             Happening::Out { node, to, link, bytes } => {
                 if self.linked(to, node, link) {
-                    self.ask(node, upload_events::Event::Sent { peer: to, bytes });
+                    self.ask(node, upload_events::UploadEvent::Sent { peer: to, bytes });
                 }
             }
             Happening::Opened { node, hash } => {
                 let has = self.nodes[node as usize].complete.contains(&hash);
                 let length = model().blobs.iter().map(GroupHashes::blob).find(|blob| blob.hash == hash && has).map(|blob| blob.length);
-                self.ask(node, upload_events::Event::Opened { hash, length });
+                self.ask(node, upload_events::UploadEvent::Opened { hash, length });
             }
             Happening::Hashed { node, life, event } => {
                 if self.nodes[node as usize].life == life {
@@ -383,8 +383,8 @@ impl Sim {
             Happening::Tick => {
                 for node in 0..self.plan.nodes {
                     if self.nodes[node as usize].up {
-                        self.tell(node, events::Event::Tick);
-                        self.ask(node, upload_events::Event::Tick);
+                        self.tell(node, events::DownloadEvent::Tick);
+                        self.ask(node, upload_events::UploadEvent::Tick);
                     }
                 }
                 let at_ms = self.now_ms + TICK_MS;
@@ -414,9 +414,9 @@ impl Sim {
         self.next_link += 1;
         self.links.insert((node, other), self.next_link);
         self.received.remove(&(node, other));
-        self.ask(other, upload_events::Event::PeerDown { peer: node });
-        self.ask(other, upload_events::Event::PeerUp { peer: node });
-        self.tell(node, events::Event::PeerUp { peer: other, requests_max: REQUESTS_MAX });
+        self.ask(other, upload_events::UploadEvent::PeerDown { peer: node });
+        self.ask(other, upload_events::UploadEvent::PeerUp { peer: node });
+        self.tell(node, events::DownloadEvent::PeerUp { peer: other, requests_max: REQUESTS_MAX });
     }
 
     /// A node vanishes: those who ask it hear of it later, if ever.
@@ -432,7 +432,7 @@ impl Sim {
         for ((asker, provider), link) in links {
             if asker == node {
                 self.links.remove(&(asker, provider));
-                self.ask(provider, upload_events::Event::PeerDown { peer: node });
+                self.ask(provider, upload_events::UploadEvent::PeerDown { peer: node });
             } else if provider == node && self.draws.next().is_multiple_of(2) {
                 let at_ms = self.now_ms + self.latency(asker, node);
                 self.at(at_ms, Happening::Down { node: asker, other: node, link });
@@ -443,7 +443,7 @@ impl Sim {
     }
 
     /// Tells a node's downloads something, and does what they say.
-    fn tell(&mut self, node: Node, event: events::Event<Node, Bytes>) {
+    fn tell(&mut self, node: Node, event: events::DownloadEvent<Node, Bytes>) {
         let state = &mut self.nodes[node as usize];
         if !state.up {
             return;
@@ -453,7 +453,7 @@ impl Sim {
         assert!(state.down.way_bytes() <= WAY_BYTES_MAX, "seed {}", self.seed);
         for action in actions {
             match action {
-                Action::Send { peer, message } => {
+                DownloadAction::Send { peer, message } => {
                     if let ToProvider::Group { blob, group, .. } = message {
                         let here = self.nodes[node as usize].here.get(&blob).is_some_and(|here| here.contains(&group));
                         assert!(!here, "seed {}: node {node} asks again for group {group} of {blob}", self.seed);
@@ -462,15 +462,15 @@ impl Sim {
                     let (at_ms, _) = self.arrival(node, peer, link, 50);
                     self.at(at_ms, Happening::ToProvider { from: node, to: peer, link, message });
                 }
-                Action::Prepare { blob } => {
+                DownloadAction::Prepare { blob } => {
                     let state = &self.nodes[node as usize];
                     let hashes = model().blobs.iter().find(|groups| groups.blob() == blob && state.listed.contains(&blob.hash)).cloned();
                     let here = state.here.get(&blob.hash).into_iter().flatten().copied().collect();
-                    let event = events::Event::Prepared { hash: blob.hash, hashes, here };
+                    let event = events::DownloadEvent::Prepared { hash: blob.hash, hashes, here };
                     self.at(self.now_ms + 1, Happening::Hashed { node, life, event });
                 }
-                Action::Listed { hashes } => drop(self.nodes[node as usize].listed.insert(hashes.blob().hash)),
-                Action::Verify { peer, hash, serial, check, bytes } => {
+                DownloadAction::Listed { hashes } => drop(self.nodes[node as usize].listed.insert(hashes.blob().hash)),
+                DownloadAction::Verify { peer, hash, serial, check, bytes } => {
                     let event = if bytes.right {
                         // Kept when it is verified, which may be before a restart that the machine does not live to see.
                         let state = &mut self.nodes[node as usize];
@@ -479,14 +479,14 @@ impl Sim {
                         *times += 1;
                         assert_eq!(*times, 1, "seed {}: node {node} fetched a verified group again", self.seed);
                         self.observe(node, peer, Outcome::Good);
-                        events::Event::Verified { peer, hash, serial, check }
+                        events::DownloadEvent::Verified { peer, hash, serial, check }
                     } else {
-                        events::Event::Wrong { peer, hash, serial, check }
+                        events::DownloadEvent::Wrong { peer, hash, serial, check }
                     };
                     self.at(self.now_ms + 1, Happening::Hashed { node, life, event });
                 }
-                Action::Complete { hash } => self.complete(node, hash),
-                Action::Blame { peer, fault } => {
+                DownloadAction::Complete { hash } => self.complete(node, hash),
+                DownloadAction::Blame { peer, fault } => {
                     let lie = self.nodes[peer as usize].lie;
                     assert!(lie.is_proven(), "seed {}: node {node} blames {peer}, {lie:?}, because it {fault}", self.seed);
                     let matching = matches!(
@@ -499,12 +499,12 @@ impl Sim {
                     assert!(matching, "seed {}: {lie:?} was found to be {fault}", self.seed);
                     self.observe(node, peer, Outcome::WrongBytes);
                     self.links.remove(&(node, peer));
-                    self.ask(peer, upload_events::Event::PeerDown { peer: node });
+                    self.ask(peer, upload_events::UploadEvent::PeerDown { peer: node });
                 }
-                Action::HangUp { peer } => {
+                DownloadAction::HangUp { peer } => {
                     self.observe(node, peer, Outcome::TimedOut);
                     if self.links.remove(&(node, peer)).is_some() {
-                        self.ask(peer, upload_events::Event::PeerDown { peer: node });
+                        self.ask(peer, upload_events::UploadEvent::PeerDown { peer: node });
                         let again_ms = self.now_ms + 1000;
                         self.at(again_ms, Happening::Connect { node, other: peer });
                     }
@@ -521,11 +521,11 @@ impl Sim {
         let state = &mut self.nodes[node as usize];
         state.complete.insert(hash);
         let index = model().blobs.iter().position(|groups| groups.blob().hash == hash).expect("of the model") as u32;
-        self.ask(node, upload_events::Event::Changed { model: model().id, changes: vec![(index, true)] });
+        self.ask(node, upload_events::UploadEvent::Changed { model: model().id, changes: vec![(index, true)] });
     }
 
     /// Tells a node's uploads something, and does what they say, as truly as the node does.
-    fn ask(&mut self, node: Node, event: upload_events::Event<Node>) {
+    fn ask(&mut self, node: Node, event: upload_events::UploadEvent<Node>) {
         let state = &mut self.nodes[node as usize];
         if !state.up {
             return;
@@ -535,18 +535,18 @@ impl Sim {
         assert!(state.serve.open_requests() <= most, "seed {}", self.seed);
         for action in actions {
             match action {
-                upload_events::Action::Open { hash } => {
+                upload_events::UploadAction::Open { hash } => {
                     let at_ms = self.now_ms + 2;
                     self.at(at_ms, Happening::Opened { node, hash });
                 }
-                upload_events::Action::Shut { .. } => {}
-                upload_events::Action::HangUp { peer, .. } => {
+                upload_events::UploadAction::Shut { .. } => {}
+                upload_events::UploadAction::HangUp { peer, .. } => {
                     if let Some(&link) = self.links.get(&(peer, node)) {
                         let at_ms = self.now_ms + self.latency(node, peer);
                         self.at(at_ms, Happening::Down { node: peer, other: node, link });
                     }
                 }
-                upload_events::Action::Send { peer, what } => self.answer(node, peer, what),
+                upload_events::UploadAction::Send { peer, what } => self.answer(node, peer, what),
             }
         }
     }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::Payload;
 use super::downloads::Downloads;
-use super::events::{Action, TICK_MS};
+use super::events::{DownloadAction, TICK_MS};
 use super::pace::Pulse;
 use super::peer_state::Peer;
 use crate::hash::ContentHash;
@@ -42,7 +42,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             }
             if pulse == Pulse::Silent && state.pace.silence_ms(now_ms) >= HANG_UP_MS {
                 self.remove_peer(peer);
-                self.actions.push(Action::HangUp { peer });
+                self.actions.push(DownloadAction::HangUp { peer });
             } else if pulse != Pulse::Steady || demoted {
                 self.give_to_others(now_ms, peer);
             }

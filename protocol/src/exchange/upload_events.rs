@@ -5,7 +5,7 @@ use crate::hash::{ContentHash, ModelId};
 
 /// What happens.
 #[derive(Clone, Debug)]
-pub enum Event<P> {
+pub enum UploadEvent<P> {
     /// A peer has opened a stream.
     PeerUp {
         /// Which.
@@ -50,8 +50,8 @@ pub enum Event<P> {
 
 /// What is to be done.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Action<P> {
-    /// Open a blob, verify it, and say [`Event::Opened`].
+pub enum UploadAction<P> {
+    /// Open a blob, verify it, and say [`UploadEvent::Opened`].
     Open {
         /// Which.
         hash: ContentHash,
@@ -101,7 +101,7 @@ pub enum Sent {
         /// The blob.
         hash: ContentHash,
     },
-    /// A group of an open blob; [`Event::Sent`] follows when it has gone out.
+    /// A group of an open blob; [`UploadEvent::Sent`] follows when it has gone out.
     Group {
         /// The request.
         id: u32,

@@ -6,7 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 
 use super::Urgency;
-use super::upload_events::{Action, Event, Sent};
+use super::upload_events::{Sent, UploadAction, UploadEvent};
 use super::wire::{CHANGES_MAX, ToProvider};
 use crate::group_hashes::{group_count, group_length};
 use crate::hash::{ContentHash, ModelId};
@@ -51,7 +51,7 @@ pub struct Uploads<P> {
     waiting: VecDeque<P>, // peers with something to send and no slot
     bucket: Option<Bucket>,
     uses: u64,
-    actions: Vec<Action<P>>,
+    actions: Vec<UploadAction<P>>,
 }
 
 /// A place in a peer's queue: the urgent first, then by the request's id.
@@ -129,25 +129,25 @@ impl<P: Copy + Ord> Uploads<P> {
     }
 
     /// Takes an event in and says what to do.
-    pub fn handle(&mut self, now_ms: u64, event: Event<P>) -> Vec<Action<P>> {
+    pub fn handle(&mut self, now_ms: u64, event: UploadEvent<P>) -> Vec<UploadAction<P>> {
         match event {
-            Event::PeerUp { peer } => {
+            UploadEvent::PeerUp { peer } => {
                 let (queue, follows) = (BTreeMap::new(), BTreeMap::new());
                 let state = Peer { queue, follows, sending_bytes: 0, taken_bytes: 0, took_ms: now_ms, told_ms: now_ms };
                 self.peers.insert(peer, state);
             }
-            Event::PeerDown { peer } => self.remove_peer(peer),
-            Event::Received { peer, message } => self.received(now_ms, peer, message),
-            Event::Opened { hash, length } => self.opened(hash, length),
-            Event::Sent { peer, bytes } => {
+            UploadEvent::PeerDown { peer } => self.remove_peer(peer),
+            UploadEvent::Received { peer, message } => self.received(now_ms, peer, message),
+            UploadEvent::Opened { hash, length } => self.opened(hash, length),
+            UploadEvent::Sent { peer, bytes } => {
                 if let Some(state) = self.peers.get_mut(&peer) {
                     state.sending_bytes = state.sending_bytes.saturating_sub(bytes);
                     state.taken_bytes += bytes;
                     (state.took_ms, state.told_ms) = (now_ms, now_ms);
                 }
             }
-            Event::Changed { model, changes } => self.changed(model, &changes),
-            Event::Tick => self.look_after_peers(now_ms),
+            UploadEvent::Changed { model, changes } => self.changed(model, &changes),
+            UploadEvent::Tick => self.look_after_peers(now_ms),
         }
         self.open_more(now_ms);
         self.send_all(now_ms);
@@ -230,7 +230,7 @@ impl<P: Copy + Ord> Uploads<P> {
                 } else {
                     Sent::NotHave { id }
                 };
-                return self.actions.push(Action::Send { peer, what });
+                return self.actions.push(UploadAction::Send { peer, what });
             }
             ToProvider::Cancel { id } => {
                 let cancelled: Vec<_> = state.queue.keys().filter(|(_, queued)| *queued == id).copied().collect();
@@ -241,7 +241,7 @@ impl<P: Copy + Ord> Uploads<P> {
             ToProvider::Group { id, urgency, blob, group } => (id, urgency, Wish { hash: blob, part: Part::Group(group) }),
         };
         if state.queue.len() >= REQUESTS_MAX as usize {
-            return self.actions.push(Action::Send { peer, what: Sent::Busy { id, retry_ms: RETRY_MS } });
+            return self.actions.push(UploadAction::Send { peer, what: Sent::Busy { id, retry_ms: RETRY_MS } });
         }
         self.enqueue(peer, (urgency, id), wish);
         if let Some(Blob::Open { length, .. }) = self.blobs.get(&wish.hash).copied() {
@@ -257,7 +257,7 @@ impl<P: Copy + Ord> Uploads<P> {
         let is_beyond = |key| matches!(state.queue.get(key), Some(Wish { part: Part::Group(group), .. }) if *group >= count);
         if keys.iter().any(is_beyond) {
             self.remove_peer(peer);
-            return self.actions.push(Action::HangUp { peer, why: "it asked for a group that the blob does not have" });
+            return self.actions.push(UploadAction::HangUp { peer, why: "it asked for a group that the blob does not have" });
         }
         if !self.waiting.contains(&peer) && self.slots.iter().all(|slot| slot.peer != peer) {
             self.waiting.push_back(peer);
@@ -283,7 +283,7 @@ impl<P: Copy + Ord> Uploads<P> {
                     return; // until one of those is sent
                 };
                 self.blobs.remove(&oldest);
-                self.actions.push(Action::Shut { hash: oldest });
+                self.actions.push(UploadAction::Shut { hash: oldest });
                 if later {
                     self.open_later(oldest);
                 }
@@ -292,7 +292,7 @@ impl<P: Copy + Ord> Uploads<P> {
                 self.to_open.remove(&place);
             }
             self.blobs.insert(hash, Blob::Opening);
-            self.actions.push(Action::Open { hash });
+            self.actions.push(UploadAction::Open { hash });
             opening += 1;
         }
     }
@@ -303,7 +303,7 @@ impl<P: Copy + Ord> Uploads<P> {
             let by = self.asked.get(&hash).map(|asked| asked.by.clone()).unwrap_or_default();
             for (peer, key) in by.into_iter().flat_map(|(peer, keys)| keys.into_iter().map(move |key| (peer, key))) {
                 self.dequeue(peer, key);
-                self.actions.push(Action::Send { peer, what: Sent::NotHave { id: key.1 } });
+                self.actions.push(UploadAction::Send { peer, what: Sent::NotHave { id: key.1 } });
             }
             return;
         };
@@ -319,7 +319,7 @@ impl<P: Copy + Ord> Uploads<P> {
         for (peer, state) in &self.peers {
             for id in state.follows.iter().filter(|(_, followed)| **followed == model).map(|(id, _)| *id) {
                 let parts = changes.chunks(CHANGES_MAX).map(|part| Sent::Update { id, changes: part.to_vec() });
-                self.actions.extend(parts.map(|what| Action::Send { peer: *peer, what }));
+                self.actions.extend(parts.map(|what| UploadAction::Send { peer: *peer, what }));
             }
         }
     }
@@ -334,12 +334,12 @@ impl<P: Copy + Ord> Uploads<P> {
                 && now_ms.saturating_sub(state.told_ms) >= WAIT_MS
             {
                 state.told_ms = now_ms;
-                self.actions.push(Action::Send { peer: *peer, what: Sent::Wait { id } });
+                self.actions.push(UploadAction::Send { peer: *peer, what: Sent::Wait { id } });
             }
         }
         for peer in gone {
             self.remove_peer(peer);
-            self.actions.push(Action::HangUp { peer, why: "it takes nothing" });
+            self.actions.push(UploadAction::HangUp { peer, why: "it takes nothing" });
         }
     }
 
@@ -424,7 +424,7 @@ impl<P: Copy + Ord> Uploads<P> {
             Part::Hashes => Sent::Hashes { id, hash },
             Part::Group(group) => Sent::Group { id, hash, group, length },
         };
-        self.actions.push(Action::Send { peer, what });
+        self.actions.push(UploadAction::Send { peer, what });
         true
     }
 }

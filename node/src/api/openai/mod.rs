@@ -21,7 +21,7 @@ use super::error::ApiError;
 use super::{Api, lookup, sse};
 use crate::clock::now_ms;
 use crate::data_dir::LocalModel;
-use crate::generation::{Event, ReadyModel};
+use crate::generation::{AnswerEvent, ReadyModel};
 use crate::net::random;
 
 /// How long a request waits for its model to be loaded.
@@ -61,7 +61,7 @@ struct Asked {
     ask: Ask,
     model: Arc<ReadyModel>,
     prompt_tokens: usize,
-    events: mpsc::Receiver<Event>,
+    events: mpsc::Receiver<AnswerEvent>,
 }
 
 async fn answer(api: Arc<Api>, asker: Asker, endpoint: Endpoint, request: Request) -> Result<Response, Response> {
@@ -84,7 +84,7 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
     }
     // What fails at once is told by the status, not in the stream.
     let first = match tokio::time::timeout(STATUS_PATIENCE, events.recv()).await {
-        Ok(Some(Event::Failed(stopped))) => return Err(stopped.into()),
+        Ok(Some(AnswerEvent::Failed(stopped))) => return Err(stopped.into()),
         Ok(None) => return Err(given_up()),
         Ok(first) => first,
         Err(_) => None,
@@ -103,10 +103,10 @@ async fn whole(asked: Asked) -> Result<Response, ApiError> {
     let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
     while let Some(event) = events.recv().await {
         match event {
-            Event::Step(step) => piece.add(step),
-            Event::Again => piece = Piece::default(),
-            Event::Done(done) => return Ok(Json(reply.whole(&piece, &done, prompt_tokens)).into_response()),
-            Event::Failed(stopped) => return Err(stopped.into()),
+            AnswerEvent::Step(step) => piece.add(step),
+            AnswerEvent::Again => piece = Piece::default(),
+            AnswerEvent::Done(done) => return Ok(Json(reply.whole(&piece, &done, prompt_tokens)).into_response()),
+            AnswerEvent::Failed(stopped) => return Err(stopped.into()),
         }
     }
     Err(given_up())
@@ -121,7 +121,7 @@ fn identifier() -> u128 {
 }
 
 /// Sends an answer as it comes.
-fn stream(asked: Asked, first: Option<Event>) -> Response {
+fn stream(asked: Asked, first: Option<AnswerEvent>) -> Response {
     let (sender, chunks) = mpsc::channel::<Bytes>(1);
     tokio::spawn(async move {
         let mut streaming = Streaming { sender, sent: Vec::new(), again: None, unsent: Piece::default() };
@@ -154,7 +154,7 @@ struct Streaming {
 }
 
 impl Streaming {
-    async fn run(&mut self, asked: Asked, first: Option<Event>) -> Result<(), Ended> {
+    async fn run(&mut self, asked: Asked, first: Option<AnswerEvent>) -> Result<(), Ended> {
         let Asked { ask, model, prompt_tokens, mut events } = asked;
         let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
         if let Some(chunk) = reply.first_chunk() {
@@ -167,10 +167,10 @@ impl Streaming {
                 None => self.wait(&mut events).await?,
             };
             match event {
-                Event::Step(step) => self.step(&ask, &mut reply, step).await?,
-                Event::Again => self.again = Some(0),
-                Event::Failed(stopped) => return Err(Ended::Failed(stopped.into())),
-                Event::Done(done) => {
+                AnswerEvent::Step(step) => self.step(&ask, &mut reply, step).await?,
+                AnswerEvent::Again => self.again = Some(0),
+                AnswerEvent::Failed(stopped) => return Err(Ended::Failed(stopped.into())),
+                AnswerEvent::Done(done) => {
                     self.data(&reply.last_chunk(done.reason)).await?;
                     if ask.include_usage {
                         let tokens = self.sent.iter().filter(|step| step.token.is_some()).count();
@@ -183,7 +183,7 @@ impl Streaming {
     }
 
     /// Waits for what is next, and tells the client now and then that it does.
-    async fn wait(&self, events: &mut mpsc::Receiver<Event>) -> Result<Event, Ended> {
+    async fn wait(&self, events: &mut mpsc::Receiver<AnswerEvent>) -> Result<AnswerEvent, Ended> {
         loop {
             let next = tokio::select! {
                 next = tokio::time::timeout(PING_PAUSE, events.recv()) => next,
