@@ -1,6 +1,6 @@
 //! Reading the keys of a `config.json`: each is implemented, ignored for a reason, or refused by name.
 
-use protocol::decoder::{Activation, FeedForward, Gqa, Head, Norm, QkNorm, QkvBias, Rope};
+use protocol::decoder::{Activation, FeedForward, Gqa, Head, Moe, Norm, QkNorm, QkvBias, Rope, Router, SharedExpert};
 use protocol::plain_text::plain_line;
 use serde_json::Value;
 
@@ -211,6 +211,23 @@ impl Keys<'_> {
             Some(count) => Ok(count),
             None => self.integer("num_local_experts"),
         }
+    }
+
+    /// Routed experts behind softmax; `width` is the key of the length of the vectors inside one.
+    pub(super) fn moe(self, width: &str, normalise: bool, shared: SharedExpert) -> Result<FeedForward, ConfigProblem> {
+        Ok(FeedForward::Moe(Moe {
+            experts: self.experts()?,
+            per_token: self.integer("num_experts_per_tok")?,
+            width: self.integer(width)?,
+            activation: self.activation()?,
+            router: Router::Softmax { normalise },
+            shared,
+        }))
+    }
+
+    /// Whether the weights of the chosen experts are scaled to sum to 1; not unless it says so.
+    pub(super) fn normalises(self) -> Result<bool, ConfigProblem> {
+        Ok(self.boolean("norm_topk_prob")?.unwrap_or(false))
     }
 
     /// The feed-forward half of each layer where some are dense: those that `mlp_only_layers` lists, and those that `decoder_sparse_step`

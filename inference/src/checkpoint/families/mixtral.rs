@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 
 use protocol::Decoder;
-use protocol::decoder::{FeedForward, Moe, QkNorm, QkvBias, Router, SharedExpert};
+use protocol::decoder::{QkNorm, QkvBias, SharedExpert};
 
 use super::keys::{ConfigProblem, Key, KeyTable, Keys};
 use super::{Family, Name, decoder_of, usual_name};
@@ -20,14 +20,7 @@ const KEYS: KeyTable = &[
 ];
 
 fn decoder(keys: Keys<'_>) -> Result<Decoder, ConfigProblem> {
-    let moe = FeedForward::Moe(Moe {
-        experts: keys.experts()?,
-        per_token: keys.integer("num_experts_per_tok")?,
-        width: keys.integer("intermediate_size")?,
-        activation: keys.activation()?,
-        router: Router::Softmax { normalise: true },
-        shared: SharedExpert::None,
-    });
+    let moe = keys.moe("intermediate_size", true, SharedExpert::None)?;
     decoder_of(keys, &keys.attention(QkNorm::None, QkvBias::None)?, keys.sparse_or_dense(&moe)?)
 }
 

@@ -1,7 +1,7 @@
 //! OLMoE: `OlmoeForCausalLM`. Queries and keys are normed over all heads together; the weights of the chosen experts are taken as they are.
 
 use protocol::Decoder;
-use protocol::decoder::{FeedForward, Moe, QkNorm, QkvBias, Router, SharedExpert};
+use protocol::decoder::{QkNorm, QkvBias, SharedExpert};
 
 use super::keys::{ConfigProblem, Key, KeyTable, Keys};
 use super::{Family, decoder_of, usual_name};
@@ -20,13 +20,6 @@ const KEYS: KeyTable = &[
 ];
 
 fn decoder(keys: Keys<'_>) -> Result<Decoder, ConfigProblem> {
-    let moe = FeedForward::Moe(Moe {
-        experts: keys.experts()?,
-        per_token: keys.integer("num_experts_per_tok")?,
-        width: keys.integer("intermediate_size")?,
-        activation: keys.activation()?,
-        router: Router::Softmax { normalise: keys.boolean("norm_topk_prob")?.unwrap_or(false) },
-        shared: SharedExpert::None,
-    });
+    let moe = keys.moe("intermediate_size", keys.normalises()?, SharedExpert::None)?;
     decoder_of(keys, &keys.attention(QkNorm::AllHeads, QkvBias::None)?, keys.sparse_or_dense(&moe)?)
 }

@@ -1,7 +1,7 @@
 //! Qwen1.5-MoE and Qwen2-MoE: `Qwen2MoeForCausalLM`. Queries, keys and values have a bias; every token uses a shared expert besides.
 
 use protocol::Decoder;
-use protocol::decoder::{FeedForward, Moe, QkNorm, QkvBias, Router, SharedExpert};
+use protocol::decoder::{QkNorm, QkvBias, SharedExpert};
 
 use super::keys::{ConfigProblem, Key, KeyTable, Keys};
 use super::{Family, decoder_of, usual_name};
@@ -26,13 +26,7 @@ const KEYS: KeyTable = &[
 ];
 
 fn decoder(keys: Keys<'_>) -> Result<Decoder, ConfigProblem> {
-    let moe = FeedForward::Moe(Moe {
-        experts: keys.experts()?,
-        per_token: keys.integer("num_experts_per_tok")?,
-        width: keys.integer("moe_intermediate_size")?,
-        activation: keys.activation()?,
-        router: Router::Softmax { normalise: keys.boolean("norm_topk_prob")?.unwrap_or(false) },
-        shared: SharedExpert::Gated { width: keys.integer("shared_expert_intermediate_size")? },
-    });
+    let shared = SharedExpert::Gated { width: keys.integer("shared_expert_intermediate_size")? };
+    let moe = keys.moe("moe_intermediate_size", keys.normalises()?, shared)?;
     decoder_of(keys, &keys.attention(QkNorm::None, QkvBias::Each)?, keys.sparse_or_dense(&moe)?)
 }

@@ -1,7 +1,7 @@
 //! Qwen3-MoE: `Qwen3MoeForCausalLM`.
 
 use protocol::Decoder;
-use protocol::decoder::{FeedForward, Moe, QkNorm, QkvBias, Router, SharedExpert};
+use protocol::decoder::{QkNorm, QkvBias, SharedExpert};
 
 use super::keys::{ConfigProblem, Key, KeyTable, Keys};
 use super::{Family, decoder_of, usual_name};
@@ -28,13 +28,6 @@ pub(super) const KEYS: KeyTable = &[
 ];
 
 pub(super) fn decoder(keys: Keys<'_>) -> Result<Decoder, ConfigProblem> {
-    let moe = FeedForward::Moe(Moe {
-        experts: keys.experts()?,
-        per_token: keys.integer("num_experts_per_tok")?,
-        width: keys.integer("moe_intermediate_size")?,
-        activation: keys.activation()?,
-        router: Router::Softmax { normalise: keys.boolean("norm_topk_prob")?.unwrap_or(false) },
-        shared: SharedExpert::None,
-    });
+    let moe = keys.moe("moe_intermediate_size", keys.normalises()?, SharedExpert::None)?;
     decoder_of(keys, &keys.attention(QkNorm::PerHead, QkvBias::None)?, keys.sparse_or_dense(&moe)?)
 }
