@@ -225,6 +225,12 @@ impl Inner {
         while self.count.bytes() > bytes_max && (self.spare.pop().is_some() || self.evict(|_| false).is_some()) {}
     }
 
+    /// Forgets every expert that no model announces any more, but for what is in use.
+    pub fn forget_released(&mut self) {
+        let announced: Vec<_> = self.entries.iter().map(|entry| entry.announced > 0).collect();
+        while self.evict(|number| announced[number]).is_some() {}
+    }
+
     fn evict(&mut self, pinned: impl Fn(ExpertNumber) -> bool) -> Option<AlignedBytes> {
         let entries = &self.entries;
         let number = self.policy.evict(&|number| is_in_use(entries, number) || pinned(number))?;
@@ -331,6 +337,13 @@ mod tests {
         inner.release(a);
         inner.release(b);
         assert!(inner.find_expert(&hash(1)).is_some(), "it stays until its memory is wanted");
+        inner.forget_released();
+        assert!(inner.find_expert(&hash(1)).is_none() && inner.announce(hash(1)) == a);
+        let expert = filled(&mut inner, SHAPE);
+        inner.insert(a, expert);
+        inner.forget_released();
+        assert!(inner.get(a).is_some());
+        inner.release(a);
         inner.release(other);
         assert!(!inner.numbers.contains_key(&hash(2)));
         assert_eq!(inner.announce(hash(3)), other);

@@ -61,9 +61,9 @@ fn a_provider_that_dies_is_replaced_within_two_seconds_and_no_group_comes_again(
         let b = Node::new();
         b.trust(&a);
         let mut child = begin(&b, &["pull", &id, "--peer", &one.address, "--peer", &two.address]);
-        // Spread over the first nine tenths of its half by the golden ratio.
+        // Spread over the first nine tenths of all bytes by the golden ratio. How much of them comes over which link is not certain.
         let share = (round * 618 + 97) % 1000;
-        one.wait_for(total / 2 * share / 1000 * 9 / 10 + 20_000);
+        SlowLink::wait_for_all(&[&one, &two], total * share / 1000 * 9 / 10 + 40_000);
         let stops = round % 2 == 1;
         if stops {
             signal_process(first.pid(), "STOP");

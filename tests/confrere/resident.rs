@@ -80,11 +80,12 @@ fn a_model_goes_when_it_is_told_and_comes_again_when_it_is_asked() {
     let before = door.answer("/v1/completions", &ask("q4", PROMPTS[0]));
     door.answer("/v1/completions", &ask("q8", PROMPTS[0]));
     let trunks = |door: &Door| api_json(&door.api, "/api/loaded")["memory"]["trunk_bytes"].as_u64().expect("bytes");
-    let both = trunks(&door);
+    let experts = |door: &Door| api_json(&door.api, "/api/loaded")["memory"]["experts_bytes"].as_u64().expect("bytes");
+    let (both, experts_of_both) = (trunks(&door), experts(&door));
     let ended = door.node.run(&["stop", "q4"]);
     assert!(ended.code == Some(0) && ended.err.contains("q4 goes"), "{}", ended.err);
     wait_until_loaded(&door, &["q8"]);
-    assert!(trunks(&door) < both);
+    assert!(trunks(&door) < both && experts(&door) < experts_of_both);
     let again = door.answer("/v1/completions", &ask("q4", PROMPTS[0]));
     assert_eq!(again["choices"], before["choices"]);
     let ended = door.node.run(&["stop", "nobody"]);

@@ -11,7 +11,7 @@ pub(super) fn ps(context: &Context) -> Result<(), Failure> {
     let loaded = match context.open()? {
         Held::Daemon(daemon) => context.ask(&daemon, "/api/loaded")?,
         Held::Here(_) => {
-            note("no node serves from this data directory, so no model is in memory");
+            note("no node serves from this data directory");
             json!({"models": [], "memory": null})
         }
     };
@@ -19,7 +19,9 @@ pub(super) fn ps(context: &Context) -> Result<(), Failure> {
         return print_json(&loaded);
     }
     let models = loaded["models"].as_array().cloned().unwrap_or_default();
-    if !models.is_empty() {
+    if models.is_empty() {
+        note("no model is in memory");
+    } else {
         print_line(&format!("{:<24} {:>8} {:>10} {:>10} {:>10}  state", "model", "context", "trunk", "working", "keys"))?;
     }
     for model in &models {

@@ -173,7 +173,13 @@ impl Worker {
         drop(resident);
         let experts = self.options.memory_max.saturating_sub(beside_experts(&self.machine) + self.reserved());
         let wanted = self.options.executes || !self.residents.is_empty();
-        self.machine.experts().lock().set_bytes_max(if wanted { experts } else { 0 });
+        let mut memory = self.machine.experts().lock();
+        memory.set_bytes_max(if wanted { experts } else { 0 });
+        // Those that ran for peers are nobody's either: they stay where that goes on.
+        if !self.options.executes {
+            memory.forget_released();
+        }
+        drop(memory);
         self.tell(None);
     }
 
