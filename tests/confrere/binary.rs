@@ -14,6 +14,8 @@ use crate::support::checkpoint;
 
 /// Guard against a test that hangs, ten times what any command here should take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(100);
+/// A command that takes so long hangs: ten times what the slowest takes, which reads 78,000 tokens of probes.
+const HANGS_AFTER: Duration = Duration::from_secs(600);
 
 /// The binary under test, built with the profile of these tests.
 pub(crate) fn binary() -> &'static Path {
@@ -163,7 +165,7 @@ pub(crate) fn ended(command: &mut Command) -> Ended {
     };
     let out = read(Box::new(child.stdout.take().expect("piped")));
     let err = read(Box::new(child.stderr.take().expect("piped")));
-    let code = wait(&mut child).unwrap_or_else(|_| {
+    let code = wait_for(&mut child, HANGS_AFTER).unwrap_or_else(|_| {
         let _ = child.kill();
         panic!("{command:?} hangs")
     });
@@ -172,8 +174,12 @@ pub(crate) fn ended(command: &mut Command) -> Ended {
 
 /// How a process ended, or that it did not within [`PATIENCE`].
 pub(crate) fn wait(child: &mut Child) -> Result<Option<i32>, &'static str> {
+    wait_for(child, PATIENCE)
+}
+
+fn wait_for(child: &mut Child, patience: Duration) -> Result<Option<i32>, &'static str> {
     let began = Instant::now();
-    while began.elapsed() < PATIENCE {
+    while began.elapsed() < patience {
         if let Some(status) = child.try_wait().expect("it can be waited for") {
             return Ok(status.code());
         }
