@@ -214,7 +214,7 @@ impl Engine {
         Ok(self.logits(0))
     }
 
-    /// Takes in `tokens`, pass by pass; `each` is told the place of each among them and the logits after it.
+    /// Takes in `tokens`, pass by pass. Calls `each` once a token, with the token's place and the logits after it.
     pub fn forward_each<E: From<ForwardError>>(
         &mut self,
         session: &mut Session,
@@ -226,8 +226,8 @@ impl Engine {
         })
     }
 
-    /// Takes in `tokens`, pass by pass; `after` each, it is told the place of the pass's first row and how many there are. When a pass fails, the
-    /// session is as it was before all of them.
+    /// Takes in `tokens`, pass by pass. Calls `after` once a pass, with the place of its first row and the number of its rows. When a pass
+    /// fails, the session is as it was before all of them.
     fn in_passes<E: From<ForwardError>>(
         &mut self,
         session: &mut Session,

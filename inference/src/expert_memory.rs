@@ -88,7 +88,7 @@ impl Inner {
         number
     }
 
-    /// Makes room for so many more experts to be announced, so that it is made once.
+    /// Makes room in the tables for this many more experts. They would grow step by step otherwise.
     pub fn reserve(&mut self, experts: usize) {
         let needed = self.entries.len() + experts.saturating_sub(self.unused.len());
         if needed > self.room {
@@ -157,7 +157,7 @@ impl Inner {
         !is_in_use(&self.entries, number)
     }
 
-    /// Whether so many bytes fit without any expert being forgotten.
+    /// Whether `length` bytes fit while every expert stays.
     pub fn has_room(&self, length: usize) -> bool {
         self.count.bytes() + AlignedBytes::taken(length) <= self.bytes_max
     }

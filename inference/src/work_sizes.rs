@@ -25,7 +25,7 @@ pub(crate) struct WorkSizes {
 }
 
 impl WorkSizes {
-    /// For passes of up to `batch_tokens` rows, by so many threads, that look back on `context` tokens at most.
+    /// Sizes for passes of at most `batch_tokens` rows, on sequences of at most `context` tokens.
     pub(crate) fn new(manifest: &ModelManifest, part: PartKind, (batch_tokens, threads, context): (usize, usize, usize)) -> Self {
         let trunk = manifest.part(part).map(|part| &part.trunk[..]).unwrap_or_default();
         let decoder = manifest.part(part).expect("the model has the part").decoder();
