@@ -21,34 +21,38 @@ fn dependencies(package: &str) -> BTreeSet<String> {
     used.map(|d| d["name"].as_str().expect("a name").to_owned()).collect()
 }
 
-#[test]
-fn crates_depend_only_on_lower_floors() {
-    let ours = |package: &str| -> Vec<String> {
-        dependencies(package)
-            .into_iter()
-            .filter(|name| ["node", "protocol", "store", "inference", "tests"].contains(&name.as_str()))
-            .collect()
-    };
-    assert!(ours("protocol").is_empty());
-    assert_eq!(ours("store"), ["protocol"]);
-    assert_eq!(ours("inference"), ["protocol"]);
-    assert_eq!(ours("node"), ["inference", "protocol", "store"]);
-    for package in ["protocol", "store", "inference"] {
-        for forbidden in ["tokio", "libp2p", "axum", "clap", "indicatif", "directories"] {
-            assert!(!dependencies(package).contains(forbidden), "{package} must not know {forbidden}");
-        }
-    }
-}
+/// Our packages, where their sources lie, and their floors: a package may use those below it only.
+const PACKAGES: [(&str, &str, u32); 10] = [
+    ("protocol", "protocol/src", 0),
+    ("store", "store/src", 1),
+    ("inference", "inference/src", 1),
+    ("base", "node/base/src", 2),
+    ("net", "node/net/src", 3),
+    ("runtime", "node/runtime/src", 4),
+    ("api", "node/api/src", 5),
+    ("lab", "node/lab/src", 5),
+    ("node", "node/app/src", 6),
+    ("tests", "tests/confrere", 7),
+];
 
 #[test]
-fn libp2p_is_named_only_under_net() {
-    let mut naming = Vec::new();
-    visit(&root().join("node/src"), &mut |path, text| {
-        if text.contains("libp2p") && !path.starts_with(root().join("node/src/net")) {
-            naming.push(path.to_owned());
+fn packages_depend_only_on_lower_floors() {
+    for (package, _, floor) in PACKAGES {
+        let dependencies = dependencies(package);
+        for (used, _, its_floor) in PACKAGES {
+            assert!(!dependencies.contains(used) || its_floor < floor, "{package} must not know {used}");
         }
-    });
-    assert!(naming.is_empty(), "{naming:?}");
+    }
+    let forbid = |packages: &[&str], libraries: &[&str]| {
+        for package in packages {
+            let used = dependencies(package);
+            let forbidden: Vec<_> = libraries.iter().filter(|library| used.contains(**library)).collect();
+            assert!(forbidden.is_empty(), "{package} must not know {forbidden:?}");
+        }
+    };
+    forbid(&["protocol", "store", "inference"], &["tokio", "libp2p", "axum", "clap", "indicatif", "directories"]);
+    forbid(&["base", "runtime", "api", "lab", "node"], &["libp2p", "libp2p-stream"]);
+    forbid(&["base", "net", "runtime", "lab", "node"], &["axum"]);
 }
 
 #[test]
@@ -78,9 +82,8 @@ fn visit(dir: &Path, action: &mut dyn FnMut(&PathBuf, &str)) {
 /// Modules that use each other cannot be understood one by one.
 #[test]
 fn modules_form_no_circle() {
-    for package in ["protocol", "store", "inference", "node", "tests"] {
-        let source = if package == "tests" { root().join("tests/confrere") } else { root().join(package).join("src") };
-        let circle = circle(&uses(&source));
+    for (package, source, _) in PACKAGES {
+        let circle = circle(&uses(&root().join(source)));
         assert!(circle.is_empty(), "{package}: {}", circle.join(" uses "));
     }
 }

@@ -48,7 +48,7 @@ fn slots(answer: &Value) -> Vec<(u64, u64)> {
     answer["experts"].as_array().expect("a list").iter().map(|row| (number(row, "layer"), number(row, "expert"))).collect()
 }
 
-/// The frames of a journal: what `docs/records.md` does not say, `node/src/profiles.rs` does.
+/// The frames of a journal: what `docs/records.md` does not say, `node/runtime/src/profiles.rs` does.
 fn frames(bytes: &[u8]) -> Vec<Vec<u8>> {
     let mut rest = bytes;
     let mut frames = Vec::new();

@@ -1,0 +1,158 @@
+//! Experts of a model: which serve a domain, where each is, who has it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{Path, State};
+use net::PeerId;
+use net::fetcher::Fetcher;
+use protocol::ExpertSlot;
+use protocol::profile::lift::{Ranked, ranking};
+use runtime::data_dir::LocalModel;
+use runtime::specialists::{check_layer, domain_json, map_json, own_body};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use super::error::ApiError;
+use super::holders::Holders;
+use super::{Api, Asked, asked, model_or_default};
+
+/// How long an answer to who has what is good for.
+const HOLDERS_AGE_MAX: Duration = Duration::from_secs(10);
+/// Experts that are listed unless told otherwise.
+const TOP_DEFAULT: usize = 10;
+
+/// Where an expert is, as a number of the map.
+pub(super) const NOWHERE: u8 = 0;
+pub(super) const AT_PEERS: u8 = 1;
+pub(super) const ON_DISK: u8 = 2;
+pub(super) const IN_MEMORY: u8 = 3;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct WhichQuery {
+    domain: String,
+    model: Option<String>,
+    layer: Option<u32>,
+    top: Option<usize>,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct ModelQuery {
+    model: Option<String>,
+}
+
+pub(super) async fn which(State(api): State<Arc<Api>>, query: Asked<WhichQuery>) -> Result<Json<Value>, ApiError> {
+    let query = asked(query)?;
+    let found = model_or_default(&api, query.model.as_deref())?;
+    let top = query.top.unwrap_or(TOP_DEFAULT);
+    if top == 0 {
+        return Err(ApiError::invalid("top must be at least 1").param("top"));
+    }
+    let json = reading(&api, move |api| Ok(domain_json(&api.library.open, &found, &query.domain, query.layer, top)?)).await?;
+    Ok(Json(json))
+}
+
+/// Reads from the disk, on a thread on which that may take its time.
+async fn reading<T: Send + 'static>(
+    api: &Arc<Api>,
+    read: impl FnOnce(&Api) -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let api = Arc::clone(api);
+    let done = tokio::task::spawn_blocking(move || read(&api)).await;
+    done.unwrap_or_else(|_| Err(ApiError::server("the node's files could not be read")))
+}
+
+pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -> Result<Json<Value>, ApiError> {
+    let found = model_or_default(&api, asked(query)?.model.as_deref())?;
+    let holders = holders(&api, &found).await;
+    let json = reading(&api, move |api| {
+        let mut map = map_json(&api.library.open, &found)?;
+        let mut usage = api.library.open.dir.usage(found.id)?;
+        usage.resize(found.manifest.experts_count(), 0);
+        map["place"] = json!(places(api, &found, &holders));
+        map["holders"] = holders.iter().map(Vec::len).collect();
+        map["uses"] = json!(usage);
+        Ok(map)
+    });
+    Ok(Json(json.await?))
+}
+
+/// Where each expert of a model is.
+pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> Vec<u8> {
+    let in_memory = api.generation.activity().lock().in_memory(found.id);
+    let place = |(number, blob): (usize, protocol::BlobRef)| {
+        if in_memory.get(number) == Some(&true) {
+            IN_MEMORY
+        } else if api.library.open.store.contains(&blob.hash) {
+            ON_DISK
+        } else if holders.get(number).is_some_and(|holders| !holders.is_empty()) {
+            AT_PEERS
+        } else {
+            NOWHERE
+        }
+    };
+    found.manifest.expert_blobs().enumerate().map(place).collect()
+}
+
+/// Who has each expert of a model, as peers said lately.
+pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
+    let count = found.manifest.experts_count();
+    if api.network.peers.borrow().connected.is_empty() {
+        return Arc::new(vec![Vec::new(); count]);
+    }
+    // One of its own, for as long as it takes: that of the engine may be busy fetching.
+    let (network, timeout, id, manifest) = (api.network.clone(), api.peers.timeout, found.id, Arc::clone(&found.manifest));
+    let ask = async move {
+        let mut fetcher = Fetcher::new(network, timeout, Arc::default());
+        fetcher.follow(&manifest);
+        let holders = fetcher.holders(id, &manifest.expert_blobs().collect::<Vec<_>>()).await.ok()?;
+        Some((id, Arc::new(holders)))
+    };
+    let known = api.holders.0.get(HOLDERS_AGE_MAX, |(of, _)| *of == id, ask).await;
+    known.map_or_else(|| Arc::new(vec![Vec::new(); count]), |(_, holders)| holders)
+}
+
+pub(super) async fn one(
+    State(api): State<Arc<Api>>,
+    path: Result<Path<(u32, u32)>, axum::extract::rejection::PathRejection>,
+    query: Asked<ModelQuery>,
+) -> Result<Json<Value>, ApiError> {
+    let Path((layer, expert)) = path.map_err(|error| ApiError::invalid(error.body_text()))?;
+    let found = model_or_default(&api, asked(query)?.model.as_deref())?;
+    let slot = ExpertSlot::text(layer, expert);
+    check_layer(&found, Some(layer)).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
+    let numbered = (0..).zip(found.manifest.experts()).find(|(_, (known, _))| *known == slot);
+    let missing = || ApiError::not_found("not_found", format!("layer {layer} of {} has no expert {expert}", found.name));
+    let (number, (_, packed)): (usize, _) = numbered.ok_or_else(missing)?;
+    let holders = holders(&api, &found).await;
+    let json = reading(&api, move |api| {
+        let blob = packed.blob;
+        let domains = match own_body(&api.library.open, &found)? {
+            None => Vec::new(),
+            Some(body) => {
+                let of = |domain: usize| ranking(&body, domain).into_iter().find(|one| one.expert == number);
+                let all = body.domains.iter().enumerate();
+                all.filter_map(|(domain, about)| Some(domain_of_one(&about.name, &of(domain)?))).collect()
+            }
+        };
+        let holding: Vec<_> =
+            holders[number].iter().map(|peer| json!({"peer": peer.to_string(), "trust": api.network.trust_in_bytes(*peer)})).collect();
+        let uses = api.library.open.dir.usage(found.id)?.get(number).copied().unwrap_or(0);
+        Ok(json!({
+            "model": found.id.to_string(), "layer": layer, "expert": expert, "hash": blob.hash.to_string(), "bytes": blob.length,
+            "precision": packed.precision.name(), "place": places(api, &found, &holders)[number], "uses": uses,
+            "holders": holding, "domains": domains,
+        }))
+    });
+    Ok(Json(json.await?))
+}
+
+fn domain_of_one(name: &str, one: &Ranked) -> Value {
+    json!({
+        "name": name, "lift": one.lift.value, "lower": one.lift.lower, "upper": one.lift.upper, "q": one.q_value,
+        "routed": one.counts.routed, "trials": one.counts.trials, "hits": one.counts.hits, "specialist": one.is_specialist(),
+    })
+}

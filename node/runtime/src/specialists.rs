@@ -1,0 +1,126 @@
+//! Which experts serve a domain, as this node's own profile of a model has it.
+
+use base::clock::now_ms;
+use base::failure::{Failure, Kind};
+use protocol::ExpertSlot;
+use protocol::profile::ProfileBody;
+use protocol::profile::lift::{FALSE_DISCOVERY_RATE, Ranked, ranking};
+use serde_json::{Value, json};
+
+use crate::data_dir::{LocalModel, OpenDataDir};
+
+/// The body of this node's own profile of a model, if there is one.
+pub fn own_body(open: &OpenDataDir, found: &LocalModel) -> Result<Option<ProfileBody>, Failure> {
+    let Some(profile) = open.dir.profile(found.id)? else { return Ok(None) };
+    let Some(bytes) = open.store.read(&profile.body.hash, now_ms())? else { return Ok(None) };
+    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let body = ProfileBody::from_bytes(&bytes, (found.id, profile.probes), &slots);
+    body.map(Some).map_err(|error| Failure::new(Kind::Integrity, error.to_string()).about(format_args!("profile of {}", found.name)))
+}
+
+/// Refuses a layer that the model does not have, or that has no experts.
+pub fn check_layer(found: &LocalModel, layer: Option<u32>) -> Result<(), Failure> {
+    let layers: Vec<_> = found.manifest.decoder().moe_layers().collect();
+    match layer {
+        Some(layer) if !layers.contains(&layer) => {
+            let (first, last) = (layers.first().copied().unwrap_or(0), layers.last().copied().unwrap_or(0));
+            Err(Failure::new(
+                Kind::Usage,
+                format!("{} has no layer {layer} with experts; they are in layers {first} to {last}", found.name),
+            ))
+        }
+        _ => Ok(()),
+    }
+}
+
+pub fn no_profile(model: &str) -> Failure {
+    Failure::new(Kind::NotFound, format!("there is no profile of {model}; confrere profile build {model} makes one"))
+}
+
+/// The model that was named, or the only one with a profile.
+pub fn model_of(open: &OpenDataDir, model: Option<&str>) -> Result<LocalModel, Failure> {
+    if let Some(model) = model {
+        return open.local(model);
+    }
+    let profiled = open.dir.profiled_models();
+    match &profiled[..] {
+        [model] => open.local(&model.to_string()),
+        [] => Err(Failure::new(
+            Kind::NotFound,
+            "no model here has a profile; confrere profile build MODEL makes one, --federation asks the peers",
+        )),
+        _ => Err(Failure::new(Kind::Usage, "more than one model here has a profile; say which with --model")),
+    }
+}
+
+/// The experts that serve a domain, best first, as this node's own profile has them.
+pub fn domain_json(open: &OpenDataDir, found: &LocalModel, domain: &str, layer: Option<u32>, top: usize) -> Result<Value, Failure> {
+    let body = own_body(open, found)?.ok_or_else(|| no_profile(&found.name))?;
+    let number = domain_of(&body, domain)?;
+    check_layer(found, layer)?;
+    let experts: Vec<_> = found.manifest.experts().collect();
+    let rows: Vec<_> =
+        ranking(&body, number).into_iter().filter(|one| layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
+    let usage = open.dir.usage(found.id)?;
+    let (tested, specialists) = (rows.len(), rows.iter().filter(|one| one.is_specialist()).count());
+    let row = |one: &Ranked| {
+        let (slot, expert) = experts[one.expert];
+        let mut row = row_json(slot, one, open.store.contains(&expert.blob.hash));
+        row["used_here"] = json!(usage.get(one.expert).copied().unwrap_or(0));
+        row
+    };
+    let rows: Vec<_> = rows.iter().take(top).map(row).collect();
+    Ok(json!({
+        "model": found.id.to_string(), "name": found.name, "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.precision_text(),
+        "tested": tested, "specialists": specialists, "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
+    }))
+}
+
+/// The number of a domain, or an error that lists those that there are.
+pub(crate) fn domain_of(body: &ProfileBody, name: &str) -> Result<usize, Failure> {
+    body.domain(name).ok_or_else(|| {
+        let known: Vec<_> = body.domains.iter().map(|domain| domain.name.clone()).collect();
+        no_such_domain(name, &known)
+    })
+}
+
+/// The leading domain of each expert, by the number of the domain, and the lower bound of its lift there; −1 and 0 where it has none.
+pub(crate) fn leading_domains(body: &ProfileBody) -> (Vec<i32>, Vec<f64>) {
+    let (mut leading, mut lift) = (vec![-1; body.experts.len()], vec![0.0; body.experts.len()]);
+    for domain in 0..body.domains.len() {
+        for one in ranking(body, domain).iter().filter(|one| one.is_specialist()) {
+            if one.lift.lower > lift[one.expert] {
+                (leading[one.expert], lift[one.expert]) = (domain as i32, one.lift.lower);
+            }
+        }
+    }
+    (leading, lift)
+}
+
+/// Every expert of a model with its leading domain, as this node's own profile has it; without one, no domains.
+pub fn map_json(open: &OpenDataDir, found: &LocalModel) -> Result<Value, Failure> {
+    let decoder = found.manifest.decoder();
+    let (names, (leading, lift)) = match own_body(open, found)? {
+        Some(body) => (body.domains.iter().map(|domain| domain.name.clone()).collect(), leading_domains(&body)),
+        None => (Vec::new(), (vec![-1; found.manifest.experts_count()], vec![0.0; found.manifest.experts_count()])),
+    };
+    Ok(json!({
+        "model": found.id.to_string(), "name": found.name, "layers": decoder.moe_layers().collect::<Vec<_>>(),
+        "experts_per_layer": decoder.experts(), "domains": names, "domain": leading, "lift": lift,
+    }))
+}
+
+/// No domain has that name; says which there are, and which it may have been.
+pub(crate) fn no_such_domain(name: &str, known: &[String]) -> Failure {
+    let near = known.iter().map(|known| (strsim::damerau_levenshtein(name, known), known)).min();
+    let near = near.filter(|(distance, known)| distance * 3 <= known.len()).map(|(_, known)| format!("; did you mean {known}?"));
+    Failure::new(Kind::NotFound, format!("no domain is called {name} (known: {}){}", known.join(", "), near.unwrap_or_default()))
+}
+
+pub fn row_json(slot: ExpertSlot, one: &Ranked, here: bool) -> Value {
+    json!({
+        "layer": slot.layer, "expert": slot.expert, "lift": one.lift.value, "lift_lower": one.lift.lower, "lift_upper": one.lift.upper,
+        "q": one.q_value, "specialist": one.is_specialist(), "routed": one.counts.routed, "trials": one.counts.trials, "hits": one.counts.hits,
+        "helps_lower": one.helps_lower, "here": here,
+    })
+}

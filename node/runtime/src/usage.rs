@@ -1,0 +1,75 @@
+//! How often each expert of a model was used in answers on this node. Counts alone: what was asked cannot be told from them.
+
+use base::failure::{Failure, io_failure};
+use base::files::keep_damaged;
+use inference::activation_log::ActivationLog;
+use protocol::ModelId;
+use store::RealDisk;
+use store::disk::{read_file, replace_file};
+use tracing::warn;
+
+use crate::data_dir::{DataDir, LocalModel};
+use crate::places::Places;
+
+const BYTES_MAX: u64 = 1 << 20;
+
+impl DataDir {
+    /// Uses of each expert, in the order of layers and experts; none when nothing is known.
+    pub fn usage(&self, model: ModelId) -> Result<Vec<u64>, Failure> {
+        let path = self.path().join("usage").join(model.to_string());
+        let bytes = read_file(&path, BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?;
+        let Some(bytes) = bytes else { return Ok(Vec::new()) };
+        Ok(protocol::codec::from_bytes(&bytes).unwrap_or_else(|error| {
+            keep_damaged(&path, &format!("{error}; uses of experts are counted anew"));
+            Vec::new()
+        }))
+    }
+
+    /// Adds what a log holds.
+    pub fn add_usage(&self, found: &LocalModel, log: &ActivationLog) -> Result<(), Failure> {
+        let places = Places::of(found.manifest.decoder());
+        let mut uses = vec![0; places.count()];
+        for entry in log.entries() {
+            entry.choices.iter().filter_map(|choice| places.place(entry.layer, choice.expert)).for_each(|place| uses[place] += 1);
+        }
+        if log.forgotten() > 0 {
+            warn!(forgotten = log.forgotten(), "of a long answer, the newest uses are counted");
+        }
+        self.add_uses(found, &uses)
+    }
+
+    /// Adds uses of each expert.
+    pub(crate) fn add_uses(&self, found: &LocalModel, more: &[u64]) -> Result<(), Failure> {
+        let mut uses = self.usage(found.id)?;
+        uses.resize(more.len(), 0);
+        uses.iter_mut().zip(more).for_each(|(uses, more)| *uses += more);
+        let dir = self.path().join("usage");
+        std::fs::create_dir_all(&dir).map_err(|error| io_failure("create", &dir, &error))?;
+        let path = dir.join(found.id.to_string());
+        replace_file(&RealDisk, &path, &protocol::codec::to_bytes(&uses)).map_err(|error| io_failure("write", &path, &error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use protocol::ContentHash;
+
+    use super::*;
+
+    #[test]
+    fn a_damaged_file_is_kept_and_not_taken_for_an_empty_one() {
+        let root = tempfile::tempdir().expect("a directory");
+        let dir = DataDir::open(root.path()).expect("a data directory");
+        let model = ModelId(ContentHash::of(b"model"));
+        assert_eq!(dir.usage(model).expect("nothing yet"), [0; 0]);
+        let path = root.path().join("usage").join(model.to_string());
+        std::fs::create_dir_all(root.path().join("usage")).expect("made");
+        let whole = protocol::codec::to_bytes(&vec![3_u64, 4]);
+        std::fs::write(&path, &whole).expect("written");
+        assert_eq!(dir.usage(model).expect("read"), [3, 4]);
+        std::fs::write(&path, &whole[..whole.len() - 1]).expect("written");
+        assert_eq!(dir.usage(model).expect("counted anew"), [0; 0]);
+        let kept = std::fs::read(path.with_extension("damaged"));
+        assert_eq!(kept.expect("a copy"), whole[..whole.len() - 1]);
+    }
+}
