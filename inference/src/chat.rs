@@ -39,8 +39,100 @@ pub enum Role {
 pub struct Message {
     /// Who.
     pub role: Role,
-    /// The text.
-    pub content: String,
+    /// What.
+    pub content: Content,
+}
+
+/// What a message says.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum Content {
+    /// A text.
+    Text(String),
+    /// Texts, and what is seen and heard, in their order.
+    Parts(Vec<ContentPart>),
+}
+
+/// A part of a message.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum ContentPart {
+    /// A text.
+    Text(String),
+    /// The place of a picture, a video or a sound.
+    Medium(MediumKind),
+}
+
+/// What is seen or heard.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub enum MediumKind {
+    /// A still picture.
+    Image,
+    /// A sound.
+    Audio,
+    /// Pictures that follow one another, with or without sound.
+    Video,
+}
+
+impl MediumKind {
+    /// What templates call it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Image => "image",
+            Self::Audio => "audio",
+            Self::Video => "video",
+        }
+    }
+}
+
+impl Message {
+    /// A message of text.
+    pub fn text(role: Role, text: impl Into<String>) -> Self {
+        Self { role, content: Content::Text(text.into()) }
+    }
+
+    /// As templates see it.
+    fn json(&self) -> serde_json::Value {
+        let content = match &self.content {
+            Content::Text(text) => serde_json::json!(text),
+            Content::Parts(parts) => parts
+                .iter()
+                .map(|part| match part {
+                    ContentPart::Text(text) => serde_json::json!({"type": "text", "text": text}),
+                    ContentPart::Medium(kind) => serde_json::json!({"type": kind.name()}),
+                })
+                .collect(),
+        };
+        serde_json::json!({"role": self.role, "content": content})
+    }
+}
+
+impl Content {
+    /// Its texts, in their order.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let (one, several) = match self {
+            Self::Text(text) => (Some(text.as_str()), &[][..]),
+            Self::Parts(parts) => (None, &parts[..]),
+        };
+        one.into_iter().chain(several.iter().filter_map(|part| if let ContentPart::Text(text) = part { Some(text.as_str()) } else { None }))
+    }
+
+    /// What is seen and heard, in its order.
+    pub fn media(&self) -> impl Iterator<Item = MediumKind> {
+        let parts = if let Self::Parts(parts) = self { &parts[..] } else { &[] };
+        parts.iter().filter_map(|part| if let ContentPart::Medium(kind) = part { Some(*kind) } else { None })
+    }
+
+    /// The same with other texts.
+    #[must_use]
+    pub fn map_texts(&self, change: impl Fn(&str) -> String) -> Self {
+        let part = |part: &ContentPart| match part {
+            ContentPart::Text(text) => ContentPart::Text(change(text)),
+            ContentPart::Medium(kind) => ContentPart::Medium(*kind),
+        };
+        match self {
+            Self::Text(text) => Self::Text(change(text)),
+            Self::Parts(parts) => Self::Parts(parts.iter().map(part).collect()),
+        }
+    }
 }
 
 /// A checkpoint's way to write conversations.
@@ -89,7 +181,7 @@ impl ChatTemplate {
         let rendered = environment.template_from_str(&source).and_then(|template| {
             // What a checkpoint does not have is not there at all, as in transformers: none would be written as a word.
             let mut context = vec![
-                ("messages", Value::from_serialize(messages)),
+                ("messages", messages.iter().map(|message| Value::from_serialize(message.json())).collect()),
                 ("add_generation_prompt", Value::from(rendering.add_generation_prompt)),
             ];
             context.extend(self.bos_token.as_deref().map(|token| ("bos_token", Value::from(token))));
@@ -109,7 +201,7 @@ impl ChatTemplate {
     pub fn next_turn(render: impl FnOnce(&[Message]) -> Option<String>) -> Option<String> {
         const MARKS: [&str; 3] = ["\u{1}first\u{1}", "\u{1}second\u{1}", "\u{1}third\u{1}"];
         let roles = [Role::User, Role::Assistant, Role::User];
-        let messages: Vec<_> = roles.into_iter().zip(MARKS).map(|(role, mark)| Message { role, content: mark.to_owned() }).collect();
+        let messages: Vec<_> = roles.into_iter().zip(MARKS).map(|(role, mark)| Message::text(role, mark)).collect();
         let text = render(&messages)?;
         let between = text.split_once(MARKS[1])?.1.split_once(MARKS[2])?.0.trim_end();
         (!between.trim().is_empty()).then(|| between.to_owned())
@@ -263,7 +355,7 @@ mod tests {
     }
 
     fn user(text: &str) -> [Message; 1] {
-        [Message { role: Role::User, content: text.to_owned() }]
+        [Message::text(Role::User, text)]
     }
 
     /// On 15 January 2026, 12:00.

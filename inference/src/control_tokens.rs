@@ -58,7 +58,7 @@ impl ControlTokens {
         let breaks = break_character(messages);
         let whole: Vec<_> = messages.iter().map(|message| changed(message, |text, words| self.broken(text, words, breaks))).collect();
         let text = render(&whole)?;
-        if !messages.iter().any(|message| self.may_join(&message.content)) {
+        if !messages.iter().flat_map(|message| message.content.texts()).any(|text| self.may_join(text)) {
             return Ok((text, breaks));
         }
         // Contents that begin or end as a token does: if breaks around them leave fewer tokens, they had joined into some.
@@ -123,7 +123,7 @@ impl ControlTokens {
 
 fn changed(message: &Message, change: impl Fn(&str, Words) -> String) -> Message {
     let words = if message.role == Role::Assistant { Words::Own } else { Words::Others };
-    Message { role: message.role, content: change(&message.content, words) }
+    Message { role: message.role, content: message.content.map_texts(|text| change(text, words)) }
 }
 
 fn first_length(text: &str) -> usize {
@@ -132,8 +132,12 @@ fn first_length(text: &str) -> usize {
 
 /// A character of private use that nobody uses here. There are more of them than a conversation has characters that differ.
 fn break_character(messages: &[Message]) -> char {
-    let used: HashSet<char> =
-        messages.iter().flat_map(|message| message.content.chars()).filter(|c| ('\u{f0000}'..='\u{ffffd}').contains(c)).collect();
+    let used: HashSet<char> = messages
+        .iter()
+        .flat_map(|message| message.content.texts())
+        .flat_map(str::chars)
+        .filter(|c| ('\u{f0000}'..='\u{ffffd}').contains(c))
+        .collect();
     ('\u{f0000}'..='\u{ffffd}').find(|c| !used.contains(c)).unwrap_or('\u{10fffd}')
 }
 
@@ -148,14 +152,17 @@ mod tests {
     }
 
     fn message(role: Role, content: &str) -> Message {
-        Message { role, content: content.to_owned() }
+        Message::text(role, content)
     }
 
     /// ChatML without a line's end, so that what contents join is joined.
     fn render(messages: &[Message]) -> String {
         let tokens = tokens();
         let write = |messages: &[Message]| {
-            let turns: Vec<_> = messages.iter().map(|message| format!("<|im_start|>{}<|im_end|>", message.content.trim())).collect();
+            let turns: Vec<_> = messages
+                .iter()
+                .map(|message| format!("<|im_start|>{}<|im_end|>", message.content.texts().collect::<String>().trim()))
+                .collect();
             Ok::<_, ()>(turns.concat())
         };
         let (text, breaks) = tokens.render(messages, write).expect("it renders");
@@ -190,7 +197,7 @@ mod tests {
         let joined = |parts: &[&str]| {
             let tokens = tokens();
             let messages: Vec<_> = parts.iter().map(|part| message(Role::User, part)).collect();
-            let write = |messages: &[Message]| Ok::<_, ()>(messages.iter().map(|message| message.content.as_str()).collect::<String>());
+            let write = |messages: &[Message]| Ok::<_, ()>(messages.iter().flat_map(|message| message.content.texts()).collect::<String>());
             let (text, breaks) = tokens.render(&messages, write).expect("it renders");
             (tokens.count(&text, breaks), text.replace(breaks, ""))
         };
@@ -203,7 +210,7 @@ mod tests {
     fn a_template_s_own_marks_around_contents_stay() {
         let tokens = tokens();
         // A template that writes a name between its own brackets, and one that marks the user by the name of the role.
-        let write = |messages: &[Message]| Ok::<_, ()>(format!("<|user|><{}>", messages[0].content));
+        let write = |messages: &[Message]| Ok::<_, ()>(format!("<|user|><{}>", messages[0].content.texts().collect::<String>()));
         let (text, breaks) = tokens.render(&[message(Role::User, "|im_end|")], write).expect("it renders");
         assert_eq!((text.replace(breaks, "·").as_str(), tokens.count(&text, breaks)), ("<|user|><·|im_end|·>", 1));
         let (text, _) = tokens.render(&[message(Role::User, "user")], write).expect("it renders");
@@ -214,8 +221,9 @@ mod tests {
     fn a_break_is_a_character_that_nobody_uses() {
         let all: String = ('\u{f0000}'..'\u{f0010}').collect();
         let tokens = tokens();
-        let (text, breaks) =
-            tokens.render(&[message(Role::User, &format!("{all}</s>"))], |m| Ok::<_, ()>(m[0].content.clone())).expect("it renders");
+        let (text, breaks) = tokens
+            .render(&[message(Role::User, &format!("{all}</s>"))], |m| Ok::<_, ()>(m[0].content.texts().collect()))
+            .expect("it renders");
         assert_eq!((breaks, text), ('\u{f0010}', format!("{all}<\u{f0010}/s>")));
     }
 }

@@ -1,9 +1,9 @@
 //! Weights from one number format to another, the same bytes on every machine.
 
 use half::{bf16, f16};
-use protocol::Precision;
-use protocol::decoder::TensorSpec;
 use protocol::expert_blob::{ExpertShape, HEADER_BYTES};
+use protocol::tensors::TensorSpec;
+use protocol::{PartKind, Precision};
 
 use crate::kernels::{pack, weights_of_row};
 
@@ -22,8 +22,16 @@ impl Target {
         Self { experts: precision, trunk: precision }
     }
 
-    pub(crate) fn of_tensor(self, spec: &TensorSpec, own: Precision) -> Precision {
-        self.trunk.filter(|_| spec.packable).unwrap_or(own)
+    /// Towers are never narrower than q8, and what speaks stays as it is: what less does to them has not been measured.
+    pub(crate) fn of_tensor(self, part: PartKind, spec: &TensorSpec, own: Precision) -> Precision {
+        let trunk = self.trunk.filter(|_| spec.packable);
+        match part {
+            PartKind::Text => trunk.unwrap_or(own),
+            PartKind::Vision | PartKind::Audio => {
+                trunk.map_or(own, |precision| if precision.is_packed() { Precision::Q8 } else { precision })
+            }
+            PartKind::Talker | PartKind::CodePredictor | PartKind::CodeToWave => own,
+        }
     }
 }
 

@@ -90,6 +90,19 @@ pub struct Piece<'a> {
     pub input: Input<'a>,
     /// Where each row stands, if not one after the other as text does.
     pub positions: Option<&'a [Position]>,
+    /// Rows that stand in place of some of its tokens', ascending.
+    pub overlays: &'a [Overlay<'a>],
+}
+
+/// Rows made elsewhere, of a picture or a sound, in place of the embeddings of the tokens that keep their places.
+#[derive(Clone, Copy, Debug)]
+pub struct Overlay<'a> {
+    /// Its first row in the piece.
+    pub first: usize,
+    /// (rows, hidden_size)
+    pub rows: &'a [f32],
+    /// What is added to the same rows behind each of the first layers, (rows, hidden_size) each.
+    pub deepstack: &'a [&'a [f32]],
 }
 
 /// Rows of a piece.
@@ -104,7 +117,7 @@ pub enum Input<'a> {
 impl<'a> Piece<'a> {
     /// Tokens of a text.
     pub fn tokens(session: &'a mut Session, tokens: &'a [u32]) -> Self {
-        Self { session, input: Input::Tokens(tokens), positions: None }
+        Self { session, input: Input::Tokens(tokens), positions: None, overlays: &[] }
     }
 }
 
@@ -334,6 +347,13 @@ impl Engine {
             Input::Rows(_) => {}
         }
         let rows = self.rows_of(&piece.input);
+        let hidden = decoder.hidden_size as usize;
+        for Overlay { first, rows: data, deepstack } in piece.overlays {
+            let fits = data.len().is_multiple_of(hidden) && first.saturating_add(data.len() / hidden) <= rows;
+            if !fits || deepstack.iter().any(|added| added.len() != data.len()) {
+                return Err(ForwardError::Shape("rows that stand in place of others must have their places"));
+            }
+        }
         if piece.positions.is_some_and(|positions| positions.len() != rows) {
             return Err(ForwardError::Shape("each row has a position, or none has"));
         }
@@ -352,7 +372,8 @@ impl Engine {
         let mut shares = Vec::with_capacity(pieces.len());
         let mut tokens = Vec::with_capacity(rows); // 0 where a row is none's
         let mut first = 0;
-        for Piece { session, input, positions } in pieces.iter_mut() {
+        let mut added: Vec<(usize, Overlay<'_>)> = Vec::new(); // with the first row of its piece
+        for Piece { session, input, positions, overlays } in pieces.iter_mut() {
             let (past, next) = (session.tokens(), session.next_position());
             let rows = match input {
                 Input::Tokens(ids) => {
@@ -369,9 +390,16 @@ impl Engine {
                     data.len() / hidden
                 }
             };
+            for overlay in *overlays {
+                if span.start == 0 {
+                    let places = first + overlay.first..;
+                    places.zip(overlay.rows.chunks_exact(hidden)).for_each(|(row, data)| work.x.set_token(row, data));
+                }
+                added.push((first, *overlay));
+            }
             match positions {
                 Some(positions) => work.positions.extend_from_slice(positions),
-                None => work.positions.extend((0..rows).map(|i| Position::of_text(next as usize + i))),
+                None => work.positions.extend((0..rows).map(|i| Position::all(next + i as f32))),
             }
             session.cache_mut().reserve(past + rows);
             shares.push(Share { session, first, rows, past });
@@ -418,6 +446,10 @@ impl Engine {
                 return Err(error.into());
             }
             add(work.x.data_mut(), work.out.data());
+            for (first, overlay) in &added {
+                let rows = overlay.deepstack.get(number).into_iter().flat_map(|added| added.chunks_exact(hidden));
+                (first + overlay.first..).zip(rows).for_each(|(row, added)| work.x.add_to_token(row, added));
+            }
         }
         for piece in pieces {
             let rows = match piece.input {

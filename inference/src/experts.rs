@@ -190,7 +190,7 @@ impl Experts {
     /// When the model has no such part.
     pub fn new(manifest: &ModelManifest, part: PartKind, memory: ExpertMemory, source: Box<dyn ExpertSource>) -> Self {
         let of = manifest.part(part).expect("the model has the part");
-        let decoder = of.decoder();
+        let decoder = manifest.decoder_of(part);
         let mut slots = 0;
         let first_slots = decoder.each_layer().map(|run| {
             let first = slots;

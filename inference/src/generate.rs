@@ -4,17 +4,22 @@ use std::collections::VecDeque;
 use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
-use crate::engine::{Engine, ForwardError};
+use crate::engine::{Engine, ForwardError, Overlay, Piece, Want};
+use crate::expert_source::SourceError;
 use crate::experts::ExpertUse;
+use crate::media::prompt::{MediaPrompt, PreparedMedium, Source};
 use crate::sampler::{NotFinite, Sampling, TokenLogprobs, sample};
 use crate::session::Session;
 use crate::tokenizer::{TextStream, Tokenizer, TokenizerError};
+use crate::tower::TowerRows;
 
 /// What to answer and when to stop.
 #[derive(Clone, Debug)]
 pub struct GenerateRequest {
     /// Tokens to answer, from the beginning of the sequence; those that the session has seen are not taken in again.
     pub prompt: Vec<u32>,
+    /// What stands in place of some of them.
+    pub media: Option<Arc<MediaPrompt>>,
     /// Tokens of answer at most.
     pub tokens_max: usize,
     /// How tokens are chosen.
@@ -85,11 +90,31 @@ pub enum GenerateError {
     /// Tokens that are no text.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
+    /// A tower was not to be had.
+    #[error(transparent)]
+    Tower(SourceError),
 }
 
-/// Answers `request` in `session`; `on_progress` may break off after any token.
+/// Where rows of pictures and sounds come from.
+pub trait TowerSource {
+    /// The rows that a tower makes of a medium.
+    fn rows(&mut self, engine: &Engine, medium: &PreparedMedium, source: Source) -> Result<Arc<TowerRows>, SourceError>;
+}
+
+/// No towers, for prompts of text.
+#[derive(Clone, Copy, Debug)]
+pub struct NoTowers;
+
+impl TowerSource for NoTowers {
+    fn rows(&mut self, _: &Engine, _: &PreparedMedium, _: Source) -> Result<Arc<TowerRows>, SourceError> {
+        Err(SourceError("no towers are at hand".into()))
+    }
+}
+
+/// Answers `request` in `session`; `on_progress` may break off after any token. When it fails, the session is as it was before.
 pub fn generate(
     engine: &mut Engine,
+    towers: &mut dyn TowerSource,
     tokenizer: Option<&Arc<Tokenizer>>,
     session: &mut Session,
     request: &GenerateRequest,
@@ -99,29 +124,165 @@ pub fn generate(
         return Err(GenerateError::EmptyPrompt);
     }
     request.check(engine.context())?;
-    let mut answer = Answer::new(request.clone(), tokenizer);
-    engine.forward(session, &request.prompt[session.tokens()..])?;
+    let start = session.tokens();
+    let own = std::mem::replace(session, engine.session());
+    let mut sequence = Sequence::new(own, Answer::new(request.clone(), tokenizer));
+    let ended = run(engine, towers, &mut sequence, &mut on_progress);
+    *session = sequence.session;
+    match ended {
+        Ok(reason) => Ok(sequence.answer.into_generated(reason)),
+        Err(error) => {
+            session.rewind(start);
+            Err(error)
+        }
+    }
+}
+
+/// Takes a sequence to its end.
+fn run(
+    engine: &mut Engine,
+    towers: &mut dyn TowerSource,
+    sequence: &mut Sequence,
+    on_progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<StopReason, GenerateError> {
+    while sequence.wants_prompt() {
+        sequence.take_in(engine, towers, usize::MAX)?;
+    }
     let mut go_on = on_progress(Progress::Prefilled(engine.experts().usage()));
-    let stop_reason = loop {
+    loop {
         if go_on.is_break() {
-            let rest = answer.break_off()?;
+            let rest = sequence.answer.break_off()?;
             if !rest.is_empty() {
                 let _ = on_progress(Progress::Token(rest, engine.experts().usage()));
             }
-            break StopReason::Interrupted;
+            return Ok(StopReason::Interrupted);
         }
-        let room = engine.context() - session.tokens();
-        let Step { token, text, ended, .. } = answer.step(engine.logits(0), room)?;
+        let Step { token, text, ended, .. } = sequence.advance(engine, 0)?;
         if token.is_some() || !text.is_empty() {
             go_on = on_progress(Progress::Token(text, engine.experts().usage()));
         }
-        match (ended, token) {
-            (Some(reason), _) => break reason,
-            (None, Some(token)) => engine.forward(session, &[token])?,
-            (None, None) => unreachable!("an answer goes on by a token"),
-        };
-    };
-    Ok(answer.into_generated(stop_reason))
+        if let Some(reason) = ended {
+            return Ok(reason);
+        }
+        if go_on.is_continue() {
+            decode(engine, &mut [sequence])?;
+        }
+    }
+}
+
+/// A prompt that is taken in piece by piece, and the answer that grows behind it: what everybody drives who generates.
+#[derive(Debug)]
+pub struct Sequence {
+    /// What has been taken in.
+    pub session: Session,
+    /// What has come of it.
+    pub answer: Answer,
+    /// The token that is to be taken in next.
+    pending: Option<u32>,
+    /// Whether the prompt has been taken in.
+    is_prefilled: bool,
+    /// By medium and tower, once they are needed.
+    rows: Vec<((usize, Source), Arc<TowerRows>)>,
+}
+
+impl Sequence {
+    /// A sequence with as much of the prompt in `session` as it has.
+    pub fn new(session: Session, answer: Answer) -> Self {
+        Self { session, answer, pending: None, is_prefilled: false, rows: Vec::new() }
+    }
+
+    /// Whether some of the prompt is still to be taken in.
+    pub fn wants_prompt(&self) -> bool {
+        !self.is_prefilled
+    }
+
+    /// Whether a token of the answer is to be taken in.
+    pub fn wants_token(&self) -> bool {
+        self.pending.is_some()
+    }
+
+    /// Begins anew, with an empty session and answer.
+    pub fn begin_again(&mut self, answer: Answer) {
+        self.session.rewind(0);
+        (self.answer, self.pending, self.is_prefilled) = (answer, None, false);
+    }
+
+    /// Takes in the next piece of the prompt, `most` rows at most; returns how many. After the last piece the logits are there.
+    pub fn take_in(&mut self, engine: &mut Engine, towers: &mut dyn TowerSource, most: usize) -> Result<usize, GenerateError> {
+        self.take_in_for(engine, towers, most, Want::Last)
+    }
+
+    /// The same for what every piece is [wanted](Want) for; logits of the last row come of the last piece alone.
+    pub fn take_in_for(
+        &mut self,
+        engine: &mut Engine,
+        towers: &mut dyn TowerSource,
+        most: usize,
+        want: Want,
+    ) -> Result<usize, GenerateError> {
+        let Self { session, answer, rows, .. } = self;
+        let GenerateRequest { prompt, media, .. } = &answer.request;
+        let first = session.tokens();
+        let end = prompt.len().min(first.saturating_add(most.min(engine.rows_max())));
+        let want = if want == Want::Last && end < prompt.len() { Want::Nothing } else { want };
+        let mut runs = Vec::new();
+        for run in media.iter().flat_map(|media| &media.runs) {
+            let here = run.first.max(first)..(run.first + run.rows.len()).min(end);
+            if here.is_empty() {
+                continue;
+            }
+            let key = (run.medium, run.source);
+            let made = if let Some((_, made)) = rows.iter().find(|(known, _)| *known == key) {
+                Arc::clone(made)
+            } else {
+                let medium = &media.as_ref().expect("runs are of media").media[run.medium];
+                let made = towers.rows(engine, medium, run.source).map_err(GenerateError::Tower)?;
+                rows.push((key, Arc::clone(&made)));
+                made
+            };
+            let start = run.rows.start + here.start - run.first;
+            runs.push((here.start - first, made, start..start + here.len()));
+        }
+        let width = engine.model().decoder().hidden_size as usize;
+        let numbers = |rows: &Range<usize>| rows.start * width..rows.end * width;
+        let deepstack: Vec<Vec<&[f32]>> =
+            runs.iter().map(|(_, made, rows)| made.deepstack.iter().map(|added| &added[numbers(rows)]).collect()).collect();
+        let overlays: Vec<_> = runs
+            .iter()
+            .zip(&deepstack)
+            .map(|((first, made, rows), deepstack)| Overlay { first: *first, rows: &made.rows[numbers(rows)], deepstack })
+            .collect();
+        let mut piece = Piece::tokens(session, &prompt[first..end]);
+        piece.positions = media.as_ref().map(|media| &media.positions[first..end]);
+        piece.overlays = &overlays;
+        let layers = engine.all_layers();
+        engine.pass(&mut [piece], layers, want)?;
+        self.is_prefilled = end == prompt.len();
+        if self.is_prefilled {
+            self.rows.clear(); // keys and values have taken them in
+        }
+        Ok(end - first)
+    }
+
+    /// Grows the answer by the logits of the n-th row of the last pass.
+    pub fn advance(&mut self, engine: &mut Engine, number: usize) -> Result<Step, GenerateError> {
+        let room = engine.context() - self.session.tokens();
+        let step = self.answer.step(engine.logits(number), room)?;
+        self.pending = step.token.filter(|_| step.ended.is_none());
+        Ok(step)
+    }
+}
+
+/// Takes in the next token of each answer, in one pass: the logits are there in the order of the sequences.
+///
+/// # Panics
+/// When a sequence has no token to take in.
+pub fn decode(engine: &mut Engine, sequences: &mut [&mut Sequence]) -> Result<(), ForwardError> {
+    let tokens: Vec<_> = sequences.iter().map(|sequence| [sequence.pending.expect("it has a token to take in")]).collect();
+    let mut pieces: Vec<_> =
+        sequences.iter_mut().zip(&tokens).map(|(sequence, token)| Piece::tokens(&mut sequence.session, token)).collect();
+    let layers = engine.all_layers();
+    engine.pass(&mut pieces, layers, Want::Last)
 }
 
 impl GenerateRequest {

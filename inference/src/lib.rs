@@ -22,6 +22,7 @@ pub mod generate;
 pub mod kernels;
 mod layer_inputs;
 pub mod machine;
+pub mod media;
 pub mod memory;
 mod mixer;
 pub mod model;
@@ -39,6 +40,7 @@ pub mod session;
 mod swiglu;
 pub mod tokenizer;
 pub mod tokenizer_rules;
+pub mod tower;
 pub mod weights;
 mod work_sizes;
 

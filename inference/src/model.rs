@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use protocol::decoder::{FeedForward as FeedForwardShape, Head, LayerTensor, Mixer as MixerShape, SharedExpert, TensorRole};
+use protocol::decoder::{FeedForward as FeedForwardShape, Head, Mixer as MixerShape, SharedExpert};
+use protocol::tensors::{LayerTensor, TensorRole};
 use protocol::{Decoder, ModelManifest, PartKind};
 
 use crate::kernels::Forms;
@@ -71,7 +72,7 @@ impl Model {
     /// When the model has no such part.
     pub fn load<E: std::error::Error>(manifest: Arc<ModelManifest>, kind: PartKind, read: ReadTensor<'_, E>) -> Result<Self, LoadError<E>> {
         let part = manifest.part(kind).expect("the model has the part");
-        let decoder = part.decoder();
+        let decoder = manifest.decoder_of(kind);
         let sides = decoder.tensors();
         let tensors = part.trunk.iter().zip(&sides).map(|(tensor, spec)| (tensor.role, (tensor, spec.sides()))).collect();
         let mut reader = TrunkReader { tensors, read };
@@ -108,7 +109,7 @@ impl Model {
         let final_norm = reader.tensor(TensorRole::FinalNorm)?.vector();
         let head = match decoder.head {
             Head::Own => Some(reader.tensor(TensorRole::Head)?),
-            Head::Embedding => None,
+            Head::Embedding | Head::Elsewhere => None,
         };
         let expert_forms = expert_forms(&manifest, kind);
         Ok(Self { part: kind, embedding, layers, final_norm, head, expert_forms, manifest })
@@ -116,7 +117,7 @@ impl Model {
 
     /// Its shape.
     pub fn decoder(&self) -> &Decoder {
-        self.manifest.part(self.part).expect("it was loaded from it").decoder()
+        self.manifest.decoder_of(self.part)
     }
 
     /// Longest sequence, prompt and answer together, in tokens.

@@ -1,7 +1,8 @@
 //! What a machine allows: how fast its memory is read, how fast a kernel multiplies what lies in the nearest cache, and how many bytes
 //! and multiplications a token takes. Time is the caller's.
 
-use protocol::decoder::{Head, TensorRole};
+use protocol::decoder::Head;
+use protocol::tensors::TensorRole;
 use protocol::{ModelManifest, Precision};
 
 use crate::aligned::AlignedBytes;

@@ -7,8 +7,9 @@ use candle_core::{D, DType, Device, IndexOp, Result, Tensor};
 use candle_nn::ops::{rms_norm, softmax_last_dim};
 use candle_nn::rotary_emb::rope;
 use half::{bf16, f16};
-use protocol::decoder::{Head, LayerTensor, QkNorm, QkvBias, Router, SharedExpert, TensorRole};
+use protocol::decoder::{Head, QkNorm, QkvBias, Router, SharedExpert};
 use protocol::expert_blob::ExpertShape;
+use protocol::tensors::{LayerTensor, TensorRole};
 use protocol::{BlobRef, Decoder, ExpertSlot, ModelManifest, Precision};
 
 /// Gets the bytes of a blob; they are not verified here.

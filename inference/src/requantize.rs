@@ -46,10 +46,10 @@ pub fn requantize<E: Send>(
         if sink.progress(so_far) { Ok(blob) } else { Err(RequantizeError::Import(ImportError::Interrupted)) }
     };
     let convert = |part: &Part| {
-        let specs = part.decoder().tensors();
+        let specs = part.config.tensors();
         let tensors: Vec<_> = part.trunk.iter().zip(&specs).collect();
         let trunk = tensors.into_par_iter().map(|(tensor, spec)| {
-            let to = target.of_tensor(spec, tensor.precision);
+            let to = target.of_tensor(part.kind, spec, tensor.precision);
             if to == tensor.precision {
                 return Ok(tensor.clone());
             }

@@ -10,21 +10,14 @@ use crate::mixer::rope::Position;
 pub struct Session {
     cache: KvCache,
     past: usize,
-    /// Rows whose positions were given, which are not those of text: where they begin and end, and the position that follows.
-    placed: Vec<Placed>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Placed {
-    first: usize,
-    end: usize,
-    next: u32,
+    /// By row, up to the last whose position was given: the position that follows the farthest one so far.
+    next: Vec<f32>,
 }
 
 impl Session {
     /// An empty sequence for `decoder`.
     pub fn new(decoder: &Decoder, kv: KvPrecision) -> Self {
-        Self { cache: KvCache::new(decoder, kv), past: 0, placed: Vec::new() }
+        Self { cache: KvCache::new(decoder, kv), past: 0, next: Vec::new() }
     }
 
     /// Tokens and other rows taken in so far.
@@ -33,18 +26,14 @@ impl Session {
     }
 
     /// The position of the next token of text.
-    pub fn next_position(&self) -> u32 {
-        self.placed.last().map_or(self.past as u32, |placed| placed.next + (self.past - placed.end) as u32)
+    pub fn next_position(&self) -> f32 {
+        self.next.last().copied().unwrap_or(0.0) + (self.past - self.next.len()) as f32
     }
 
-    /// Forgets what was taken in from row `rows` on, so that another continuation can follow. Rows whose positions were given together go
-    /// together. Returns how many rows are left.
+    /// Forgets what was taken in from row `rows` on, so that another continuation can follow. Returns how many rows are left.
     pub fn rewind(&mut self, rows: usize) -> usize {
         self.past = self.past.min(rows);
-        while let Some(placed) = self.placed.last().filter(|placed| placed.end > self.past) {
-            self.past = placed.first;
-            self.placed.pop();
-        }
+        self.next.truncate(self.past);
         self.past
     }
 
@@ -69,9 +58,14 @@ impl Session {
     /// Notes that rows have been taken in, at `positions` if they were given.
     pub(crate) fn advance(&mut self, rows: usize, positions: Option<&[Position]>) {
         if let Some(positions) = positions {
-            // The position after an image is one beyond the farthest of its axes.
-            let next = positions.iter().map(|at| at.time.max(at.height).max(at.width)).max().map_or(self.next_position(), |last| last + 1);
-            self.placed.push(Placed { first: self.past, end: self.past + rows, next });
+            // Rows of text that came before follow one another.
+            let (known, mut next) = (self.next.len(), self.next.last().copied().unwrap_or(0.0));
+            self.next.extend((known..self.past).map(|row| next + (row - known + 1) as f32));
+            next = self.next.last().copied().unwrap_or(0.0);
+            self.next.extend(positions.iter().map(|at| {
+                next = next.max(at.farthest() + 1.0);
+                next
+            }));
         }
         self.past += rows;
     }

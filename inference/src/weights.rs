@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use protocol::decoder::{LayerTensor, TensorRole};
 use protocol::manifest::TrunkTensor;
+use protocol::tensors::{LayerTensor, TensorRole};
 use protocol::{BlobRef, Precision};
 
 use crate::aligned::AlignedBytes;
@@ -62,6 +62,10 @@ impl<E: std::error::Error> TrunkReader<'_, E> {
 impl Weight {
     pub(crate) fn view(&self) -> Matrix<'_> {
         Matrix::new(&self.bytes, self.precision, self.rows, self.columns)
+    }
+
+    pub(crate) fn columns(&self) -> usize {
+        self.columns
     }
 
     pub(crate) fn vector(&self) -> Vec<f32> {

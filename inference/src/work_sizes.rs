@@ -28,7 +28,7 @@ impl WorkSizes {
     /// Sizes for passes of at most `batch_tokens` rows, on sequences of at most `context` tokens.
     pub(crate) fn new(manifest: &ModelManifest, part: PartKind, (batch_tokens, threads, context): (usize, usize, usize)) -> Self {
         let trunk = manifest.part(part).map(|part| &part.trunk[..]).unwrap_or_default();
-        let decoder = manifest.part(part).expect("the model has the part").decoder();
+        let decoder = manifest.decoder_of(part);
         let rows = batch_tokens.clamp(1, context.max(1)).max(1);
         let forms = trunk.iter().fold(Forms { plain: true, packed: false }, |forms, tensor| forms.or(Forms::of(tensor.precision)));
         let (dense, shared) = decoder.widths_beside_experts();

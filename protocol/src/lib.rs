@@ -22,7 +22,9 @@ pub mod profile;
 pub mod query;
 pub mod record;
 pub mod status;
+pub mod tensors;
 pub mod ticket;
+pub mod towers;
 pub mod trust;
 
 pub use decoder::Decoder;

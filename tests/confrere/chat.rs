@@ -39,7 +39,7 @@ fn message(value: &Value) -> Message {
         Some("user") => Role::User,
         _ => Role::Assistant,
     };
-    Message { role, content: value["content"].as_str().expect("a text").to_owned() }
+    Message::text(role, value["content"].as_str().expect("a text"))
 }
 
 /// Fifteen conversations in each template: the text and the tokens are those of transformers, and keeping contents apart changes none of them.

@@ -183,7 +183,7 @@ fn spans_of_layers_one_after_the_other_are_all_of_them() {
                 engine.pass(&mut [Piece::tokens(&mut sessions[0], tokens)], 0..cut, Want::Rows).expect("it runs");
                 let mut rows = vec![0.0; tokens.len() * hidden];
                 rows.chunks_exact_mut(hidden).enumerate().for_each(|(row, out)| engine.row(row, out));
-                let piece = Piece { session: &mut sessions[1], input: Input::Rows(&rows), positions: None };
+                let piece = Piece { session: &mut sessions[1], input: Input::Rows(&rows), positions: None, overlays: &[] };
                 engine.pass(&mut [piece], cut..layers.end, Want::All).expect("it runs");
                 (0..tokens.len()).for_each(|row| found.extend(engine.logits_of(row).iter().map(|logit| logit.to_bits())));
             }
@@ -192,7 +192,7 @@ fn spans_of_layers_one_after_the_other_are_all_of_them() {
     }
 }
 
-/// Positions that text would have, given one by one, change nothing; others do, and a rewind lands before what they were given for.
+/// Positions that text would have, given one by one, change nothing; others do, and a rewind knows what follows.
 #[test]
 fn positions_may_be_given() {
     let imported = imported("tiny-qwen3-omni", Precision::F32);
@@ -201,7 +201,7 @@ fn positions_may_be_given() {
     let mut logits = |positions: Option<&[Position]>| {
         let mut session = engine.session();
         engine.forward(&mut session, &tokens[..3]).expect("it runs");
-        let piece = Piece { session: &mut session, input: Input::Tokens(&tokens[3..7]), positions };
+        let piece = Piece { session: &mut session, input: Input::Tokens(&tokens[3..7]), positions, overlays: &[] };
         engine.pass(&mut [piece], layers.clone(), Want::Nothing).expect("it runs");
         let next = session.next_position();
         let logits = engine.forward(&mut session, &tokens[7..9]).expect("it runs").to_vec();
@@ -210,13 +210,13 @@ fn positions_may_be_given() {
     let (plain, next, _) = logits(None);
     let as_text: Vec<_> = (3..7).map(Position::of_text).collect();
     let (same, same_next, _) = logits(Some(&as_text));
-    assert!(same == plain && (next, same_next) == (7, 7));
-    let square: Vec<_> = (0..4).map(|i| Position { time: 3, height: 3 + i / 2, width: 3 + i % 2 }).collect();
+    assert!(same == plain && (next, same_next) == (7.0, 7.0));
+    let square = [(3.0, 3.0), (3.0, 4.0), (4.0, 3.0), (4.0, 4.0)].map(|(height, width)| Position { time: 3.0, height, width });
     let (other, next, mut session) = logits(Some(&square));
-    assert!(other != plain && next == 5);
-    assert_eq!((session.tokens(), session.next_position()), (9, 7));
-    assert_eq!((session.rewind(8), session.next_position()), (8, 6));
-    assert_eq!((session.rewind(6), session.next_position()), (3, 3));
+    assert!(other != plain && next.to_bits() == 5_f32.to_bits());
+    assert_eq!((session.tokens(), session.next_position()), (9, 7.0));
+    assert_eq!((session.rewind(8), session.next_position()), (8, 6.0));
+    assert_eq!((session.rewind(5), session.next_position()), (5, 5.0));
 }
 
 /// What does not fit together is refused before anything is taken in.
@@ -239,7 +239,7 @@ fn passes_that_cannot_be_are_refused() {
         (piece(Input::Rows(&[]), None), layers.clone(), Want::Nothing),
     ];
     for (number, ((input, positions), span, want)) in cases.into_iter().enumerate() {
-        let piece = Piece { session: &mut session, input, positions };
+        let piece = Piece { session: &mut session, input, positions, overlays: &[] };
         assert!(engine.pass(&mut [piece], span, want).is_err(), "case {number}");
         assert_eq!(session.tokens(), 0);
     }

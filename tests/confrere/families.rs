@@ -83,6 +83,7 @@ fn layers_experts_logits_and_tokens_are_those_of_transformers() {
 
         let request = GenerateRequest {
             prompt: prompt.clone(),
+            media: None,
             tokens_max: greedy.len(),
             sampling: Sampling::GREEDY,
             eos_token_ids: vec![],
@@ -90,7 +91,7 @@ fn layers_experts_logits_and_tokens_are_those_of_transformers() {
             top_logprobs: None,
         };
         let mut session = engine.session();
-        let answer = generate(&mut engine, None, &mut session, &request, |_| ControlFlow::Continue(()));
+        let answer = generate(&mut engine, &mut inference::generate::NoTowers, None, &mut session, &request, |_| ControlFlow::Continue(()));
         assert_eq!(answer.expect("it runs").tokens, greedy, "{name}");
 
         // What chose the last eight of them, one token at a time.

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use protocol::decoder::{LayerTensor, TensorRole};
+use protocol::tensors::{LayerTensor, TensorRole};
 
 use crate::api::Door;
 use crate::binary::{Node, text};

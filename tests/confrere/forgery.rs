@@ -2,8 +2,9 @@
 
 use std::fs;
 
-use protocol::decoder::{FeedForward, TensorSpec};
+use protocol::decoder::FeedForward;
 use protocol::manifest::{PackedBlob, PartConfig, TrunkTensor};
+use protocol::tensors::TensorSpec;
 use protocol::{BlobRef, ContentHash, ModelManifest, NodeKey, Precision};
 
 use crate::binary::{Node, text};
@@ -17,7 +18,7 @@ fn manifests_fill_no_disk() {
     for number in 0..6 {
         bytes = forge(&a, &id, |_, manifest| {
             let part = &mut manifest.parts[0];
-            let PartConfig::Decoder(decoder) = &mut part.config;
+            let PartConfig::Decoder(decoder) = &mut part.config else { panic!("its first part is a decoder") };
             let run = &mut decoder.runs[0];
             let FeedForward::Moe(moe) = &mut run.feed_forward else { panic!("its layers have experts") };
             (run.layers, moe.experts) = (96, 4096);

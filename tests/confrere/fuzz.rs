@@ -1,7 +1,7 @@
 //! P1 and P2 at the scale of CI: parsers of outside bytes, fed with damaged good input. `CONFRERE_FUZZ=1000000` runs longer.
 
 use inference::chat::{ChatTemplate, Message, Rendering, Role};
-use inference::checkpoint::families::parse_config;
+use inference::checkpoint::families::{Preprocessors, parse_config};
 use inference::checkpoint::generation::parse_generation;
 use inference::checkpoint::header::read_header;
 use inference::tokenizer::Tokenizer;
@@ -193,8 +193,8 @@ fn no_parser_of_text_input_panics() {
         let config = std::fs::read(checkpoint(family).join("config.json")).expect("a config");
         feed("config", &config, inputs(2_000), |bytes| {
             if let Ok(json) = serde_json::from_slice(bytes) {
-                if let Ok((decoder, _)) = parse_config(&json) {
-                    assert!(decoder.validate().is_ok() && !decoder.tensors().is_empty());
+                if let Ok(parsed) = parse_config(&json, &Preprocessors { pictures: json.clone(), videos: json.clone() }) {
+                    assert!(parsed.parts.iter().all(|part| part.validate().is_ok() && !part.tensors().is_empty()));
                 }
                 parse_generation(&json, &json);
             }
@@ -204,7 +204,7 @@ fn no_parser_of_text_input_panics() {
     feed("template", template, inputs(5_000), |bytes| {
         let template = ChatTemplate { source: String::from_utf8_lossy(bytes).into_owned(), bos_token: None, eos_token: None };
         let rendering = Rendering { add_generation_prompt: true, now_ms: 0, bytes_max: 1 << 20 };
-        drop(template.render(&[Message { role: Role::User, content: "hello".into() }], rendering));
+        drop(template.render(&[Message::text(Role::User, "hello")], rendering));
     });
     let tokenizer = std::fs::read(shipped_model().join("tokenizer.json")).expect("a tokenizer");
     feed("tokenizer", &tokenizer, inputs(40).min(5_000), |bytes| drop(Tokenizer::from_bytes(bytes)));

@@ -2,6 +2,7 @@
 
 mod api;
 mod binary;
+mod census;
 mod chat;
 mod cli;
 mod crowd;
@@ -24,6 +25,8 @@ mod import_memory;
 mod mixed;
 mod nodes;
 mod old_data;
+mod omni;
+mod omni_nodes;
 mod parity;
 mod profiles;
 mod refusals;

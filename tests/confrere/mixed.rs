@@ -40,10 +40,11 @@ fn model(seed: u64, width: usize) -> Imported {
         "num_key_value_heads": 2, "head_dim": 32, "num_experts": EXPERTS, "num_experts_per_tok": 4, "moe_intermediate_size": width,
         "norm_topk_prob": true, "rope_theta": 1e4, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
     });
-    let (decoder, _) = parse_config(&config).expect("a configuration");
+    let parsed = parse_config(&config, &inference::checkpoint::families::Preprocessors::default()).expect("a configuration");
+    let decoder = parsed.decoder().clone();
     let blobs = MemoryBlobs::default();
     let put = |bytes: &[u8]| -> BlobRef { blobs.put(bytes).expect("memory") };
-    let tensor = |(number, spec): (u64, protocol::decoder::TensorSpec)| {
+    let tensor = |(number, spec): (u64, protocol::tensors::TensorSpec)| {
         let (rows, columns) = spec.sides();
         let size = if rows == 1 { 0.0 } else { 2.0 / (columns as f32).sqrt() };
         let mut values = random(seed * 1000 + number, rows * columns, size);

@@ -9,8 +9,9 @@ use inference::generate::{GenerateRequest, generate};
 use inference::reference::reference_logits;
 use inference::router::{Choice, route};
 use inference::sampler::Sampling;
-use protocol::decoder::{FeedForward, LayerRun, LayerTensor, Mixer, Norm, Rope, Router, TensorRole};
+use protocol::decoder::{FeedForward, LayerRun, Mixer, Norm, Rope, Router};
 use protocol::manifest::PartConfig;
+use protocol::tensors::{LayerTensor, TensorRole};
 use protocol::{Decoder, ModelManifest, Precision};
 
 use crate::support::{Imported, Tensor, floats, ids, read_safetensors, vectors};
@@ -87,6 +88,7 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
 
         let greedy = ids(&reference["greedy"]);
         let request = GenerateRequest {
+            media: None,
             tokens_max: greedy.len() - prompt.len(),
             prompt: prompt.clone(),
             sampling: Sampling::GREEDY,
@@ -95,7 +97,15 @@ fn logits_experts_and_greedy_tokens_are_those_of_transformers() {
             top_logprobs: None,
         };
         let mut session = engine.session();
-        let answer = generate(&mut engine, None, &mut session, &request, |_| std::ops::ControlFlow::Continue(()));
+        let answer =
+            generate(
+                &mut engine,
+                &mut inference::generate::NoTowers,
+                None,
+                &mut session,
+                &request,
+                |_| std::ops::ControlFlow::Continue(()),
+            );
         assert_eq!(answer.expect("it runs").tokens, greedy[prompt.len()..], "{checkpoint}");
     }
 }
@@ -143,7 +153,7 @@ fn each_thing_broken_on_purpose_is_noticed() {
 }
 
 fn decoder(manifest: &mut ModelManifest) -> &mut Decoder {
-    let PartConfig::Decoder(decoder) = &mut manifest.parts[0].config;
+    let PartConfig::Decoder(decoder) = &mut manifest.parts[0].config else { panic!("its first part is a decoder") };
     decoder
 }
 

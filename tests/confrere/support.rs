@@ -39,10 +39,6 @@ impl MemoryBlobs {
     pub(crate) fn get(&self, blob: BlobRef) -> Vec<u8> {
         self.0.lock().expect("no test panics while holding it")[&blob.hash].clone()
     }
-
-    pub(crate) fn len(&self) -> usize {
-        self.0.lock().expect("no test panics while holding it").len()
-    }
 }
 
 impl BlobSink for MemoryBlobs {
@@ -111,6 +107,15 @@ impl Imported {
     fn put_together(&self, machine: &Machine, source: Shuffled, options: EngineOptions) -> Engine {
         let experts = Experts::new(&self.manifest, PartKind::Text, machine.experts().clone(), Box::new(source));
         Engine::new(machine, self.model_on(machine), experts, options)
+    }
+
+    /// Reads blobs, as towers do.
+    pub(crate) fn reader(&self) -> impl FnMut(BlobRef) -> Result<Arc<AlignedBytes>, std::io::Error> {
+        |blob| {
+            let mut bytes = AlignedBytes::zeroed(blob.length as usize);
+            bytes.copy_from_slice(&self.blobs.get(blob));
+            Ok(Arc::new(bytes))
+        }
     }
 
     fn model_on(&self, machine: &Machine) -> Model {

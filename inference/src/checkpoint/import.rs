@@ -6,12 +6,13 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use protocol::decoder::TensorSpec;
-use protocol::manifest::{ChatFormat, ManifestError, PackedBlob, Part, PartConfig, TrunkTensor};
-use protocol::{BlobRef, ModelManifest, PartKind, Precision};
+use protocol::expert_blob::ExpertShape;
+use protocol::manifest::{ChatFormat, ManifestError, PackedBlob, Part, TrunkTensor};
+use protocol::tensors::TensorSpec;
+use protocol::{BlobRef, ModelManifest, Precision};
 use rayon::prelude::*;
 
-use super::{Checkpoint, ExpertTensors, Problems, TensorSource};
+use super::{Checkpoint, ExpertTensors, PartTensors, Problems, TensorSource};
 use crate::convert::{Target, convert_expert, convert_matrix};
 
 /// Largest magnitude that a weight may have: the largest of f16, beyond anything that training leaves.
@@ -46,21 +47,20 @@ pub enum ImportError {
 pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> Result<ModelManifest, ImportError> {
     let work = Import { checkpoint, sink, done: AtomicU64::new(0), problems: Mutex::new(Problems::default()) };
     work.check_tied_head();
-    let specs = checkpoint.decoder.tensors();
-    let trunk =
-        checkpoint.trunk.iter().zip(&specs).map(|(tensor, spec)| work.trunk_tensor(tensor, spec, target.of_tensor(spec, tensor.precision)));
-    let trunk: Vec<_> = trunk.collect::<Result<_, _>>()?;
-    let target = target.experts.unwrap_or(checkpoint.expert_precision);
-    let experts: Vec<_> = checkpoint.experts.par_iter().map(|expert| work.expert(expert, target)).collect::<Result<_, _>>()?;
+    let (mut sources, mut parts) = (Vec::new(), Vec::new());
+    for tensors in &checkpoint.parts {
+        let Converted { source, made } = work.part(tensors, target)?;
+        sources.push(source);
+        parts.push(made);
+    }
     let problems = work.problems.into_inner().unwrap_or_else(PoisonError::into_inner);
     if !problems.is_empty() {
         return Err(ImportError::Refused(super::CheckpointError::Refused(problems)));
     }
     let put = |bytes: &[u8]| sink.put(bytes).map_err(ImportError::Sink);
-    let part = |trunk, experts| Part { kind: PartKind::Text, config: PartConfig::Decoder(checkpoint.decoder.clone()), trunk, experts };
     let made = ModelManifest {
         parent: None,
-        parts: vec![part(trunk.iter().map(|tensor| tensor.made.clone()).collect(), experts.iter().map(|expert| expert.made).collect())],
+        parts,
         tokenizer: checkpoint.tokenizer.as_deref().map(put).transpose()?,
         chat: ChatFormat {
             template: checkpoint.chat_template.as_deref().map(|text| put(text.as_bytes())).transpose()?,
@@ -69,8 +69,7 @@ pub fn import(checkpoint: &Checkpoint, target: Target, sink: &dyn BlobSink) -> R
         },
         generation: checkpoint.generation.clone(),
     };
-    let source = part(trunk.into_iter().map(|tensor| tensor.source).collect(), experts.into_iter().map(|expert| expert.source).collect());
-    let source = ModelManifest { parts: vec![source], ..made.clone() };
+    let source = ModelManifest { parts: sources, ..made.clone() };
     let source = source.checked()?;
     if made == source {
         return Ok(source);
@@ -92,6 +91,31 @@ struct Converted<T> {
 }
 
 impl Import<'_> {
+    fn part(&self, tensors: &PartTensors, target: Target) -> Result<Converted<Part>, ImportError> {
+        let kind = tensors.config.kind();
+        let specs = tensors.config.tensors();
+        let trunk = tensors.trunk.iter().zip(&specs);
+        let trunk = trunk.map(|(tensor, spec)| self.trunk_tensor(tensor, spec, target.of_tensor(kind, spec, tensor.precision)));
+        let trunk: Vec<_> = trunk.collect::<Result<_, _>>()?;
+        let own = tensors.expert_precision;
+        let to = target.experts.unwrap_or(own);
+        let shape = |precision| tensors.config.decoder().map(|decoder| decoder.expert_shape(precision));
+        let (from, to) = (shape(own), shape(to));
+        let experts = tensors.experts.par_iter().map(|expert| {
+            let (Some(from), Some(to)) = (from, to) else { unreachable!("a part with experts has a decoder") };
+            self.expert(expert, from, to)
+        });
+        let experts: Vec<_> = experts.collect::<Result<_, _>>()?;
+        let part = |trunk, experts| Part { kind, config: tensors.config.clone(), trunk, experts };
+        Ok(Converted {
+            made: part(trunk.iter().map(|tensor| tensor.made.clone()).collect(), experts.iter().map(|expert| expert.made).collect()),
+            source: part(
+                trunk.into_iter().map(|tensor| tensor.source).collect(),
+                experts.into_iter().map(|expert| expert.source).collect(),
+            ),
+        })
+    }
+
     fn trunk_tensor(&self, tensor: &TensorSource, spec: &TensorSpec, target: Precision) -> Result<Converted<TrunkTensor>, ImportError> {
         let bytes = self.checkpoint.bytes(tensor);
         let entry = |precision, blob| TrunkTensor { role: spec.role, precision, blob };
@@ -109,26 +133,24 @@ impl Import<'_> {
         Ok(Converted { source: entry(tensor.precision, source), made: entry(target, blob) })
     }
 
-    fn expert(&self, expert: &ExpertTensors, target: Precision) -> Result<Converted<PackedBlob>, ImportError> {
+    fn expert(&self, expert: &ExpertTensors, from: ExpertShape, to: ExpertShape) -> Result<Converted<PackedBlob>, ImportError> {
         let planes = [&expert.gate_proj, &expert.up_proj, &expert.down_proj];
         let fine = planes.map(|tensor| self.check(tensor)).iter().all(|&fine| fine);
-        let source = self.blob(planes, self.checkpoint.expert_precision);
+        let source = self.blob(planes, from);
         let source_ref = BlobRef::of(&source);
         let made = if !fine {
             source_ref
-        } else if target == self.checkpoint.expert_precision {
+        } else if to == from {
             self.sink.put(&source).map_err(ImportError::Sink)?
         } else {
-            self.sink.put(&self.blob(planes, target)).map_err(ImportError::Sink)?
+            self.sink.put(&self.blob(planes, to)).map_err(ImportError::Sink)?
         };
         self.advance(planes.iter().map(|tensor| self.checkpoint.bytes(tensor).len()).sum())?;
-        let (source, made) =
-            (PackedBlob { precision: self.checkpoint.expert_precision, blob: source_ref }, PackedBlob { precision: target, blob: made });
-        Ok(Converted { source, made })
+        let blob = |shape: ExpertShape, blob| PackedBlob { precision: shape.precision, blob };
+        Ok(Converted { source: blob(from, source_ref), made: blob(to, made) })
     }
 
-    fn blob(&self, planes: [&TensorSource; 3], target: Precision) -> Vec<u8> {
-        let shape = self.checkpoint.decoder.expert_shape(target);
+    fn blob(&self, planes: [&TensorSource; 3], shape: ExpertShape) -> Vec<u8> {
         convert_expert(planes.map(|tensor| (self.checkpoint.bytes(tensor), tensor.precision)), shape)
     }
 
@@ -146,7 +168,7 @@ impl Import<'_> {
 
     fn check_tied_head(&self) {
         if let Some(head) = &self.checkpoint.tied_head
-            && self.checkpoint.bytes(head) != self.checkpoint.bytes(&self.checkpoint.trunk[0])
+            && self.checkpoint.bytes(head) != self.checkpoint.bytes(&self.checkpoint.parts[0].trunk[0])
         {
             self.note(head, "tie_word_embeddings is true, yet this is not a copy of the embeddings");
         }

@@ -15,12 +15,12 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use protocol::manifest::{GenerationDefaults, SIDE_FILE_BYTES_MAX};
+use protocol::manifest::{GenerationDefaults, PartConfig, SIDE_FILE_BYTES_MAX};
 use protocol::plain_text::{LINES_MAX, plain_line};
-use protocol::{Decoder, ExpertSlot, Precision};
+use protocol::{Decoder, ExpertSlot, PartKind, Precision};
 use serde_json::Value;
 
-use families::{Family, parse_config};
+use families::{Family, ParsedConfig, Preprocessors, parse_config};
 use generation::parse_generation;
 use header::{TensorEntry, read_header};
 use names::{Names, Projection, Role};
@@ -125,11 +125,24 @@ pub struct ExpertTensors {
     pub down_proj: TensorSource,
 }
 
+/// A part of a checkpoint.
+#[derive(Debug)]
+pub struct PartTensors {
+    /// Its shape.
+    pub config: PartConfig,
+    /// In the order of [`PartConfig::tensors`].
+    pub trunk: Vec<TensorSource>,
+    /// Layer by layer.
+    pub experts: Vec<ExpertTensors>,
+    /// The number format of all its experts.
+    pub expert_precision: Precision,
+}
+
 /// A checkpoint of which every tensor is accounted for.
 #[derive(Debug)]
 pub struct Checkpoint {
-    /// The model's shape.
-    pub decoder: Decoder,
+    /// The parts, in the order of a manifest; the first makes text.
+    pub parts: Vec<PartTensors>,
     /// Sampling and stop rules.
     pub generation: GenerationDefaults,
     /// `tokenizer.json`, or what it would be; nothing where there is no tokenizer that can be read.
@@ -142,12 +155,6 @@ pub struct Checkpoint {
     pub bos_token: Option<String>,
     /// What templates call `eos_token`.
     pub eos_token: Option<String>,
-    /// In the order of [`Decoder::tensors`].
-    pub trunk: Vec<TensorSource>,
-    /// Layer by layer.
-    pub experts: Vec<ExpertTensors>,
-    /// The number format of all experts.
-    pub expert_precision: Precision,
     /// Tensors left out by rule: which part, how many, how many bytes.
     pub skipped: BTreeMap<&'static str, (usize, u64)>,
     /// The head of a tied model, where the checkpoint repeats it.
@@ -160,16 +167,23 @@ impl Checkpoint {
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
         let required = |name: &str| read_json(dir, name)?.ok_or_else(|| not_found(&dir.join(name)));
         let json = required("config.json")?;
-        let (decoder, family) = parse_config(&json).map_err(|problem| refused("config.json", &problem.0))?;
+        let preprocessors = Preprocessors {
+            pictures: read_json(dir, "preprocessor_config.json")?.unwrap_or(Value::Null),
+            videos: read_json(dir, "video_preprocessor_config.json")?.unwrap_or(Value::Null),
+        };
+        let ParsedConfig { parts, family } = parse_config(&json, &preprocessors).map_err(|problem| refused("config.json", &problem.0))?;
         let generation = read_json(dir, "generation_config.json")?.unwrap_or(Value::Null);
         let tokenizer_config = read_json(dir, "tokenizer_config.json")?.unwrap_or(Value::Null);
         let chat_template = match read_side_file(dir, "chat_template.jinja")? {
             Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| refused("chat_template.jinja", "is not UTF-8"))?),
-            None => chat_template(&tokenizer_config),
+            None => match chat_template(&tokenizer_config) {
+                Some(template) => Some(template),
+                None => chat_template(&read_json(dir, "chat_template.json")?.unwrap_or(Value::Null)),
+            },
         };
         let shard_list = shard_list(dir)?;
-        check_size(&decoder, &shard_list)?;
-        let mut collected = Collector::new(&decoder, family);
+        check_size(&parts, &shard_list)?;
+        let mut collected = Collector::new(parts, family);
         let mut shards = Vec::new();
         for (path, expected) in shard_list {
             let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
@@ -184,7 +198,7 @@ impl Checkpoint {
             collected.shard(&file, shards.len(), &map, expected.as_ref());
             shards.push(map);
         }
-        let (trunk, experts, expert_precision, skipped, tied_head) = collected.finish()?;
+        let (parts, skipped, tied_head) = collected.finish()?;
         let eos_token = special_token(&tokenizer_config["eos_token"]);
         let mut generation = parse_generation(&json, &generation);
         let of_tokenizer = eos_token.as_deref().and_then(|token| added_token_id(&tokenizer_config, token));
@@ -192,15 +206,12 @@ impl Checkpoint {
         let (tokenizer, unread_tokenizer) = tokenizer(dir, &tokenizer_config)?;
         Ok(Self {
             generation,
-            decoder,
+            parts,
             tokenizer,
             unread_tokenizer,
             chat_template,
             bos_token: special_token(&tokenizer_config["bos_token"]),
             eos_token,
-            trunk,
-            experts,
-            expert_precision,
             skipped,
             tied_head,
             shards,
@@ -214,17 +225,16 @@ impl Checkpoint {
 
     /// Bytes of all tensors that an import reads.
     pub fn total_bytes(&self) -> u64 {
-        let experts = self.experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]);
-        self.trunk.iter().chain(experts).map(|tensor| (tensor.end - tensor.start) as u64).sum()
+        let experts = self.parts.iter().flat_map(|part| &part.experts).flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]);
+        let trunk = self.parts.iter().flat_map(|part| &part.trunk);
+        trunk.chain(experts).map(|tensor| (tensor.end - tensor.start) as u64).sum()
     }
 }
 
 /// What the shards hold, sorted by what it is for.
-struct Collector<'a> {
-    decoder: &'a Decoder,
+struct Collector {
     names: Names,
-    shapes: Vec<(String, Vec<u64>)>, // of the trunk
-    trunk: Vec<Option<TensorSource>>,
+    parts: Vec<Collecting>,
     experts: HashMap<(ExpertSlot, Projection), TensorSource>,
     tied_head: Option<TensorSource>,
     skipped: BTreeMap<&'static str, (usize, u64)>,
@@ -232,22 +242,37 @@ struct Collector<'a> {
     seen: HashMap<String, String>, // tensor to file
 }
 
-type Collected = (Vec<TensorSource>, Vec<ExpertTensors>, Precision, BTreeMap<&'static str, (usize, u64)>, Option<TensorSource>);
+/// A part in the making.
+struct Collecting {
+    config: PartConfig,
+    shapes: Vec<(String, Vec<u64>)>, // of the trunk, by usual name
+    trunk: Vec<Option<TensorSource>>,
+}
 
-impl<'a> Collector<'a> {
-    fn new(decoder: &'a Decoder, family: &'static Family) -> Self {
-        let shapes: Vec<_> = decoder.tensors().into_iter().map(|spec| (spec.role.to_string(), spec.shape)).collect();
+type Collected = (Vec<PartTensors>, BTreeMap<&'static str, (usize, u64)>, Option<TensorSource>);
+
+impl Collector {
+    fn new(parts: Vec<PartConfig>, family: &'static Family) -> Self {
+        let names = Names::new(&parts, family);
+        let collecting = |config: PartConfig| {
+            let shapes: Vec<_> = config.tensors().into_iter().map(|spec| (spec.role.to_string(), spec.shape)).collect();
+            Collecting { trunk: vec![None; shapes.len()], shapes, config }
+        };
         Self {
-            decoder,
-            names: Names::new(decoder, family),
-            trunk: vec![None; shapes.len()],
-            shapes,
+            names,
+            parts: parts.into_iter().map(collecting).collect(),
             experts: HashMap::new(),
             tied_head: None,
             skipped: BTreeMap::new(),
             problems: Problems::default(),
             seen: HashMap::new(),
         }
+    }
+
+    /// The decoder of a part that a tensor's role was found in.
+    fn decoder(&self, kind: PartKind) -> &Decoder {
+        let part = self.parts.iter().find(|part| part.config.kind() == kind);
+        part.and_then(|part| part.config.decoder()).expect("only parts with a decoder have experts")
     }
 
     fn problem(&mut self, subject: &str, what: impl AsRef<str>) {
@@ -286,9 +311,13 @@ impl<'a> Collector<'a> {
     }
 
     fn tensor(&mut self, name: &str, entry: &TensorEntry, shard: usize) {
-        let shape = self.decoder.expert_shape(Precision::F32);
-        let (hidden, middle, experts) = (shape.hidden_size as u64, shape.intermediate_size as u64, u64::from(self.decoder.experts()));
         let role = self.names.role(name);
+        let sides = |kind: PartKind| {
+            let decoder = self.decoder(kind);
+            let shape = decoder.expert_shape(Precision::F32);
+            (shape.hidden_size as u64, shape.intermediate_size as u64, u64::from(decoder.experts()))
+        };
+        let mut plane = 0;
         let expected: Vec<u64> = match role {
             Role::Skipped(part) => {
                 let count = self.skipped.entry(part).or_default();
@@ -296,12 +325,20 @@ impl<'a> Collector<'a> {
                 return;
             }
             Role::Unexpected => return self.problem(name, "unexpected: a model of this configuration has no such tensor"),
-            Role::Trunk(index) => self.shapes[index].1.clone(),
-            Role::Expert(_, Projection::Gate | Projection::Up) => vec![middle, hidden],
-            Role::Expert(_, Projection::Down) => vec![hidden, middle],
-            Role::FusedGateUp(_) => vec![experts, 2 * middle, hidden],
-            Role::FusedDown(_) => vec![experts, hidden, middle],
-            Role::TiedHead => vec![u64::from(self.decoder.vocab_size), hidden],
+            Role::Trunk(part, index) => self.parts[part].shapes[index].1.clone(),
+            Role::Expert(slot, projection) => {
+                let (hidden, middle, _) = sides(slot.part);
+                if projection == Projection::Down { vec![hidden, middle] } else { vec![middle, hidden] }
+            }
+            Role::FusedGateUp(part, _) | Role::FusedDown(part, _) => {
+                let (hidden, middle, experts) = sides(part);
+                plane = hidden * middle;
+                if matches!(role, Role::FusedDown(..)) { vec![experts, hidden, middle] } else { vec![experts, 2 * middle, hidden] }
+            }
+            Role::TiedHead => {
+                let decoder = self.decoder(PartKind::Text);
+                vec![u64::from(decoder.vocab_size), u64::from(decoder.hidden_size)]
+            }
         };
         if entry.shape != expected {
             return self.problem(name, format!("has shape {:?}, expected {expected:?}", entry.shape));
@@ -316,23 +353,23 @@ impl<'a> Collector<'a> {
             start: (entry.range.start + start) as usize,
             end: (entry.range.start + start + bytes) as usize,
         };
-        let plane = hidden * middle * precision.matrix_bytes(1, 1) as u64;
+        let plane = plane * precision.matrix_bytes(1, 1) as u64;
         let whole = source(0, entry.range.end - entry.range.start);
         match role {
-            Role::Trunk(index) => self.trunk[index] = Some(whole),
+            Role::Trunk(part, index) => self.parts[part].trunk[index] = Some(whole),
             Role::TiedHead => self.tied_head = Some(whole),
             Role::Expert(slot, projection) => self.expert(slot, projection, whole),
-            Role::FusedGateUp(layer) => {
-                for expert in 0..self.decoder.experts() {
-                    let (slot, at) = (ExpertSlot::text(layer, expert), 2 * plane * u64::from(expert));
+            Role::FusedGateUp(part, layer) => {
+                for expert in 0..self.decoder(part).experts() {
+                    let (slot, at) = (ExpertSlot { part, layer, expert }, 2 * plane * u64::from(expert));
                     self.expert(slot, Projection::Gate, source(at, plane));
                     self.expert(slot, Projection::Up, source(at + plane, plane));
                 }
             }
-            Role::FusedDown(layer) => {
-                for expert in 0..self.decoder.experts() {
+            Role::FusedDown(part, layer) => {
+                for expert in 0..self.decoder(part).experts() {
                     let at = plane * u64::from(expert);
-                    self.expert(ExpertSlot::text(layer, expert), Projection::Down, source(at, plane));
+                    self.expert(ExpertSlot { part, layer, expert }, Projection::Down, source(at, plane));
                 }
             }
             Role::Skipped(_) | Role::Unexpected => {}
@@ -350,40 +387,49 @@ impl<'a> Collector<'a> {
     fn finish(mut self) -> Result<Collected, CheckpointError> {
         // Those that are there, unreadable or refused for another reason, are not missing.
         let seen: BTreeSet<_> = self.seen.keys().filter_map(|name| self.names.usual(name)).collect();
-        let missing = |name: &str| !seen.contains(name);
-        for (name, _) in self.shapes.iter().zip(&self.trunk).filter(|(_, found)| found.is_none()).map(|(spec, _)| spec) {
-            if missing(name) {
-                self.problems.add(name, "missing");
-            }
-        }
-        let mut experts = Vec::new();
-        let (layers, of_layer) = (self.decoder.moe_layers(), self.decoder.experts());
-        for slot in layers.flat_map(|layer| (0..of_layer).map(move |expert| ExpertSlot::text(layer, expert))) {
-            let names = [(Projection::Gate, "gate_proj"), (Projection::Up, "up_proj"), (Projection::Down, "down_proj")];
-            let found = names.map(|(projection, word)| {
-                let tensor = self.experts.remove(&(slot, projection));
-                let name = format!("model.layers.{}.mlp.experts.{}.{word}.weight", slot.layer, slot.expert);
-                let fused = format!("model.layers.{}.mlp.experts.{}", slot.layer, if word == "down_proj" { word } else { "gate_up_proj" });
-                if tensor.is_none() && missing(&name) && missing(&fused) {
-                    self.problems.add(&name, "missing");
+        let mut problems = std::mem::take(&mut self.problems);
+        let mut parts = Vec::new();
+        for Collecting { config, shapes, trunk } in self.parts {
+            let kind = config.kind();
+            let missing = |name: &str| !seen.contains(&(kind, name.into()));
+            for ((name, _), _) in shapes.iter().zip(&trunk).filter(|(_, found)| found.is_none()) {
+                if missing(name) {
+                    problems.add(&self.names.spell(kind, name), "missing");
                 }
-                tensor
-            });
-            if let [Some(gate_proj), Some(up_proj), Some(down_proj)] = found {
-                experts.push(ExpertTensors { gate_proj, up_proj, down_proj });
             }
+            let mut experts = Vec::new();
+            for slot in config.slots() {
+                let names = [(Projection::Gate, "gate_proj"), (Projection::Up, "up_proj"), (Projection::Down, "down_proj")];
+                let found = names.map(|(projection, word)| {
+                    let tensor = self.experts.remove(&(slot, projection));
+                    let layer = format!("model.layers.{}.mlp.experts", slot.layer);
+                    let name = format!("{layer}.{}.{word}.weight", slot.expert);
+                    let fused = format!("{layer}.{}", if word == "down_proj" { word } else { "gate_up_proj" });
+                    if tensor.is_none() && missing(&name) && missing(&fused) {
+                        problems.add(&self.names.spell(kind, &name), "missing");
+                    }
+                    tensor
+                });
+                if let [Some(gate_proj), Some(up_proj), Some(down_proj)] = found {
+                    experts.push(ExpertTensors { gate_proj, up_proj, down_proj });
+                }
+            }
+            // Experts of one part share one format: their hashes must not depend on which shard they came in.
+            let expert_precision = experts.first().map_or(Precision::F32, |expert| expert.gate_proj.precision);
+            let tensors = experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]);
+            for tensor in tensors.filter(|tensor| tensor.precision != expert_precision) {
+                problems.add(&tensor.name, &format!("is {}, while other experts are {expert_precision}", tensor.precision));
+            }
+            parts.push((shapes.len(), PartTensors { config, trunk: trunk.into_iter().flatten().collect(), experts, expert_precision }));
         }
-        // Experts of one model share one format: their hashes must not depend on which shard they came in.
-        let precision = experts.first().map_or(Precision::F32, |expert| expert.gate_proj.precision);
-        for tensor in experts.iter().flat_map(|e| [&e.gate_proj, &e.up_proj, &e.down_proj]).filter(|tensor| tensor.precision != precision) {
-            self.problems.add(&tensor.name, &format!("is {}, while other experts are {precision}", tensor.precision));
+        if !problems.is_empty() {
+            return Err(CheckpointError::Refused(problems));
         }
-        if !self.problems.is_empty() {
-            return Err(CheckpointError::Refused(self.problems));
-        }
-        let trunk: Vec<_> = self.trunk.into_iter().flatten().collect();
-        assert!(trunk.len() == self.shapes.len(), "what is absent is unreadable or wrong, and so a problem");
-        Ok((trunk, experts, precision, self.skipped, self.tied_head))
+        assert!(
+            parts.iter().all(|(tensors, part)| part.trunk.len() == *tensors),
+            "what is absent is unreadable or wrong, and so a problem"
+        );
+        Ok((parts.into_iter().map(|(_, part)| part).collect(), self.skipped, self.tied_head))
     }
 }
 
@@ -411,14 +457,17 @@ fn shard_list(dir: &Path) -> Result<Vec<Shard>, CheckpointError> {
 }
 
 /// Refuses a configuration of more tensors than the shards' bytes can hold, before each of them is looked for.
-fn check_size(decoder: &Decoder, shards: &[Shard]) -> Result<(), CheckpointError> {
+fn check_size(parts: &[PartConfig], shards: &[Shard]) -> Result<(), CheckpointError> {
     const MATRICES: u64 = 3;
     let here: u64 = shards.iter().filter_map(|(path, _)| path.metadata().ok()).map(|file| file.len()).sum();
-    let experts = u64::from(decoder.experts()) * decoder.moe_layers().count() as u64;
-    // No weight takes less than half a byte in any format.
-    let shape = decoder.expert_shape(Precision::F32);
-    let one = MATRICES * (shape.hidden_size * shape.intermediate_size) as u64 / 2;
-    let needed = experts.saturating_mul(one);
+    let (mut experts, mut needed) = (0, 0_u64);
+    for decoder in parts.iter().filter_map(PartConfig::decoder) {
+        let count = u64::from(decoder.experts()) * decoder.moe_layers().count() as u64;
+        // No weight takes less than half a byte in any format.
+        let shape = decoder.expert_shape(Precision::F32);
+        let one = MATRICES * (shape.hidden_size * shape.intermediate_size) as u64 / 2;
+        (experts, needed) = (experts + count, needed.saturating_add(count.saturating_mul(one)));
+    }
     let missing = shards.iter().any(|(path, _)| !path.exists());
     if !missing && needed > here {
         let what = format!("{experts} experts of this configuration take {needed} bytes or more; the files have {here}");

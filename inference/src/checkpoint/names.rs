@@ -4,7 +4,8 @@ use std::borrow::Cow;
 use std::collections::HashMap;
 
 use protocol::decoder::Head;
-use protocol::{Decoder, ExpertSlot};
+use protocol::manifest::PartConfig;
+use protocol::{Decoder, ExpertSlot, PartKind};
 
 use super::families::{Family, Name};
 
@@ -22,14 +23,14 @@ pub enum Projection {
 /// What a tensor is for.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Role {
-    /// The n-th tensor of [`Decoder::tensors`].
-    Trunk(usize),
+    /// The n-th tensor of the n-th part's [`tensors`](PartConfig::tensors).
+    Trunk(usize, usize),
     /// One matrix of one expert: transformers 4 and every published checkpoint.
     Expert(ExpertSlot, Projection),
     /// `gate_proj` and `up_proj` of a layer's experts, (experts, 2 × intermediate_size, hidden_size): transformers 5.
-    FusedGateUp(u32),
+    FusedGateUp(PartKind, u32),
     /// `down_proj` of a layer's experts, (experts, hidden_size, intermediate_size).
-    FusedDown(u32),
+    FusedDown(PartKind, u32),
     /// The head of a model whose head is its embedding table: must be a copy of that.
     TiedHead,
     /// A part that the text model does not use, left out by rule.
@@ -41,59 +42,73 @@ pub enum Role {
 /// Gives names their roles in a checkpoint of one configuration.
 pub struct Names {
     family: &'static Family,
-    decoder: Decoder,
-    trunk: HashMap<String, usize>,
+    parts: Vec<PartConfig>,
+    trunk: HashMap<(PartKind, String), (usize, usize)>,
 }
 
 impl Names {
-    /// Prepares for checkpoints of `decoder`.
-    pub fn new(decoder: &Decoder, family: &'static Family) -> Self {
-        let trunk = decoder.tensors().into_iter().enumerate().map(|(i, spec)| (spec.role.to_string(), i)).collect();
-        Self { family, decoder: decoder.clone(), trunk }
+    /// Prepares for checkpoints of these parts.
+    pub fn new(parts: &[PartConfig], family: &'static Family) -> Self {
+        let mut trunk = HashMap::new();
+        for (number, part) in parts.iter().enumerate() {
+            let specs = part.tensors().into_iter().enumerate();
+            trunk.extend(specs.map(|(i, spec)| ((part.kind(), spec.role.to_string()), (number, i))));
+        }
+        Self { family, parts: parts.to_vec(), trunk }
     }
 
-    /// What most families call the tensor `name`; nothing where it is left out, or no tensor at all.
-    pub fn usual<'a>(&self, name: &'a str) -> Option<Cow<'a, str>> {
+    /// The part that the tensor `name` belongs to and what most families call it there; nothing where it is left out, or no tensor at all.
+    pub fn usual<'a>(&self, name: &'a str) -> Option<(PartKind, Cow<'a, str>)> {
         match (self.family.name)(name) {
-            Name::Usual(name) => Some(name),
+            Name::Usual(part, name) => Some((part, name)),
             Name::Skipped(_) | Name::Unexpected => None,
         }
     }
 
+    /// The name of a part's tensor in this checkpoint.
+    pub fn spell(&self, part: PartKind, usual: &str) -> String {
+        (self.family.spell)(part, usual)
+    }
+
     /// Returns what `name` is for.
     pub fn role(&self, name: &str) -> Role {
-        let name = match (self.family.name)(name) {
-            Name::Usual(name) => name,
+        let (kind, name) = match (self.family.name)(name) {
+            Name::Usual(part, name) => (part, name.into_owned()),
             Name::Skipped(part) => return Role::Skipped(part),
             Name::Unexpected => return Role::Unexpected,
         };
-        if let Some(&index) = self.trunk.get(&*name) {
-            return Role::Trunk(index);
+        // The configuration says that the part is not used.
+        let Some(part) = self.parts.iter().find(|part| part.kind() == kind) else { return Role::Skipped(kind.name()) };
+        let key = (kind, name);
+        if let Some(&(number, index)) = self.trunk.get(&key) {
+            return Role::Trunk(number, index);
         }
-        if name == "lm_head.weight" && self.decoder.head == Head::Embedding {
+        let (kind, name) = key;
+        let Some(decoder) = part.decoder() else { return Role::Unexpected };
+        if name == "lm_head.weight" && decoder.head == Head::Embedding {
             return Role::TiedHead;
         }
-        self.expert_role(&name).unwrap_or(Role::Unexpected)
+        expert_role(kind, decoder, &name).unwrap_or(Role::Unexpected)
     }
+}
 
-    fn expert_role(&self, name: &str) -> Option<Role> {
-        let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.experts.")?;
-        let layer = number(layer).filter(|&layer| self.decoder.is_moe(layer))?;
-        match rest {
-            "gate_up_proj" => return Some(Role::FusedGateUp(layer)),
-            "down_proj" => return Some(Role::FusedDown(layer)),
-            _ => {}
-        }
-        let (expert, projection) = rest.split_once('.')?;
-        let expert = number(expert).filter(|&expert| expert < self.decoder.experts())?;
-        let projection = match projection {
-            "gate_proj.weight" => Projection::Gate,
-            "up_proj.weight" => Projection::Up,
-            "down_proj.weight" => Projection::Down,
-            _ => return None,
-        };
-        Some(Role::Expert(ExpertSlot::text(layer, expert), projection))
+fn expert_role(part: PartKind, decoder: &Decoder, name: &str) -> Option<Role> {
+    let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.experts.")?;
+    let layer = number(layer).filter(|&layer| decoder.is_moe(layer))?;
+    match rest {
+        "gate_up_proj" => return Some(Role::FusedGateUp(part, layer)),
+        "down_proj" => return Some(Role::FusedDown(part, layer)),
+        _ => {}
     }
+    let (expert, projection) = rest.split_once('.')?;
+    let expert = number(expert).filter(|&expert| expert < decoder.experts())?;
+    let projection = match projection {
+        "gate_proj.weight" => Projection::Gate,
+        "up_proj.weight" => Projection::Up,
+        "down_proj.weight" => Projection::Down,
+        _ => return None,
+    };
+    Some(Role::Expert(ExpertSlot { part, layer, expert }, projection))
 }
 
 /// A decimal number without sign or leading zeros: `01` would be a second name for the same tensor.

@@ -249,6 +249,15 @@ impl Rows {
             place[values.len()..].fill(0.0);
         }
     }
+
+    /// Adds to the vector of a token.
+    pub(crate) fn add_to_token(&mut self, token: usize, values: &[f32]) {
+        let panel = self.panel_length();
+        for (i, values) in values.chunks(PANEL_ROWS).enumerate() {
+            let place = &mut self.data[i * panel + token * PANEL_ROWS..];
+            place.iter_mut().zip(values).for_each(|(place, value)| *place += value);
+        }
+    }
 }
 
 /// Some of the rows of an operand that are multiplied together: [`TILE_MAX`] at most.

@@ -19,7 +19,7 @@ pub(crate) const TOKENS: usize = 8;
 const QUERIES: usize = 8;
 
 /// Results that share a look at the values.
-const TOGETHER: usize = 4;
+pub(crate) const TOGETHER: usize = 4;
 
 /// The shape of attention in a model.
 #[expect(clippy::struct_field_names, reason = "the field's standard words")]
@@ -247,7 +247,7 @@ fn one_piece(
 }
 
 /// Scores of 8 queries, (head_dim, 8), with twice 16 keys, (head_dim, 16) each; each query's scores are 256 apart.
-fn scores_of_blocks(queries: &[f32], one: &[f32], other: &[f32], out: &mut [f32]) {
+pub(crate) fn scores_of_blocks(queries: &[f32], one: &[f32], other: &[f32], out: &mut [f32]) {
     for n in 0..QUERIES {
         out[n * PIECE..][..2 * BLOCK].fill(0.0);
     }
@@ -258,7 +258,7 @@ fn scores_of_blocks(queries: &[f32], one: &[f32], other: &[f32], out: &mut [f32]
 }
 
 /// Adds `count` weighted values, (tokens, width), to N results, in the order of the tokens: weights are 256 apart, results `stride`.
-fn add_values<const N: usize>(weights: &[f32], count: usize, values: &[f32], width: usize, out: &mut [f32], stride: usize) {
+pub(crate) fn add_values<const N: usize>(weights: &[f32], count: usize, values: &[f32], width: usize, out: &mut [f32], stride: usize) {
     let mut at = 0;
     while at + 4 * BLOCK <= width {
         add_outer::<N, 4>(count, (weights, 1, PIECE), (&values[at..], width), &mut out[at..], stride);
@@ -323,7 +323,7 @@ fn add_scaled_body(steps: usize, (x, x_step): (&[f32], usize), (y, y_step): (&[f
 
 per_instruction_set! {
     /// Merges the partial result of a later piece into that of the earlier ones.
-    fn merge(state: &mut [f32], piece: &[f32], padded: usize) -> (), merge_body
+    pub(crate) fn merge(state: &mut [f32], piece: &[f32], padded: usize) -> (), merge_body
 }
 
 #[inline(always)]
@@ -340,7 +340,7 @@ fn merge_body(state: &mut [f32], piece: &[f32], padded: usize) {
 }
 
 /// Merges pieces in their order and divides by the sum of weights.
-fn finish<'a>(mut pieces: impl Iterator<Item = &'a [f32]>, padded: usize, out: &mut [f32]) {
+pub(crate) fn finish<'a>(mut pieces: impl Iterator<Item = &'a [f32]>, padded: usize, out: &mut [f32]) {
     let Some(first) = pieces.next() else { return };
     let Some(second) = pieces.next() else {
         return out.iter_mut().zip(first).for_each(|(out, x)| *out = x / first[padded + 1]);

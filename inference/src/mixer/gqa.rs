@@ -1,7 +1,8 @@
 //! Grouped-query attention: projections, norms of queries and keys, positions, keys and values, and what comes of them.
 
 use protocol::Decoder;
-use protocol::decoder::{Gqa, LayerTensor, QkNorm, QkvBias};
+use protocol::decoder::{Gqa, QkNorm, QkvBias};
+use protocol::tensors::LayerTensor;
 
 use super::attention::{self, Heads};
 use super::rope::{Position, Rope, Rotation};

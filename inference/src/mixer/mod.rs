@@ -1,6 +1,6 @@
 //! The half of a layer that looks at other tokens: one file a kind.
 
-mod attention;
+pub(crate) mod attention;
 pub(crate) mod gqa;
 pub(crate) mod kv_cache;
 pub(crate) mod rope;

@@ -4,22 +4,31 @@
 
 use protocol::decoder::{self, Gqa};
 
-/// Where a token stands; text moves along all three axes at once.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// Where a token stands; text moves along all three axes at once. Times of videos are fractions.
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Position {
     /// When.
-    pub time: u32,
+    pub time: f32,
     /// How far down.
-    pub height: u32,
+    pub height: f32,
     /// How far to the right.
-    pub width: u32,
+    pub width: f32,
 }
 
 impl Position {
     /// The n-th token of a text.
     pub fn of_text(n: usize) -> Self {
-        let n = n as u32;
-        Self { time: n, height: n, width: n }
+        Self::all(n as f32)
+    }
+
+    /// The same along all three axes.
+    pub const fn all(at: f32) -> Self {
+        Self { time: at, height: at, width: at }
+    }
+
+    /// The farthest of the three.
+    pub fn farthest(self) -> f32 {
+        self.time.max(self.height).max(self.width)
     }
 }
 
@@ -65,7 +74,7 @@ impl Rope {
                 Axis::Width => position.width,
             };
             // Not the platform's functions, whose last bit differs from one to the next.
-            let angle = position as f32 * frequency;
+            let angle = position * frequency;
             (libm::cosf(angle), libm::sinf(angle))
         }));
     }
@@ -118,7 +127,7 @@ mod tests {
             };
             assert_eq!(format!("{axis:?}"), expected, "pair {i}");
         }
-        let moved = rotation(&rope, Position { time: 5, height: 9, width: 5 });
+        let moved = rotation(&rope, Position { time: 5.0, height: 9.0, width: 5.0 });
         let text = rotation(&rope, Position::of_text(5));
         let changed: Vec<_> = (0..64).filter(|&i| moved.pairs[i] != text.pairs[i]).collect();
         assert!(changed.iter().all(|i| i % 3 == 1 && *i < 60) && changed.len() == 20);

@@ -15,11 +15,13 @@ use super::error::ApiError;
 
 /// Longest body, in bytes.
 pub(crate) const BODY_BYTES_MAX: usize = 1 << 20;
+/// The same of a conversation with pictures, videos or sounds.
+pub(crate) const MEDIA_BODY_BYTES_MAX: usize = 32 << 20;
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the rest of a body that is of no use.
 const UNREAD_TIMEOUT: Duration = Duration::from_secs(1);
 /// Bytes of bodies that may be on their way together, in units of a KiB.
-const ROOM_KIB: usize = 16 << 10;
+const ROOM_KIB: usize = 64 << 10;
 /// Bodies that are turned into values and tokens at a time: a value can be many times as large as its text.
 const WORKED_ON_MAX: usize = 2;
 
@@ -40,10 +42,11 @@ impl Default for Intake {
 }
 
 impl Intake {
-    /// Reads a JSON object and does something with it.
+    /// Reads a JSON object of at most `bytes_max` bytes and does something with it.
     pub(crate) async fn read<T: Send + 'static>(
         &self,
         request: Request,
+        bytes_max: usize,
         work: impl FnOnce(Fields) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<T, Response> {
         let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok()).unwrap_or_default();
@@ -51,7 +54,7 @@ impl Intake {
             let error = ApiError::with_status(StatusCode::UNSUPPORTED_MEDIA_TYPE, "the body must be application/json");
             return Err(refuse_unread(error, request).await);
         }
-        let bytes = tokio::time::timeout(BODY_TIMEOUT, self.collect(request.into_body())).await;
+        let bytes = tokio::time::timeout(BODY_TIMEOUT, self.collect(request.into_body(), bytes_max)).await;
         let bytes = bytes.unwrap_or_else(|_| Err(ApiError::with_status(StatusCode::REQUEST_TIMEOUT, "the body took too long")));
         let bytes = bytes.map_err(|error| {
             let mut response = error.into_response();
@@ -68,9 +71,9 @@ impl Intake {
         done.unwrap_or_else(|_| Err(ApiError::server("the request could not be worked on")))
     }
 
-    async fn collect(&self, body: Body) -> Result<Vec<u8>, ApiError> {
-        let too_long = || ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is longer than {BODY_BYTES_MAX} bytes"));
-        if body.size_hint().lower() > BODY_BYTES_MAX as u64 {
+    async fn collect(&self, body: Body, bytes_max: usize) -> Result<Vec<u8>, ApiError> {
+        let too_long = || ApiError::with_status(StatusCode::PAYLOAD_TOO_LARGE, format!("the body is longer than {bytes_max} bytes"));
+        if body.size_hint().lower() > bytes_max as u64 {
             return Err(too_long());
         }
         let mut bytes = Vec::new();
@@ -78,7 +81,7 @@ impl Intake {
         let mut pieces = body.into_data_stream();
         while let Some(piece) = pieces.next().await {
             let piece = piece.map_err(|error| ApiError::invalid(format!("the body cannot be read: {error}")))?;
-            if bytes.len() + piece.len() > BODY_BYTES_MAX {
+            if bytes.len() + piece.len() > bytes_max {
                 return Err(too_long());
             }
             let room = self.room.try_acquire_many(piece.len().div_ceil(1024) as u32);

@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
 
-use super::body::Fields;
+use super::body::{BODY_BYTES_MAX, Fields};
 use super::error::ApiError;
 use super::{Api, sse};
 
@@ -43,7 +43,7 @@ async fn offer(api: &Api) {
 pub(super) async fn join(State(api): State<Arc<Api>>, request: Request) -> Result<Json<Value>, Response> {
     let ticket: Ticket = api
         .intake
-        .read(request, |mut fields| {
+        .read(request, BODY_BYTES_MAX, |mut fields| {
             let missing = || ApiError::invalid("ticket is missing").param("ticket");
             let ticket = fields.text("ticket")?.ok_or_else(missing)?;
             fields.none_left()?;
@@ -108,7 +108,7 @@ impl Pull {
 }
 
 pub(super) async fn pull(State(api): State<Arc<Api>>, request: Request) -> Result<Response, Response> {
-    let pull = api.intake.read(request, Pull::parse).await?;
+    let pull = api.intake.read(request, BODY_BYTES_MAX, Pull::parse).await?;
     let (events, told) = mpsc::channel::<Bytes>(4);
     tokio::spawn(async move {
         let said = match pulled(&api, pull, &events).await {

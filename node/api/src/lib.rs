@@ -27,6 +27,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use inference::media::limits::MediaLimits;
 use net::fetcher::Rates;
 use net::network::Network;
 use net::progress::Progress;
@@ -59,6 +60,8 @@ pub struct Api {
     pub rates: Rates,
     pub transfers: Transfers,
     pub intake: Intake,
+    /// How much of pictures, videos and sounds is taken.
+    pub media: MediaLimits,
     pub started_ms: u64,
     /// Becomes true when the node is about to stop: streams that have no end of their own end then.
     pub stopping: watch::Receiver<bool>,

@@ -18,6 +18,7 @@ use runtime::opinions::{opinions_json, ruling_word, scores, trusted_peers};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use super::body::BODY_BYTES_MAX;
 use super::error::ApiError;
 use super::{Api, Asked, asked, json_response, loading, lookup};
 
@@ -118,7 +119,7 @@ pub(super) async fn loaded(State(api): State<Arc<Api>>) -> Json<Value> {
 pub(super) async fn unload(State(api): State<Arc<Api>>, request: Request) -> Result<Json<Value>, Response> {
     let name = api
         .intake
-        .read(request, |mut fields| {
+        .read(request, BODY_BYTES_MAX, |mut fields| {
             let name = fields.text("model")?.ok_or_else(|| ApiError::invalid("model is missing").param("model"))?;
             fields.none_left().map(|()| name)
         })

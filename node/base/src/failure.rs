@@ -6,6 +6,7 @@ use std::{fmt, io};
 use inference::checkpoint::CheckpointError;
 use inference::checkpoint::import::ImportError;
 use inference::engine::ForwardError;
+use inference::expert_source::SourceError;
 use inference::experts::ExpertsError;
 use inference::generate::GenerateError;
 use inference::memory::BudgetTooSmall;
@@ -155,14 +156,20 @@ impl From<LoadError<Failure>> for Failure {
     }
 }
 
+impl Failure {
+    /// What our own sources report, they report as a failure.
+    fn of_source(error: SourceError) -> Self {
+        match error.0.downcast::<Self>() {
+            Ok(failure) => *failure,
+            Err(other) => Self::new(Kind::Other, other.to_string()),
+        }
+    }
+}
+
 impl From<ExpertsError> for Failure {
     fn from(error: ExpertsError) -> Self {
         match error {
-            // What our own source reports, it reports as a Failure.
-            ExpertsError::Source(source) => match source.0.downcast::<Self>() {
-                Ok(failure) => *failure,
-                Err(other) => Self::new(Kind::Other, other.to_string()),
-            },
+            ExpertsError::Source(source) => Self::of_source(source),
             ExpertsError::Expert { .. } | ExpertsError::Router { .. } => Self::of(Kind::Integrity, &error),
         }
     }
@@ -184,6 +191,7 @@ impl From<GenerateError> for Failure {
             GenerateError::EmptyPrompt | GenerateError::PromptTooLong { .. } => Self::of(Kind::Usage, &error),
             GenerateError::NotFinite(_) => Self::of(Kind::Integrity, &error),
             GenerateError::Tokenizer(_) => Self::of(Kind::Other, &error),
+            GenerateError::Tower(source) => Self::of_source(source),
         }
     }
 }

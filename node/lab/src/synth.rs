@@ -7,10 +7,10 @@ use base::clock::{check_interrupted, now_ms};
 use base::failure::{Failure, Kind};
 use base::output::{byte_bar, human_bytes, note, print_line};
 use clap::{Args, ValueEnum};
-use inference::checkpoint::families::parse_config;
+use inference::checkpoint::families::{Preprocessors, parse_config};
 use inference::convert::convert_matrix;
-use protocol::decoder::{TensorRole, TensorSpec};
 use protocol::manifest::{ChatFormat, GenerationDefaults, PackedBlob, Part, PartConfig, TrunkTensor};
+use protocol::tensors::{TensorRole, TensorSpec};
 use runtime::command::Context;
 
 use protocol::{BlobRef, ModelManifest, PartKind, Precision};
@@ -78,7 +78,8 @@ const COMMON: f32 = 1.1;
 
 pub(crate) fn synth(context: &Context, args: &SynthArgs) -> Result<(), Failure> {
     let Shape::Qwen3 = args.shape;
-    let (decoder, _) = parse_config(&qwen3_30b_a3b(args)).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
+    let parsed = parse_config(&qwen3_30b_a3b(args), &Preprocessors::default());
+    let decoder = parsed.map_err(|error| Failure::new(Kind::Usage, error.to_string()))?.decoder().clone();
     let open = context.lock()?;
     let name = args.name.clone().unwrap_or_else(|| format!("synth-qwen3-30b-a3b-{}", args.precision));
     open.check_name(&name, None)?;

@@ -17,7 +17,7 @@ use net::status::{self, Account};
 use net::{Multiaddr, PeerId, random};
 use protocol::manifest::MANIFEST_BYTES_MAX;
 use protocol::message::{Listing, RANGE_BYTES_MAX, Subject};
-use protocol::{BlobRef, ModelId, ModelManifest, NodeId};
+use protocol::{BlobRef, ModelId, ModelManifest, NodeId, PartKind};
 use store::BlobStore;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, watch};
@@ -51,13 +51,14 @@ pub enum Publishers {
     Anybody,
 }
 
-/// The peers of one command, or none.
+/// The peers of one command, or none. Clones are of the same peers, who are remembered when the last of them goes.
+#[derive(Clone)]
 pub struct Federation {
     runtime: Handle,
     fetcher: Option<SharedFetcher>,
     publishers: Publishers,
     remote: RemoteOptions,
-    acquaintance: Option<Acquaintance>,
+    acquaintance: Option<Arc<Acquaintance>>,
     /// Whoever waits for what is done; nobody, when it may be given up.
     client: Option<watch::Receiver<()>>,
 }
@@ -121,7 +122,9 @@ impl Federation {
         info!(local = %network.local, "asking peers");
         let group = group.map(|group| group.fingerprint());
         let mut federation = Self::over(runtime, network, dir, group, &options);
-        federation.acquaintance.iter_mut().for_each(|acquaintance| acquaintance.is_own = true);
+        if let Some(acquaintance) = federation.acquaintance.as_mut().and_then(Arc::get_mut) {
+            acquaintance.is_own = true;
+        }
         Ok(federation)
     }
 
@@ -135,7 +138,15 @@ impl Federation {
             fetcher: Some(Arc::new(tokio::sync::Mutex::new(fetcher))),
             publishers: options.publishers,
             remote: options.remote.clone(),
-            acquaintance: Some(Acquaintance { network, is_own: false, dir: dir.clone(), group, useful: Mutex::default(), rates, progress }),
+            acquaintance: Some(Arc::new(Acquaintance {
+                network,
+                is_own: false,
+                dir: dir.clone(),
+                group,
+                useful: Mutex::default(),
+                rates,
+                progress,
+            })),
             client: None,
         }
     }
@@ -426,16 +437,30 @@ pub fn remember(dir: &DataDir, group: Option<&str>, peers: &Peers, learned: &Lea
     if book == known { Ok(()) } else { dir.set_book(group, &book) }
 }
 
-/// The parts of the trunk with the names that errors give them.
+/// The tensors of a part's trunk with the names that errors give them; none where the model has no such part.
+pub fn part_tensors(manifest: &ModelManifest, kind: PartKind) -> Vec<(BlobRef, String)> {
+    let tensors = manifest.part(kind).into_iter().flat_map(|part| &part.trunk);
+    tensors.map(|tensor| (tensor.blob, tensor.role.to_string())).collect()
+}
+
+/// What every answer needs of the trunk, with the names that errors give it: towers and what speaks come when they are asked for.
 pub fn trunk_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
-    let tensors = manifest.parts.iter().flat_map(|part| &part.trunk).map(|tensor| (tensor.blob, tensor.role.to_string()));
+    let tensors = part_tensors(manifest, PartKind::Text).into_iter();
     let files = [(manifest.tokenizer, "tokenizer.json"), (manifest.chat.template, "chat template")];
     tensors.chain(files.into_iter().filter_map(|(blob, name)| Some((blob?, name.to_owned())))).collect()
 }
 
-/// The experts with the names that errors give them.
+/// Everything that is not in [`trunk_parts`], with the names that errors give it.
+pub fn other_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
+    let parts = manifest.parts.iter().map(|part| part.kind).filter(|&kind| kind != PartKind::Text);
+    let tensors = parts.flat_map(|kind| part_tensors(manifest, kind));
+    tensors.chain(manifest.experts().map(|(slot, expert)| (expert.blob, slot.to_string()))).collect()
+}
+
+/// The experts that make text, with the names that errors give them.
 pub fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
-    manifest.experts().map(|(slot, expert)| (expert.blob, slot.to_string())).collect()
+    let experts = manifest.experts().filter(|(slot, _)| slot.part == PartKind::Text);
+    experts.map(|(slot, expert)| (expert.blob, slot.to_string())).collect()
 }
 
 pub fn no_peer(what: &str) -> Failure {

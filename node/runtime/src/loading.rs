@@ -25,10 +25,13 @@ use crate::dispatcher::{Dispatcher, DispatcherOptions, Providers, RemoteReport, 
 use crate::federation::{Federation, no_peer, trunk_parts};
 use crate::memory::{HEADROOM, resident_bytes};
 use crate::prompt::{Chat, ModelText};
+use crate::towers::Towers;
 
 /// A model ready to run.
 pub struct Loaded {
     pub engine: Engine,
+    /// Eyes and ears, once they are needed.
+    pub towers: Towers,
     pub text: Arc<ModelText>,
     /// Whether somebody still wants what it is at work on.
     pub(crate) waiters: Waiters,
@@ -134,7 +137,16 @@ impl Federation {
         let source = Dispatcher::new(Arc::clone(&open.store), self.dispatcher_peers(), Arc::clone(&providers), dispatching);
         let experts = Experts::new(manifest, PartKind::Text, machine.experts().clone(), Box::new(source));
         let engine = Engine::new(machine, model, experts, EngineOptions { batch_tokens: memory.batch_tokens, ..options });
-        Ok(Loaded { engine, text: Arc::new(ModelText { tokenizer, chat }), waiters, providers, report, process })
+        let towers = Towers::new(manifest, &open.store, self);
+        Ok(Loaded {
+            engine,
+            towers,
+            text: Arc::new(ModelText { tokenizer, chat, vision: manifest.vision().cloned(), audio: manifest.audio().cloned() }),
+            waiters,
+            providers,
+            report,
+            process,
+        })
     }
 
     /// Reads a part of the trunk; one that has rotted on the disk is fetched again.
@@ -144,7 +156,7 @@ impl Federation {
         Ok(bytes)
     }
 
-    fn read_into(&self, store: &Arc<BlobStore>, blob: BlobRef, bytes: &mut AlignedBytes) -> Result<(), Failure> {
+    pub(crate) fn read_into(&self, store: &Arc<BlobStore>, blob: BlobRef, bytes: &mut AlignedBytes) -> Result<(), Failure> {
         let read = store.read_into(&blob.hash, bytes, now_ms());
         match read {
             Ok(true) => return Ok(()),

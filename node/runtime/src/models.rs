@@ -1,7 +1,7 @@
 //! The models and blobs in a data directory, as they are told to people and programs.
 
 use protocol::decoder::{Head, QkNorm, Rope, Router};
-use protocol::manifest::Part;
+use protocol::manifest::{Part, PartConfig};
 use protocol::{BlobRef, Decoder, ModelManifest, PartKind, Precision};
 use serde_json::{Value, json};
 use store::StoreStat;
@@ -46,8 +46,12 @@ pub fn pulled_json(open: &OpenDataDir, found: &LocalModel, bytes: u64) -> Value 
 
 /// Every tensor of the trunk, then every expert, layer by layer.
 fn all_blobs(manifest: &ModelManifest) -> impl Iterator<Item = (String, Precision, BlobRef)> {
-    let tensors = manifest.parts.iter().flat_map(|part| &part.trunk);
-    let trunk = tensors.map(|tensor| (tensor.role.to_string(), tensor.precision, tensor.blob));
+    let trunk = manifest.parts.iter().flat_map(|part| {
+        let name = move |role: &dyn std::fmt::Display| {
+            if part.kind == PartKind::Text { role.to_string() } else { format!("{}: {role}", part.kind) }
+        };
+        part.trunk.iter().map(move |tensor| (name(&tensor.role), tensor.precision, tensor.blob))
+    });
     trunk.chain(manifest.experts().map(|(slot, expert)| (slot.to_string(), expert.precision, expert.blob)))
 }
 
@@ -72,8 +76,16 @@ fn config_json(decoder: &Decoder) -> Value {
 
 /// What a part of a model is.
 fn part_json(part: &Part) -> Value {
-    let PartKind::Text = part.kind;
-    json!({"kind": "text", "decoder": part.decoder(), "trunk_bytes": part.trunk_bytes(), "experts": part.experts.len()})
+    let mut about = json!({"kind": part.kind.name(), "trunk_bytes": part.trunk_bytes(), "experts": part.experts.len()});
+    match &part.config {
+        PartConfig::Decoder(decoder) => about["decoder"] = json!(decoder),
+        PartConfig::Vision(shape) => about["shape"] = json!(shape),
+        PartConfig::Audio(shape) => about["shape"] = json!(shape),
+        PartConfig::Talker(shape) => about["shape"] = json!(shape),
+        PartConfig::CodePredictor(shape) => about["shape"] = json!(shape),
+        PartConfig::CodeToWave(shape) => about["shape"] = json!(shape),
+    }
+    about
 }
 
 /// The store, counted.

@@ -7,9 +7,11 @@ use base::clock::now_ms;
 use base::failure::{Failure, Kind};
 use inference::chat::{ChatError, ChatTemplate, Message, Rendering, Role};
 use inference::generate::GenerateRequest;
+use inference::media::prompt::{Layout, LayoutError, MediaPrompt, PreparedMedium, lay_out};
 use inference::sampler::Sampling;
 use inference::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
 use protocol::manifest::GenerationDefaults;
+use protocol::towers::{Audio, Vision};
 
 use crate::sandbox::{self, RenderError};
 
@@ -22,6 +24,10 @@ const NEXT_TURN_BYTES_MAX: usize = 256 << 10;
 pub struct ModelText {
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub chat: Option<Chat>,
+    /// The shape of its eyes, if it has any.
+    pub vision: Option<Vision>,
+    /// The shape of its ears, if it has any.
+    pub audio: Option<Audio>,
 }
 
 /// A chat template, as it is used.
@@ -62,7 +68,7 @@ impl Chat {
     /// Whether the template says nothing of what the system says, and takes such a conversation all the same.
     pub fn leaves_out_system(&self) -> bool {
         const RULE: &str = "\u{1}rule\u{1}";
-        let messages = [(Role::System, RULE), (Role::User, "hello")].map(|(role, content)| Message { role, content: content.to_owned() });
+        let messages = [(Role::System, RULE), (Role::User, "hello")].map(|(role, content)| Message::text(role, content));
         sandbox::render(&self.template, &messages, rendering(true, NEXT_TURN_BYTES_MAX)).is_ok_and(|text| !text.contains(RULE))
     }
 
@@ -93,6 +99,8 @@ pub enum Prompt<'a> {
     Raw(&'a str),
     /// A conversation, and the same as plain text for a checkpoint without a template.
     Conversation(&'a [Message], &'a str),
+    /// A conversation in which the media have their places, in the order in which they are named.
+    WithMedia(&'a [Message], Vec<Arc<PreparedMedium>>),
     /// Token ids.
     Tokens(Vec<u32>),
 }
@@ -109,6 +117,8 @@ pub enum PromptError {
     Refused(String),
     /// The model's template cannot be used.
     Template(String),
+    /// The media do not fit the conversation or the model.
+    Media(LayoutError),
     Failed(Failure),
 }
 
@@ -140,6 +150,7 @@ impl PromptError {
                 Failure::new(Kind::Usage, format!("the prompt has {bytes} bytes, too many for {context} tokens, the model's context"))
             }
             Self::Refused(why) => Failure::new(Kind::Usage, format!("the model's chat template refuses the conversation: {why}")),
+            Self::Media(error) => Failure::new(Kind::Usage, error.to_string()),
             Self::Template(why) => Failure::new(Kind::Other, format!("the model's chat template cannot be used: {why}")),
             Self::Failed(failure) => failure,
         }
@@ -156,7 +167,7 @@ impl ModelText {
     /// What is to be generated. A text that cannot fit into `context` tokens is refused before it is looked at.
     pub fn request(
         &self,
-        prompt: &Prompt<'_>,
+        prompt: Prompt<'_>,
         (context, tokens_max): (usize, usize),
         sampling: Sampling,
         defaults: &GenerationDefaults,
@@ -167,8 +178,16 @@ impl ModelText {
         };
         let mut stop_strings = defaults.stop_strings.clone();
         let mut eos_token_ids = defaults.eos_token_ids.clone();
+        let (prompt, media) = match prompt {
+            Prompt::WithMedia(messages, media) => (Prompt::Conversation(messages, ""), media),
+            other => (other, Vec::new()),
+        };
         let prompt = match (&self.tokenizer, prompt, &self.chat) {
-            (_, Prompt::Tokens(tokens), _) => tokens.clone(),
+            (_, Prompt::WithMedia(..), _) => unreachable!("taken apart above"),
+            (_, Prompt::Tokens(tokens), _) => tokens,
+            (_, Prompt::Conversation(..), None) | (None, Prompt::Conversation(..), _) if !media.is_empty() => {
+                return Err(PromptError::Template("it has none, and only a template gives media their places".to_owned()));
+            }
             (None, Prompt::Raw(text) | Prompt::Conversation(_, text), _) => parse_ids(text)?,
             (Some(tokenizer), Prompt::Conversation(messages, plain), Some(chat)) => {
                 check(tokenizer, plain)?;
@@ -190,7 +209,15 @@ impl ModelText {
                 tokenizer.encode(text, SpecialTokens::Add)?
             }
         };
-        Ok(GenerateRequest { prompt, tokens_max, sampling, eos_token_ids, stop_strings, top_logprobs: None })
+        let (prompt, media) = if media.is_empty() {
+            (prompt, None)
+        } else {
+            let places: Vec<_> = media.iter().map(|medium| medium.medium.clone()).collect();
+            let layout = lay_out(self.vision.as_ref(), self.audio.as_ref(), &prompt, &places).map_err(PromptError::Media)?;
+            let Layout { tokens, positions, runs } = layout;
+            (tokens, Some(Arc::new(MediaPrompt { positions, runs, media })))
+        };
+        Ok(GenerateRequest { prompt, media, tokens_max, sampling, eos_token_ids, stop_strings, top_logprobs: None })
     }
 }
 

@@ -13,7 +13,7 @@ use protocol::{BlobRef, NodeId};
 
 use crate::claims::{self, Claims, unknown_domain};
 use crate::data_dir::{DataDir, LocalModel, OpenDataDir, Resolved};
-use crate::federation::{Federation, expert_parts, trunk_parts};
+use crate::federation::{Federation, expert_parts, other_parts, trunk_parts};
 use crate::specialists::own_body;
 
 /// For peers to turn up.
@@ -35,7 +35,7 @@ pub fn pull(federation: &Federation, open: &OpenDataDir, model: &LocalModel, par
     let trunk = federation.bring(&open.store, &trunk_parts(&model.manifest), "trunk")?;
     let experts = match part {
         Part::Trunk => return Ok(trunk),
-        Part::All => expert_parts(&model.manifest),
+        Part::All => other_parts(&model.manifest),
         Part::Rarest(bytes_max) => federation.rarest(&open.store, &model.manifest, *bytes_max)?,
         Part::Domain(domain, bytes_max) => of_domain(federation, open, model, (domain, *bytes_max), disk_max)?,
     };

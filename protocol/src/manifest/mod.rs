@@ -11,12 +11,14 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 use crate::codec::{self, CodecError};
-use crate::decoder::{ConfigError, Decoder, TensorRole};
+use crate::decoder::{ConfigError, Decoder};
 use crate::envelope::{Domain, EnvelopeError, SignedEnvelope};
 use crate::expert_blob::ExpertShape;
 use crate::hash::{BlobRef, ContentHash, ModelId};
 use crate::identity::NodeKey;
 use crate::precision::Precision;
+use crate::tensors::{TensorRole, TensorSpec};
+use crate::towers::{Audio, CodePredictor, CodeToWave, Talker, Vision};
 
 /// Longest manifest in bytes that is read.
 pub const MANIFEST_BYTES_MAX: usize = 16 << 20;
@@ -32,6 +34,36 @@ const STRING_BYTES_MAX: usize = 256;
 pub enum PartKind {
     /// Takes in tokens and makes text.
     Text,
+    /// Makes rows of pictures and videos.
+    Vision,
+    /// Makes rows of sound.
+    Audio,
+    /// Makes the first code of each moment of speech.
+    Talker,
+    /// Makes the other codes.
+    CodePredictor,
+    /// Makes sound of codes.
+    CodeToWave,
+}
+
+impl PartKind {
+    /// The word for it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Vision => "vision",
+            Self::Audio => "audio",
+            Self::Talker => "talker",
+            Self::CodePredictor => "code predictor",
+            Self::CodeToWave => "code to wave",
+        }
+    }
+}
+
+impl fmt::Display for PartKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Where an expert stands in a model.
@@ -54,6 +86,9 @@ impl ExpertSlot {
 
 impl fmt::Display for ExpertSlot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if self.part != PartKind::Text {
+            write!(f, "{} ", self.part)?;
+        }
         write!(f, "layer {} expert {}", self.layer, self.expert)
     }
 }
@@ -63,6 +98,72 @@ impl fmt::Display for ExpertSlot {
 pub enum PartConfig {
     /// Layers of a mixer and a feed-forward half.
     Decoder(Decoder),
+    /// A vision tower.
+    Vision(Vision),
+    /// An audio tower.
+    Audio(Audio),
+    /// A talker.
+    Talker(Talker),
+    /// A code predictor.
+    CodePredictor(CodePredictor),
+    /// A wave decoder.
+    CodeToWave(CodeToWave),
+}
+
+impl PartConfig {
+    /// The decoder that it is or has.
+    pub fn decoder(&self) -> Option<&Decoder> {
+        match self {
+            Self::Decoder(decoder) => Some(decoder),
+            Self::Talker(talker) => Some(&talker.decoder),
+            Self::CodePredictor(predictor) => Some(&predictor.decoder),
+            Self::Vision(_) | Self::Audio(_) | Self::CodeToWave(_) => None,
+        }
+    }
+
+    /// What a part of this shape does.
+    pub const fn kind(&self) -> PartKind {
+        match self {
+            Self::Decoder(_) => PartKind::Text,
+            Self::Vision(_) => PartKind::Vision,
+            Self::Audio(_) => PartKind::Audio,
+            Self::Talker(_) => PartKind::Talker,
+            Self::CodePredictor(_) => PartKind::CodePredictor,
+            Self::CodeToWave(_) => PartKind::CodeToWave,
+        }
+    }
+
+    /// All weights but the experts, in the order of a manifest.
+    pub fn tensors(&self) -> Vec<TensorSpec> {
+        match self {
+            Self::Decoder(decoder) => decoder.tensors(),
+            Self::Vision(vision) => vision.tensors(),
+            Self::Audio(audio) => audio.tensors(),
+            Self::Talker(talker) => talker.tensors(),
+            Self::CodePredictor(predictor) => predictor.tensors(),
+            Self::CodeToWave(wave) => wave.tensors(),
+        }
+    }
+
+    /// Every place that holds an expert, by layer, then by expert.
+    pub fn slots(&self) -> impl Iterator<Item = ExpertSlot> + '_ {
+        let part = self.kind();
+        self.decoder().into_iter().flat_map(move |decoder| {
+            decoder.moe_layers().flat_map(move |layer| (0..decoder.experts()).map(move |expert| ExpertSlot { part, layer, expert }))
+        })
+    }
+
+    /// Checks every field against its limits.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Decoder(decoder) => decoder.validate(),
+            Self::Vision(vision) => vision.validate(),
+            Self::Audio(audio) => audio.validate(),
+            Self::Talker(talker) => talker.validate(),
+            Self::CodePredictor(predictor) => predictor.validate(),
+            Self::CodeToWave(wave) => wave.validate(),
+        }
+    }
 }
 
 /// A part of a model: all that it is made of.
@@ -72,7 +173,7 @@ pub struct Part {
     pub kind: PartKind,
     /// Its shape.
     pub config: PartConfig,
-    /// All weights but the experts, in the order of [`Decoder::tensors`].
+    /// All weights but the experts, in the order of [`PartConfig::tensors`].
     pub trunk: Vec<TrunkTensor>,
     /// The experts, layer by layer.
     pub experts: Vec<PackedBlob>,
@@ -264,13 +365,31 @@ impl ModelManifest {
 
     /// The decoder of the part that makes text; panics as [`text`](Self::text) does.
     pub fn decoder(&self) -> &Decoder {
-        self.text().decoder()
+        self.decoder_of(PartKind::Text)
+    }
+
+    /// The decoder of a part.
+    ///
+    /// # Panics
+    /// When the model has no such part, or the part no decoder.
+    pub fn decoder_of(&self, kind: PartKind) -> &Decoder {
+        self.part(kind).and_then(Part::decoder).expect("the model has the part, and the part a decoder")
+    }
+
+    /// The vision tower, if the model has one.
+    pub fn vision(&self) -> Option<&Vision> {
+        self.parts.iter().find_map(|part| if let PartConfig::Vision(vision) = &part.config { Some(vision) } else { None })
+    }
+
+    /// The audio tower, if the model has one.
+    pub fn audio(&self) -> Option<&Audio> {
+        self.parts.iter().find_map(|part| if let PartConfig::Audio(audio) = &part.config { Some(audio) } else { None })
     }
 
     /// The expert in `slot`; nothing where the model has no such slot.
     pub fn expert(&self, slot: ExpertSlot) -> Option<PackedBlob> {
         let part = self.part(slot.part)?;
-        let decoder = part.decoder();
+        let decoder = part.decoder()?;
         if slot.expert >= decoder.experts() || !decoder.is_moe(slot.layer) {
             return None;
         }
@@ -335,6 +454,7 @@ impl ModelManifest {
             return part("no part makes text".to_owned());
         }
         self.parts.iter().try_for_each(Part::validate)?;
+        self.check_towers()?;
         if let Some(blob) = self.tokenizer.iter().chain(&self.chat.template).find(|blob| blob.length > SIDE_FILE_BYTES_MAX) {
             return part(format!("tokenizer or template of {} bytes, the limit is {SIDE_FILE_BYTES_MAX}", blob.length));
         }
@@ -355,22 +475,46 @@ impl ModelManifest {
     }
 }
 
+impl ModelManifest {
+    /// Checks that what towers make fits the decoder that takes it in.
+    fn check_towers(&self) -> Result<(), ManifestError> {
+        let decoder = self.decoder();
+        let fits = |what: &str, out: u32, tokens: &[u32]| {
+            if out != decoder.hidden_size || tokens.iter().any(|&token| token >= decoder.vocab_size) {
+                return Err(ManifestError::Part(format!("its {what} makes rows or names tokens that its decoder does not know")));
+            }
+            Ok(())
+        };
+        if let Some(vision) = self.vision() {
+            fits("vision tower", vision.out, &[vision.image_token, vision.video_token, vision.start_token, vision.end_token])?;
+            if vision.deepstack.len() > decoder.layers() as usize {
+                return Err(ManifestError::Part("its vision tower makes rows for more layers than there are".to_owned()));
+            }
+        }
+        if let Some(audio) = self.audio() {
+            fits("audio tower", audio.out, &[audio.token, audio.start_token, audio.end_token])?;
+        }
+        Ok(())
+    }
+}
+
 impl Part {
-    /// The decoder that it is.
-    pub fn decoder(&self) -> &Decoder {
-        let PartConfig::Decoder(decoder) = &self.config;
-        decoder
+    /// The decoder that it is or has.
+    pub fn decoder(&self) -> Option<&Decoder> {
+        self.config.decoder()
     }
 
     /// Every place that holds an expert, by layer, then by expert.
     pub fn slots(&self) -> impl Iterator<Item = ExpertSlot> + '_ {
-        let (part, decoder) = (self.kind, self.decoder());
-        decoder.moe_layers().flat_map(move |layer| (0..decoder.experts()).map(move |expert| ExpertSlot { part, layer, expert }))
+        self.config.slots()
     }
 
     /// The shape of an expert of a number format.
+    ///
+    /// # Panics
+    /// When the part has no decoder, and so no experts.
     pub fn expert_shape(&self, precision: Precision) -> ExpertShape {
-        self.decoder().expert_shape(precision)
+        self.decoder().expect("a part with experts has a decoder").expert_shape(precision)
     }
 
     /// Bytes of the trunk's tensors.
@@ -384,10 +528,12 @@ impl Part {
     }
 
     fn validate(&self) -> Result<(), ManifestError> {
-        let decoder = self.decoder();
-        decoder.validate()?;
+        self.config.validate()?;
         let part = |message: String| Err(ManifestError::Part(message));
-        let expected = decoder.tensors();
+        if self.kind != self.config.kind() {
+            return part(format!("a part for {} has the shape of one for {}", self.kind, self.config.kind()));
+        }
+        let expected = self.config.tensors();
         if self.trunk.len() != expected.len() {
             return part(format!("{} trunk tensors, the config makes {}", self.trunk.len(), expected.len()));
         }
@@ -402,7 +548,7 @@ impl Part {
                 ));
             }
         }
-        let slots = decoder.moe_layers().count() * decoder.experts() as usize;
+        let slots = self.slots().count();
         if self.experts.len() != slots {
             return part(format!("{} experts, the config makes {slots}", self.experts.len()));
         }

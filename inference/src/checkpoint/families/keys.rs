@@ -24,7 +24,7 @@ pub(super) enum Key {
 pub(super) type KeyTable = &'static [(&'static str, Key)];
 
 /// Keys that any published configuration may have, whatever the model.
-const COMMON: KeyTable = &[
+pub(super) const COMMON: KeyTable = &[
     ("_name_or_path", Key::Ignored("where it was made")),
     ("architectures", Key::Ignored("model_type says it")),
     ("attention_dropout", Key::Ignored("training")),
@@ -176,6 +176,18 @@ impl Keys<'_> {
         }
     }
 
+    /// A list of whole numbers.
+    pub(super) fn list(self, name: &str) -> Result<Vec<u32>, ConfigProblem> {
+        let number = |value: &Value| value.as_u64().and_then(|n| u32::try_from(n).ok());
+        let list = self.0[name].as_array().and_then(|list| list.iter().map(number).collect());
+        list.ok_or_else(|| wrong(name, "a list of whole numbers"))
+    }
+
+    /// Refuses a key that says something else than `value`, and one that is absent.
+    pub(super) fn must_be(self, name: &str, value: &str) -> Result<(), ConfigProblem> {
+        if self.0[name] == value { Ok(()) } else { Err(not_implemented(name, &self.0[name])) }
+    }
+
     /// The norm of all layers.
     pub(super) fn norm(self) -> Result<Norm, ConfigProblem> {
         Ok(Norm::Rms { eps: self.number("rms_norm_eps")? })
@@ -259,7 +271,7 @@ impl Keys<'_> {
     }
 
     /// RoPE's settings stand in `rope_parameters` (transformers 5), or in `rope_scaling` and beside it.
-    fn rope(self) -> Result<Rope, ConfigProblem> {
+    pub(super) fn rope(self) -> Result<Rope, ConfigProblem> {
         let field = |name: &str| {
             [&self.0["rope_parameters"][name], &self.0["rope_scaling"][name], &self.0[name]].into_iter().find(|value| !value.is_null())
         };

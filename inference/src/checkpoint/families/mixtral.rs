@@ -2,13 +2,13 @@
 
 use std::borrow::Cow;
 
-use protocol::Decoder;
 use protocol::decoder::{QkNorm, QkvBias, SharedExpert};
+use protocol::{Decoder, PartKind};
 
 use super::keys::{ConfigProblem, Key, KeyTable, Keys};
 use super::{Family, Name, decoder_of, usual_name};
 
-pub(super) const MIXTRAL: Family = Family { model_type: "mixtral", wrappers: &[], keys: KEYS, decoder, name };
+pub(super) const MIXTRAL: Family = Family { model_type: "mixtral", wrappers: &[], keys: KEYS, decoder, others: None, name, spell };
 
 const KEYS: KeyTable = &[
     ("head_dim", Key::Read),
@@ -36,5 +36,11 @@ fn name(name: &str) -> Name<'_> {
         Some((expert, "2.weight")) => format!("{expert}.down_proj.weight"),
         _ => rest.to_owned(),
     };
-    Name::Usual(Cow::Owned(format!("{layer}.mlp.{rest}")))
+    Name::Usual(PartKind::Text, Cow::Owned(format!("{layer}.mlp.{rest}")))
+}
+
+fn spell(_: PartKind, usual: &str) -> String {
+    let Some((layer, rest)) = usual.split_once(".mlp.") else { return usual.to_owned() };
+    let rest = rest.replace(".gate_proj.", ".w1.").replace(".up_proj.", ".w3.").replace(".down_proj.", ".w2.");
+    format!("{layer}.block_sparse_moe.{rest}")
 }

@@ -10,8 +10,9 @@ mod qwen3_omni;
 
 use std::borrow::Cow;
 
-use protocol::Decoder;
 use protocol::decoder::{Embedding, FeedForward, Gqa, LayerRun, Mixer};
+use protocol::manifest::PartConfig;
+use protocol::{Decoder, PartKind};
 use serde_json::Value;
 
 pub use keys::ConfigProblem;
@@ -20,6 +21,18 @@ use keys::{KeyTable, Keys, wrong};
 /// Every family.
 const ALL: &[Family] =
     &[qwen3_moe::QWEN3_MOE, qwen3_omni::QWEN3_OMNI, qwen3_omni::QWEN3_OMNI_THINKER, mixtral::MIXTRAL, olmoe::OLMOE, qwen2_moe::QWEN2_MOE];
+
+/// Reads the parts beside a decoder.
+type ReadParts = fn(&Value, &Preprocessors) -> Result<Vec<PartConfig>, ConfigProblem>;
+
+/// What checkpoints say of media beside their configuration; null where a file is not there.
+#[derive(Clone, Debug, Default)]
+pub struct Preprocessors {
+    /// `preprocessor_config.json`: pictures and sound.
+    pub pictures: Value,
+    /// `video_preprocessor_config.json`.
+    pub videos: Value,
+}
 
 /// What is special to a family of models.
 pub struct Family {
@@ -30,8 +43,12 @@ pub struct Family {
     /// Keys of the decoder's configuration, besides those that every family has.
     keys: KeyTable,
     decoder: fn(Keys<'_>) -> Result<Decoder, ConfigProblem>,
+    /// The parts beside the decoder.
+    others: Option<ReadParts>,
     /// What a tensor's name in a checkpoint of this family means.
     pub name: fn(&str) -> Name<'_>,
+    /// The name of a tensor of a part in a checkpoint of this family.
+    pub spell: fn(PartKind, &str) -> String,
 }
 
 impl std::fmt::Debug for Family {
@@ -51,8 +68,8 @@ struct Wrapper {
 /// What a tensor's name means.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub enum Name<'a> {
-    /// It has this name in most families; whether the model has such a tensor is another question.
-    Usual(Cow<'a, str>),
+    /// The part that it belongs to, and its name there in most families; whether the model has such a tensor is another question.
+    Usual(PartKind, Cow<'a, str>),
     /// A part that is left out by rule.
     Skipped(&'static str),
     /// No tensor of the family has this name.
@@ -64,11 +81,32 @@ fn usual_name(name: &str) -> Name<'_> {
     if name.ends_with("rotary_emb.inv_freq") {
         return Name::Skipped("RoPE frequencies, which follow from the configuration");
     }
-    Name::Usual(Cow::Borrowed(name))
+    Name::Usual(PartKind::Text, Cow::Borrowed(name))
 }
 
-/// Returns the decoder that a `config.json` describes, and its family.
-pub fn parse_config(json: &Value) -> Result<(Decoder, &'static Family), ConfigProblem> {
+/// The other way round.
+fn usual_spelling(_: PartKind, name: &str) -> String {
+    name.to_owned()
+}
+
+/// What a `config.json` describes.
+#[derive(Debug)]
+pub struct ParsedConfig {
+    /// The parts, in the order of a manifest; the first is the decoder that makes text.
+    pub parts: Vec<PartConfig>,
+    /// The family.
+    pub family: &'static Family,
+}
+
+impl ParsedConfig {
+    /// The decoder that makes text.
+    pub fn decoder(&self) -> &Decoder {
+        self.parts[0].decoder().expect("the first part makes text")
+    }
+}
+
+/// Reads a `config.json`, and what stands beside it of media.
+pub fn parse_config(json: &Value, preprocessors: &Preprocessors) -> Result<ParsedConfig, ConfigProblem> {
     let model_type = json["model_type"].as_str().unwrap_or("");
     let family = ALL.iter().find(|family| family.model_type == model_type).ok_or_else(|| {
         let known = ALL.iter().map(|family| family.model_type).collect::<Vec<_>>().join(", ");
@@ -89,7 +127,12 @@ pub fn parse_config(json: &Value) -> Result<(Decoder, &'static Family), ConfigPr
     if decoder.moe().is_none() {
         return Err(ConfigProblem("no layer has experts".into()));
     }
-    Ok((decoder, family))
+    let mut parts = vec![PartConfig::Decoder(decoder)];
+    if let Some(others) = family.others {
+        parts.extend(others(json, preprocessors)?);
+    }
+    parts[1..].iter().try_for_each(|part| part.validate().map_err(|error| ConfigProblem(format!("{}: {error}", part.kind()))))?;
+    Ok(ParsedConfig { parts, family })
 }
 
 /// A decoder with the usual keys, whose layers differ in their feed-forward halves at most.
@@ -123,7 +166,7 @@ mod tests {
     fn parsed(change: impl FnOnce(&mut Value)) -> Result<Decoder, ConfigProblem> {
         let mut json = published();
         change(&mut json);
-        parse_config(&json).map(|(decoder, _)| decoder)
+        parse_config(&json, &Preprocessors::default()).map(|parsed| parsed.decoder().clone())
     }
 
     #[test]
@@ -136,9 +179,12 @@ mod tests {
         });
         assert_eq!(new, Ok(old.clone()));
         let omni = json!({"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": published()}});
-        assert_eq!(parse_config(&omni).map(|(decoder, family)| (decoder, family.model_type)), Ok((old.clone(), "qwen3_omni_moe")));
+        assert_eq!(
+            parse_config(&omni, &Preprocessors::default()).map(|parsed| (parsed.decoder().clone(), parsed.family.model_type)),
+            Ok((old.clone(), "qwen3_omni_moe"))
+        );
         let thinker = json!({"model_type": "qwen3_omni_moe_thinker", "text_config": published()});
-        assert_eq!(parse_config(&thinker).map(|(decoder, _)| decoder), Ok(old));
+        assert_eq!(parse_config(&thinker, &Preprocessors::default()).map(|parsed| parsed.decoder().clone()), Ok(old));
     }
 
     #[test]
@@ -146,13 +192,14 @@ mod tests {
         let mixtral = json!({"model_type": "mixtral", "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
                "num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 96,
                "rope_theta": 1e6, "rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "sliding_window": null});
-        let (decoder, _) = parse_config(&mixtral).expect("valid");
+        let parsed = parse_config(&mixtral, &Preprocessors::default()).expect("valid");
+        let decoder = parsed.decoder();
         let (moe, Mixer::Gqa(attention)) = (decoder.moe().expect("it has experts"), &decoder.runs[0].mixer);
         assert_eq!((decoder.runs.len(), moe.width, moe.router), (1, 96, Router::Softmax { normalise: true }));
         assert_eq!((attention.head_dim, attention.qk_norm), (16, QkNorm::None));
         let mut windowed = mixtral;
         windowed["sliding_window"] = json!(4096);
-        assert!(parse_config(&windowed).is_err());
+        assert!(parse_config(&windowed, &Preprocessors::default()).is_err());
     }
 
     #[test]
@@ -201,7 +248,7 @@ mod tests {
         let omni = |change: fn(&mut Value)| {
             let mut json = json!({"model_type": "qwen3_omni_moe", "thinker_config": {"text_config": published(), "audio_token_id": 5}});
             change(&mut json);
-            parse_config(&json).map(|(decoder, _)| decoder)
+            parse_config(&json, &Preprocessors::default()).map(|parsed| parsed.decoder().clone())
         };
         assert_eq!(omni(|_| {}), same);
         assert!(omni(|json| json["second_talker"] = json!({"layers": 3})).is_err());

@@ -4,9 +4,10 @@ use protocol::Decoder;
 use protocol::decoder::{QkNorm, QkvBias, SharedExpert};
 
 use super::keys::{ConfigProblem, Key, KeyTable, Keys};
-use super::{Family, decoder_of, usual_name};
+use super::{Family, decoder_of, usual_name, usual_spelling};
 
-pub(super) const QWEN2_MOE: Family = Family { model_type: "qwen2_moe", wrappers: &[], keys: KEYS, decoder, name: usual_name };
+pub(super) const QWEN2_MOE: Family =
+    Family { model_type: "qwen2_moe", wrappers: &[], keys: KEYS, decoder, others: None, name: usual_name, spell: usual_spelling };
 
 const KEYS: KeyTable = &[
     ("decoder_sparse_step", Key::Read),

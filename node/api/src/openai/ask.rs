@@ -1,11 +1,14 @@
 //! What a client asks of the OpenAI endpoints: every field checked, those that this node does not have refused by name.
 
 use base::failure::Kind;
-use inference::chat::{Message, Role};
+use base64::Engine as _;
+use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
+use inference::media::limits::MediaLimits;
 use inference::sampler::Sampling;
 use runtime::data_dir::LocalModel;
 use runtime::generation::ReadyModel;
-use runtime::prompt::{Prompt, PromptError, default_sampling};
+use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSource, Senses, prepare};
+use runtime::prompt::{ModelText, Prompt, PromptError, default_sampling};
 use serde_json::{Value, json};
 
 use crate::body::{Fields, wrong};
@@ -51,7 +54,8 @@ pub(crate) struct Ask {
 /// What is to be continued.
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum What {
-    Conversation(Vec<Message>),
+    /// What is said, and what is seen and heard, in its order.
+    Conversation(Vec<Message>, Vec<GivenMedium>),
     Text(String),
     Tokens(Vec<u32>),
 }
@@ -61,7 +65,10 @@ impl Ask {
         let required = |name: &str| ApiError::invalid(format!("{name} is missing")).param(name);
         let model = fields.text("model")?.ok_or_else(|| required("model"))?;
         let what = match endpoint {
-            Endpoint::Chat => What::Conversation(messages(fields.take("messages").ok_or_else(|| required("messages"))?)?),
+            Endpoint::Chat => {
+                let (messages, media) = messages(fields.take("messages").ok_or_else(|| required("messages"))?)?;
+                What::Conversation(messages, media)
+            }
             Endpoint::Completions => prompt(fields.take("prompt").ok_or_else(|| required("prompt"))?)?,
         };
         let any = (1, u64::MAX);
@@ -103,7 +110,12 @@ impl Ask {
     }
 
     /// Turns the request into tokens and rules for a model.
-    pub(crate) fn request(&self, model: &ReadyModel, random: u64) -> Result<inference::generate::GenerateRequest, ApiError> {
+    pub(crate) fn request(
+        &self,
+        model: &ReadyModel,
+        limits: &MediaLimits,
+        random: u64,
+    ) -> Result<inference::generate::GenerateRequest, ApiError> {
         let LocalModel { manifest, .. } = &model.found;
         let authors = default_sampling(&manifest.generation, self.seed.unwrap_or(random));
         let sampling = Sampling {
@@ -114,11 +126,17 @@ impl Ask {
             ..authors
         };
         let plain = match &self.what {
-            What::Conversation(messages) => messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>().join("\n"),
+            What::Conversation(messages, _) => messages.iter().flat_map(|message| message.content.texts()).collect::<Vec<_>>().join("\n"),
             What::Text(_) | What::Tokens(_) => String::new(),
         };
         let (prompt, field) = match &self.what {
-            What::Conversation(messages) => (Prompt::Conversation(messages, &plain), "messages"),
+            What::Conversation(messages, media) if media.is_empty() => (Prompt::Conversation(messages, &plain), "messages"),
+            What::Conversation(messages, media) => {
+                let ModelText { vision, audio, .. } = &*model.text;
+                let senses = Senses { vision: vision.as_ref(), audio: audio.as_ref(), limits };
+                let prepared = prepare(senses, media).map_err(|failure| ApiError::invalid(failure.message).param("messages"))?;
+                (Prompt::WithMedia(messages, prepared), "messages")
+            }
             What::Text(text) => (Prompt::Raw(text), "prompt"),
             What::Tokens(tokens) => (Prompt::Tokens(tokens.clone()), "prompt"),
         };
@@ -127,7 +145,7 @@ impl Ask {
                 ApiError::invalid(error.into_failure().message).param(field).code("context_length_exceeded")
             }
             // The template is the model's, but what it does not take is the client's.
-            error @ PromptError::Refused(_) => ApiError::invalid(error.into_failure().message).param(field),
+            error @ (PromptError::Refused(_) | PromptError::Media(_)) => ApiError::invalid(error.into_failure().message).param(field),
             error @ PromptError::Template(_) => ApiError::server(error.into_failure().message).code("template_failed"),
             PromptError::Failed(failure) if matches!(failure.kind, Kind::Usage | Kind::Other) => {
                 ApiError::invalid(failure.message).param(field)
@@ -136,7 +154,7 @@ impl Ask {
         };
         let tokens_max = self.tokens_max.unwrap_or(usize::MAX);
         let lengths = (model.context, tokens_max);
-        let mut request = model.text.request(&prompt, lengths, sampling, &manifest.generation).map_err(refused)?;
+        let mut request = model.text.request(prompt, lengths, sampling, &manifest.generation).map_err(refused)?;
         let vocab_size = manifest.decoder().vocab_size;
         if let Some(token) = request.prompt.iter().find(|&&token| token >= vocab_size) {
             let message = format!("token {token} is beyond the model's vocabulary of {vocab_size}");
@@ -153,15 +171,17 @@ impl Ask {
     }
 }
 
-fn messages(value: Value) -> Result<Vec<Message>, ApiError> {
+fn messages(value: Value) -> Result<(Vec<Message>, Vec<GivenMedium>), ApiError> {
     let Value::Array(list) = value else { return Err(wrong("messages", "a list", &value)) };
     if list.is_empty() {
         return Err(ApiError::invalid("messages is empty").param("messages"));
     }
-    list.into_iter().enumerate().map(|(number, value)| message(value, &format!("messages[{number}]"))).collect()
+    let mut media = Vec::new();
+    let messages = list.into_iter().enumerate().map(|(number, value)| message(value, &format!("messages[{number}]"), &mut media));
+    Ok((messages.collect::<Result<_, _>>()?, media))
 }
 
-fn message(value: Value, path: &str) -> Result<Message, ApiError> {
+fn message(value: Value, path: &str, media: &mut Vec<GivenMedium>) -> Result<Message, ApiError> {
     let mut fields = Fields::of(value, path)?;
     let role = match fields.text("role")?.as_deref() {
         Some("system" | "developer") => Role::System,
@@ -175,15 +195,17 @@ fn message(value: Value, path: &str) -> Result<Message, ApiError> {
     };
     let content_path = format!("{path}.content");
     let content = match fields.take("content") {
-        Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => parts
-            .into_iter()
-            .enumerate()
-            .map(|(number, value)| part(value, &format!("{content_path}[{number}]")))
-            .collect::<Result<_, _>>()?,
+        Some(Value::String(text)) => Content::Text(text),
+        Some(Value::Array(parts)) => {
+            let before = media.len();
+            let parts = parts.into_iter().enumerate().map(|(number, value)| part(value, &format!("{content_path}[{number}]"), media));
+            let parts = Content::Parts(parts.collect::<Result<_, _>>()?);
+            // Templates take a text as it is; not all take a list.
+            if media.len() == before { Content::Text(parts.texts().collect()) } else { parts }
+        }
         Some(other) => return Err(wrong(&content_path, "a text or a list of parts", &other)),
         // An answer that was nothing but calls, or nothing at all.
-        None if role == Role::Assistant => String::new(),
+        None if role == Role::Assistant => Content::Text(String::new()),
         None => return Err(ApiError::invalid(format!("{content_path} is missing")).param(content_path)),
     };
     for name in OF_MESSAGES {
@@ -200,19 +222,88 @@ fn message(value: Value, path: &str) -> Result<Message, ApiError> {
     Ok(Message { role, content })
 }
 
-/// A part of a message: text alone, until there are models with more.
-fn part(value: Value, path: &str) -> Result<String, ApiError> {
+/// A part of a message: a text, or what is seen or heard, as bytes in the request.
+fn part(value: Value, path: &str, media: &mut Vec<GivenMedium>) -> Result<ContentPart, ApiError> {
     let mut fields = Fields::of(value, path)?;
-    match fields.text("type")?.as_deref() {
-        Some("text") => {}
+    let kind = fields.text("type")?;
+    let part = match kind.as_deref() {
+        Some("text") => {
+            let missing = || ApiError::invalid(format!("{path}.text is missing")).param(format!("{path}.text"));
+            ContentPart::Text(fields.text("text")?.ok_or_else(missing)?)
+        }
+        Some(word @ ("image_url" | "video_url")) => {
+            let url = url(&mut fields, word, path)?;
+            let kind = if word == "image_url" { MediumKind::Image } else { MediumKind::Video };
+            medium(kind, path, from_data_url(&url, path)?, media)
+        }
+        Some("input_audio") => {
+            let missing = || ApiError::invalid(format!("{path}.input_audio is missing")).param(path);
+            let mut inner = Fields::of(fields.take("input_audio").ok_or_else(missing)?, &format!("{path}.input_audio"))?;
+            let data = inner.text("data")?.ok_or_else(|| ApiError::invalid(format!("{path}.input_audio.data is missing")).param(path))?;
+            let _ = inner.text("format")?; // the bytes say it
+            inner.none_left()?;
+            let bytes = if data.starts_with("data:") { from_data_url(&data, path)? } else { from_base64(&data, path)? };
+            medium(MediumKind::Audio, path, bytes, media)
+        }
+        Some("file") => {
+            let missing = || ApiError::invalid(format!("{path}.file.file_data is missing")).param(path);
+            let mut inner = Fields::of(fields.take("file").ok_or_else(missing)?, &format!("{path}.file"))?;
+            let data = inner.text("file_data")?.ok_or_else(missing)?;
+            let _ = inner.text("filename")?;
+            inner.none_left()?;
+            let kind = match data.strip_prefix("data:").unwrap_or_default().split('/').next() {
+                Some("image") => MediumKind::Image,
+                Some("audio") => MediumKind::Audio,
+                Some("video") => MediumKind::Video,
+                _ => {
+                    let message = format!("{path}.file.file_data must be a data: URL of a picture, a sound or a video");
+                    return Err(ApiError::invalid(message).code("unsupported_value").param(path));
+                }
+            };
+            medium(kind, path, from_data_url(&data, path)?, media)
+        }
         kind => {
-            let message = format!("{path}: parts of type {} are not supported; text is", kind.unwrap_or("that is not given"));
+            let kind = kind.unwrap_or("that is not given");
+            let message = format!("{path}: parts of type {kind} are not supported; text, image_url, input_audio, video_url and file are");
             return Err(ApiError::invalid(message).code("unsupported_value").param(path));
         }
-    }
-    let text = fields.text("text")?.ok_or_else(|| ApiError::invalid(format!("{path}.text is missing")).param(format!("{path}.text")))?;
+    };
     fields.none_left()?;
-    Ok(text)
+    Ok(part)
+}
+
+/// An address, alone or in an object.
+fn url(fields: &mut Fields, word: &str, path: &str) -> Result<String, ApiError> {
+    let missing = || ApiError::invalid(format!("{path}.{word}.url is missing")).param(path);
+    match fields.take(word).ok_or_else(missing)? {
+        Value::String(url) => Ok(url),
+        inner => {
+            let mut inner = Fields::of(inner, &format!("{path}.{word}"))?;
+            let url = inner.text("url")?.ok_or_else(missing)?;
+            let _ = inner.text("detail")?; // pictures are always looked at as closely as the model can
+            inner.none_left()?;
+            Ok(url)
+        }
+    }
+}
+
+fn medium(kind: MediumKind, path: &str, bytes: Vec<u8>, media: &mut Vec<GivenMedium>) -> ContentPart {
+    media.push(GivenMedium { kind, name: path.to_owned(), source: MediaSource::Bytes(bytes), fps: FPS_DEFAULT, sound: None });
+    ContentPart::Medium(kind)
+}
+
+/// The bytes of a `data:` URL. Nothing is fetched from any other.
+fn from_data_url(url: &str, path: &str) -> Result<Vec<u8>, ApiError> {
+    let Some((_, data)) = url.strip_prefix("data:").and_then(|rest| rest.split_once(";base64,")) else {
+        let message = format!("{path}: nothing is fetched from addresses; send the bytes as data:TYPE;base64,BYTES");
+        return Err(ApiError::invalid(message).code("unsupported_value").param(path));
+    };
+    from_base64(data, path)
+}
+
+fn from_base64(data: &str, path: &str) -> Result<Vec<u8>, ApiError> {
+    let wrong = |error| ApiError::invalid(format!("{path}: its bytes are no base64: {error}")).param(path);
+    base64::engine::general_purpose::STANDARD.decode(data).map_err(wrong)
 }
 
 fn prompt(value: Value) -> Result<What, ApiError> {
@@ -363,8 +454,8 @@ mod tests {
         let user = json!({"role": "user", "content": "a"});
         let ask =
             chat(&json!({"messages": [user, echoed, empty, user], "thinking": null, "extra_body": null, "min_p": null})).expect("fine");
-        let What::Conversation(messages) = ask.what else { panic!("a conversation") };
-        assert_eq!(messages.iter().map(|message| message.content.as_str()).collect::<Vec<_>>(), ["a", "b", "", "a"]);
+        let What::Conversation(messages, _) = ask.what else { panic!("a conversation") };
+        assert_eq!(messages.iter().flat_map(|message| message.content.texts()).collect::<Vec<_>>(), ["a", "b", "", "a"]);
         assert!(chat(&json!({"messages": [{"role": "user", "content": null}]})).is_err());
         assert!(chat(&json!({"messages": [user, {"role": "assistant", "content": "b", "annotations": [{}]}]})).is_err());
         assert!(chat(&json!({"stream": true, "stream_options": {"include_usage": true, "foo": null}})).is_ok());

@@ -12,6 +12,7 @@ use axum::extract::{Extension, Path, Request, State};
 use axum::response::{IntoResponse, Response};
 use base::clock::now_ms;
 use inference::generate::{GenerateRequest, Step};
+use inference::media::limits::MediaLimits;
 use net::random;
 use runtime::data_dir::LocalModel;
 use runtime::generation::{AnswerEvent, ReadyModel};
@@ -21,6 +22,7 @@ use tokio::sync::mpsc;
 use self::ask::{Ask, Endpoint};
 use self::reply::{Piece, Reply};
 use super::access::Asker;
+use super::body::{BODY_BYTES_MAX, MEDIA_BODY_BYTES_MAX};
 use super::error::ApiError;
 use super::{Api, lookup, sse};
 
@@ -65,7 +67,8 @@ struct Asked {
 }
 
 async fn answer(api: Arc<Api>, asker: Asker, endpoint: Endpoint, request: Request) -> Result<Response, Response> {
-    let ask = api.intake.read(request, move |fields| Ask::parse(endpoint, fields)).await?;
+    let bytes_max = if endpoint == Endpoint::Chat && takes_media(&api) { MEDIA_BODY_BYTES_MAX } else { BODY_BYTES_MAX };
+    let ask = api.intake.read(request, bytes_max, move |fields| Ask::parse(endpoint, fields)).await?;
     answer_to(api, asker, ask).await.map_err(ApiError::into_response)
 }
 
@@ -76,7 +79,10 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
         Asker::Local => format!("user {}", ask.user),
     };
     let model = api.generation.ready(&found, &user, LOAD_PATIENCE).await?;
-    let (ask, model, request) = api.intake.work(move || with_tokens(ask, model)).await?;
+    let (ask, model, request) = {
+        let limits = api.media;
+        api.intake.work(move || with_tokens(ask, model, &limits)).await?
+    };
     let prompt_tokens = request.prompt.len();
     let mut events = api.generation.ask(&model, &user, request)?;
     if !ask.stream {
@@ -92,8 +98,13 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
     Ok(stream(Asked { ask, model, prompt_tokens, events }, first))
 }
 
-fn with_tokens(ask: Ask, model: Arc<ReadyModel>) -> Result<(Ask, Arc<ReadyModel>, GenerateRequest), ApiError> {
-    let request = ask.request(&model, random())?;
+/// Whether a model that is here sees or hears: then bodies may be as long as media are.
+fn takes_media(api: &Api) -> bool {
+    api.library.models().iter().any(|found| found.manifest.vision().is_some() || found.manifest.audio().is_some())
+}
+
+fn with_tokens(ask: Ask, model: Arc<ReadyModel>, limits: &MediaLimits) -> Result<(Ask, Arc<ReadyModel>, GenerateRequest), ApiError> {
+    let request = ask.request(&model, limits, random())?;
     Ok((ask, model, request))
 }
 

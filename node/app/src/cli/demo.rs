@@ -156,7 +156,7 @@ fn generate_one(
     let defaults = &found.manifest.generation;
     let request = loaded
         .text
-        .request(&Prompt::Raw(prompt), (loaded.engine.context(), tokens_max), default_sampling(defaults, SEED), defaults)
+        .request(Prompt::Raw(prompt), (loaded.engine.context(), tokens_max), default_sampling(defaults, SEED), defaults)
         .map_err(PromptError::into_failure)?;
     let terminal = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     let [bold, dim, plain] = if terminal { ["\x1b[1m", "\x1b[2m", "\x1b[0m"] } else { [""; 3] };

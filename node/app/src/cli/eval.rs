@@ -7,12 +7,19 @@ use base::clock::{check_interrupted, interrupted, now_ms};
 use base::failure::{Failure, Kind, io_failure};
 use base::output::{byte_bar, note, print_json, print_line};
 use clap::{Args, Subcommand};
+use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
+use inference::engine::Want;
+use inference::generate::{Answer, Sequence};
 use inference::perplexity::{PerplexityError, PerplexityReport, perplexity};
 use inference::reference::reference_logits;
 use protocol::ExpertSlot;
-use runtime::command::{Context, EngineArgs, PeerArgs};
+use runtime::command::{Context, EngineArgs, MediaLimitArgs, PeerArgs};
+use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
+use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSound, MediaSource, Senses, prepare};
+use runtime::prompt::{Prompt, PromptError, default_sampling};
 use safetensors::tensor::{Dtype, TensorView};
+use serde::Deserialize;
 use serde_json::json;
 
 /// Tokens of a window of a text, unless the model's context is shorter or `--context` says otherwise.
@@ -31,14 +38,20 @@ pub(super) struct LogitsArgs {
     /// A name, an id or the beginning of an id
     model: String,
     /// A file with a JSON array of token ids
-    #[arg(long, value_name = "FILE")]
-    tokens: PathBuf,
-    /// Where to write: safetensors with a tensor `logits`, (tokens, vocab), f32
+    #[arg(long, value_name = "FILE", required_unless_present = "messages")]
+    tokens: Option<PathBuf>,
+    /// A file with a JSON array of chat messages, whose parts may be pictures, sounds and videos: {"type": "image", "path": FILE}, audio and
+    /// video alike; of a video also "fps", and "sound": true or FILE. A video may be a folder of pictures. The model's own template is used
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["tokens", "reference"])]
+    messages: Option<PathBuf>,
+    /// Where to write: safetensors with tensors `logits`, (tokens, vocab), f32, and `input_ids`, (tokens), i64
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
     /// Compute with the reference engine instead: slow, on other kernels
     #[arg(long)]
     reference: bool,
+    #[command(flatten)]
+    limits: MediaLimitArgs,
     #[command(flatten)]
     engine: EngineArgs,
     #[command(flatten)]
@@ -67,13 +80,114 @@ pub(super) fn eval(context: &Context, command: &EvalCommand) -> Result<(), Failu
     }
 }
 
-fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
-    let text = read(&args.tokens)?;
-    let tokens: Vec<u32> = serde_json::from_slice(&text)
-        .map_err(|error| Failure::new(Kind::Usage, format!("{} is not a JSON array of token ids: {error}", args.tokens.display())))?;
-    if tokens.is_empty() {
-        return Err(Failure::new(Kind::Usage, format!("{} has no tokens", args.tokens.display())));
+fn read_tokens(file: &Path) -> Result<Vec<u32>, Failure> {
+    let tokens: Vec<u32> = serde_json::from_slice(&read(file)?)
+        .map_err(|error| Failure::new(Kind::Usage, format!("{} is not a JSON array of token ids: {error}", file.display())))?;
+    if tokens.is_empty() { Err(Failure::new(Kind::Usage, format!("{} has no tokens", file.display()))) } else { Ok(tokens) }
+}
+
+/// A message of a file.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct FileMessage {
+    role: Role,
+    content: FileContent,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum FileContent {
+    Text(String),
+    Parts(Vec<FilePart>),
+}
+
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
+enum FilePart {
+    Text { text: String },
+    Image { path: PathBuf },
+    Audio { path: PathBuf },
+    Video { path: PathBuf, fps: Option<f64>, sound: Option<FileSound> },
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum FileSound {
+    Own(bool),
+    Path(PathBuf),
+}
+
+/// Reads messages and the media that they name; paths are relative to the file, or else to where the command was given.
+fn read_messages(file: &Path) -> Result<(Vec<Message>, Vec<GivenMedium>), Failure> {
+    let wrong = |what: String| Failure::new(Kind::Usage, format!("{}: {what}", file.display()));
+    let read: Vec<FileMessage> = serde_json::from_slice(&read(file)?).map_err(|error| wrong(format!("is no list of messages: {error}")))?;
+    let beside = |path: PathBuf| {
+        let there = file.parent().map(|dir| dir.join(&path)).filter(|there| there.exists());
+        there.unwrap_or(path)
+    };
+    let mut media = Vec::new();
+    let mut medium = |kind, path: PathBuf, fps: Option<f64>, sound: Option<FileSound>| {
+        let fps = fps.unwrap_or(FPS_DEFAULT);
+        if !(fps.is_finite() && fps > 0.0) {
+            return Err(wrong(format!("fps is {fps}, which is no rate")));
+        }
+        let sound = match sound {
+            None | Some(FileSound::Own(false)) => None,
+            Some(FileSound::Own(true)) => Some(MediaSound::Own),
+            Some(FileSound::Path(path)) => Some(MediaSound::Path(beside(path))),
+        };
+        media.push(GivenMedium { kind, name: path.display().to_string(), source: MediaSource::Path(beside(path)), fps, sound });
+        Ok(ContentPart::Medium(kind))
+    };
+    let mut messages = Vec::new();
+    for FileMessage { role, content } in read {
+        let content = match content {
+            FileContent::Text(text) => Content::Text(text),
+            FileContent::Parts(parts) => {
+                let parts = parts.into_iter().map(|part| match part {
+                    FilePart::Text { text } => Ok(ContentPart::Text(text)),
+                    FilePart::Image { path } => medium(MediumKind::Image, path, None, None),
+                    FilePart::Audio { path } => medium(MediumKind::Audio, path, None, None),
+                    FilePart::Video { path, fps, sound } => medium(MediumKind::Video, path, fps, sound),
+                });
+                Content::Parts(parts.collect::<Result<_, _>>()?)
+            }
+        };
+        messages.push(Message { role, content });
     }
+    if messages.is_empty() { Err(wrong("has no messages".to_owned())) } else { Ok((messages, media)) }
+}
+
+/// The tokens of a conversation, its media among them, and the logits after each.
+fn logits_of_messages(
+    context: &Context,
+    args: &LogitsArgs,
+    (open, federation, found): (&OpenDataDir, &Federation, &LocalModel),
+    file: &Path,
+) -> Result<(Vec<u32>, Vec<f32>), Failure> {
+    let (messages, media) = read_messages(file)?;
+    let limits = args.limits.limits();
+    let senses = Senses { vision: found.manifest.vision(), audio: found.manifest.audio(), limits: &limits };
+    let media = prepare(senses, &media)?;
+    let mut loaded = federation.load(open, found, context.memory_max, args.engine.options(&found.manifest, None))?;
+    let defaults = &found.manifest.generation;
+    let prompt = Prompt::WithMedia(&messages, media);
+    let request = loaded.text.request(prompt, (loaded.engine.context(), 1), default_sampling(defaults, 0), defaults);
+    let request = request.map_err(PromptError::into_failure)?;
+    request.check(loaded.engine.context())?;
+    let tokens = request.prompt.clone();
+    let mut sequence = Sequence::new(loaded.engine.session(), Answer::new(request, None));
+    let mut values = Vec::new();
+    while sequence.wants_prompt() {
+        check_interrupted()?;
+        let rows = sequence.take_in_for(&mut loaded.engine, &mut loaded.towers, usize::MAX, Want::All)?;
+        (0..rows).for_each(|row| values.extend_from_slice(loaded.engine.logits_of(row)));
+    }
+    Ok((tokens, values))
+}
+
+fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
+    let mut tokens = args.tokens.as_deref().map(read_tokens).transpose()?.unwrap_or_default();
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&open, &args.model, None)?;
@@ -84,6 +198,10 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
             bytes.ok_or_else(|| format!("{} is not here; confrere pull {} brings everything", blob.hash, found.name))
         };
         reference_logits(&found.manifest, &tokens, &mut read).map_err(|error| Failure::new(Kind::Other, error))?
+    } else if let Some(file) = &args.messages {
+        let values;
+        (tokens, values) = logits_of_messages(context, args, (&open, &federation, &found), file)?;
+        values
     } else {
         let options = args.engine.options(&found.manifest, Some(tokens.len()));
         let mut engine = federation.load(&open, &found, context.memory_max, options)?.engine;
@@ -99,7 +217,9 @@ fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
     let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_le_bytes()).collect();
     let view = TensorView::new(Dtype::F32, vec![tokens.len(), vocab_size], &bytes)
         .map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
-    let tensors = HashMap::from([("logits", view)]);
+    let ids: Vec<u8> = tokens.iter().flat_map(|&token| i64::from(token).to_le_bytes()).collect();
+    let ids = TensorView::new(Dtype::I64, vec![tokens.len()], &ids).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
+    let tensors = HashMap::from([("logits", view), ("input_ids", ids)]);
     let file = safetensors::serialize(tensors, None).map_err(|error| Failure::new(Kind::Other, error.to_string()))?;
     // In place: what stands there may be a link or a device.
     std::fs::write(&args.out, file).map_err(|error| io_failure("write", &args.out, &error))?;

@@ -16,7 +16,7 @@ use inference::requantize;
 use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
 use runtime::command::{Context, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
-use runtime::federation::{Federation, expert_parts, trunk_parts};
+use runtime::federation::{Federation, other_parts, trunk_parts};
 use runtime::prompt::{Chat, TemplateFault};
 use serde_json::json;
 use store::{BlobStore, PutOutcome, StoreError};
@@ -79,7 +79,7 @@ pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(),
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&open, &args.model, None)?;
     let manifest = Arc::clone(&found.manifest);
-    let parts = [trunk_parts(&manifest), expert_parts(&manifest)].concat();
+    let parts = [trunk_parts(&manifest), other_parts(&manifest)].concat();
     federation.bring(&open.store, &parts, "model")?;
     let target = Target { experts: Some(args.precision), trunk: args.trunk_precision.or(Some(args.precision)) };
     let store = Arc::clone(&open.store);

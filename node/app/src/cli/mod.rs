@@ -36,7 +36,7 @@ use clap::{ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, S
 use lab::BenchCommand;
 use net::CALM_LOG;
 use protocol::NodeId;
-use runtime::command::Context;
+use runtime::command::{Context, parse_size};
 use runtime::data_dir::DataDir;
 use runtime::memory::default_memory;
 
@@ -249,33 +249,6 @@ fn default_data_dir() -> Result<PathBuf, Failure> {
     let dirs = directories::ProjectDirs::from("", "", "confrere");
     let missing = || Failure::new(Kind::Usage, "no home directory to keep data in; say where with --data-dir");
     Ok(dirs.ok_or_else(missing)?.data_dir().to_owned())
-}
-
-/// Largest size that is taken, 1 EiB: a larger one is a mistake, and no limit.
-const SIZE_MAX: u64 = 1 << 60;
-
-/// Reads a size: a number of bytes, or one with kB, MB, GB, TB or KiB, MiB, GiB, TiB.
-fn parse_size(text: &str) -> Result<u64, String> {
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(digits);
-    let factor: u64 = match unit.trim().to_ascii_lowercase().as_str() {
-        "" | "b" => 1,
-        "k" | "kb" => 1000,
-        "m" | "mb" => 1000_u64.pow(2),
-        "g" | "gb" => 1000_u64.pow(3),
-        "t" | "tb" => 1000_u64.pow(4),
-        "ki" | "kib" => 1 << 10,
-        "mi" | "mib" => 1 << 20,
-        "gi" | "gib" => 1 << 30,
-        "ti" | "tib" => 1 << 40,
-        other => return Err(format!("{other:?} is not a unit; write 500MB or 4GiB")),
-    };
-    let number: f64 = number.parse().map_err(|_| format!("{text:?} is not a size; write 500MB or 4GiB"))?;
-    let bytes = number * factor as f64;
-    if bytes > SIZE_MAX as f64 {
-        return Err(format!("{text:?} is more than any machine has"));
-    }
-    Ok(bytes as u64)
 }
 
 /// Reads a time: seconds, or a number with s, m or h.

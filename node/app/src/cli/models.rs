@@ -32,6 +32,17 @@ pub(super) fn ls(context: &Context) -> Result<(), Failure> {
     Ok(())
 }
 
+/// The parts of a model, each with what its trunk takes.
+fn parts(parts: &Value) -> String {
+    let part = |part: &Value| {
+        let (kind, bytes) = (part["kind"].as_str().unwrap_or_default(), human_bytes(part["trunk_bytes"].as_u64().unwrap_or(0)));
+        let experts =
+            part["experts"].as_u64().filter(|&experts| experts > 0).map_or_else(String::new, |experts| format!(" and {experts} experts"));
+        format!("{kind} ({bytes}{experts})")
+    };
+    parts.as_array().into_iter().flatten().map(part).collect::<Vec<_>>().join(", ")
+}
+
 pub(super) fn show(context: &Context, model: &str, blobs: bool) -> Result<(), Failure> {
     let about = match context.open()? {
         Held::Here(open) => details(&open, &open.local(model)?, blobs),
@@ -60,6 +71,7 @@ pub(super) fn show(context: &Context, model: &str, blobs: bool) -> Result<(), Fa
         ("an expert", format!("{} × {} {}", config["hidden_size"], config["moe_intermediate_size"], text(&about["precision"]))),
         ("context", format!("{} tokens", config["max_position_embeddings"])),
         ("trunk", bytes(&about["trunk_bytes"])),
+        ("parts", parts(&about["parts"])),
         ("here", format!("{} of {}", bytes(&about["bytes"]), bytes(&about["total_bytes"]))),
         ("tokenizer", if about["tokenizer"].is_string() { "yes" } else { "none: prompts are token ids" }.to_owned()),
     ];

@@ -12,14 +12,12 @@ use inference::engine::EngineOptions;
 use inference::memory::{MemoryPlan, plan_memory};
 use inference::probe::{MemoryProbe, TokenCost};
 use lab::read_trace;
-use protocol::{ModelManifest, Precision};
-use runtime::command::{Context, EngineArgs, PeerArgs};
+use protocol::{ModelManifest, PartKind, Precision};
+use runtime::command::{Context, EngineArgs, PeerArgs, parse_size};
 use runtime::data_dir::OpenDataDir;
 use runtime::federation::Federation;
 use runtime::memory::process_bytes;
 use serde_json::json;
-
-use super::parse_size;
 
 /// Memory that is read to find out how fast that is.
 const PROBE_BYTES: usize = 256 << 20;
@@ -106,8 +104,8 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
 fn at(manifest: &ModelManifest, trunk: Precision, experts: Precision) -> ModelManifest {
     let mut made = manifest.clone();
     let own = manifest.usual_precision();
-    for part in &mut made.parts {
-        let (specs, bytes) = (part.decoder().tensors(), part.expert_shape(experts).blob_bytes() as u64);
+    for part in made.parts.iter_mut().filter(|part| part.kind == PartKind::Text) {
+        let (specs, bytes) = (part.config.tensors(), part.expert_shape(experts).blob_bytes() as u64);
         for (tensor, spec) in part.trunk.iter_mut().zip(&specs).filter(|(_, spec)| spec.packable && trunk != own) {
             tensor.precision = trunk;
             tensor.blob.length = spec.bytes(trunk).unwrap_or(tensor.blob.length);

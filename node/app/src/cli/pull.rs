@@ -4,14 +4,12 @@ use base::failure::Failure;
 use base::output::{byte_bar, human_bytes, note, print_json, print_line};
 use clap::Args;
 use indicatif::ProgressBar;
-use runtime::command::{Context, Held, PeerArgs};
+use runtime::command::{Context, Held, PeerArgs, parse_size};
 use runtime::daemon::Daemon;
 use runtime::federation::Federation;
 use runtime::models::pulled_json;
 use runtime::pulling::{self, Part};
 use serde_json::{Value, json};
-
-use super::parse_size;
 
 #[derive(Args)]
 pub(super) struct PullArgs {

@@ -2,15 +2,18 @@
 
 use std::io::IsTerminal;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use base::clock::{instant, interrupted};
 use base::failure::{Failure, Kind, io_failure};
 use base::output::{human_bytes, note, print, print_json};
 use inference::activation_log::{ActivationLog, ENTRIES_DEFAULT};
-use inference::chat::{Message, Role};
+use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
 use inference::experts::ExpertUse;
 use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
+use inference::media::prompt::{MediaPrompt, Medium, PreparedMedium};
 use inference::sampler::Sampling;
 use inference::session::Session;
 use protocol::manifest::GenerationDefaults;
@@ -18,8 +21,9 @@ use runtime::command::{Context, Held};
 use runtime::dispatcher::Waited;
 use runtime::federation::{Federation, PeerOptions};
 use runtime::loading::Loaded;
+use runtime::media::{Senses, prepare};
 use runtime::memory::resident_bytes;
-use runtime::prompt::{Prompt, PromptError, default_sampling};
+use runtime::prompt::{ModelText, Prompt, PromptError, default_sampling};
 use serde_json::{Value, json};
 
 use super::run_args::{RunArgs, next_line, read_stdin};
@@ -42,8 +46,14 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         None if std::io::stdin().is_terminal() && !context.json => None,
         None => Some(read_stdin()?),
     };
+    let limits = args.limits.limits();
+    let senses = Senses { vision: found.manifest.vision(), audio: found.manifest.audio(), limits: &limits };
+    let media = prepare(senses, &args.media.media())?;
+    let places: usize = media.iter().map(|medium| medium.medium.places()).sum();
     // A token stands for a byte or more; a conversation may fill the context.
-    let tokens_max = prompt.as_ref().map(|prompt| prompt.len().saturating_add(args.max_tokens).saturating_add(TEMPLATE_TOKENS_MAX));
+    let tokens_max = prompt
+        .as_ref()
+        .map(|prompt| prompt.len().saturating_add(args.max_tokens).saturating_add(TEMPLATE_TOKENS_MAX).saturating_add(places));
     let options = args.engine.options(&found.manifest, tokens_max);
     let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let authors = default_sampling(defaults, args.seed);
@@ -54,11 +64,16 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
         repetition_penalty: args.repetition_penalty.unwrap_or(authors.repetition_penalty),
         ..authors
     };
-    let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults) };
-    let messages = [Message { role: Role::User, content: prompt.clone() }];
-    let prompt = if args.raw { Prompt::Raw(&prompt) } else { Prompt::Conversation(&messages, &prompt) };
+    let Some(prompt) = prompt else { return converse(&mut loaded, args, sampling, defaults, media) };
+    let about: Vec<_> = media_of(&media).collect();
+    let messages = [message(args.media.media().iter().map(|given| given.kind), &prompt)];
+    let prompt = match () {
+        () if args.raw => Prompt::Raw(&prompt),
+        () if media.is_empty() => Prompt::Conversation(&messages, &prompt),
+        () => Prompt::WithMedia(&messages, media),
+    };
     let request =
-        loaded.text.request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults).map_err(PromptError::into_failure)?;
+        loaded.text.request(prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults).map_err(PromptError::into_failure)?;
     let mut session = loaded.engine.session();
     let entries = args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.decoder().layers() as usize);
     loaded.engine.log = (!args.no_log).then(|| ActivationLog::new(entries));
@@ -74,6 +89,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     }
     if context.json {
         let mut json = answer.json(&loaded);
+        json["media"] = json!(about);
         let counted = loaded.counted_bytes(&session);
         json["memory"] = json!({"limit": context.memory_max, "counted": counted, "resident": resident_bytes()});
         print_json(&json)?;
@@ -184,7 +200,7 @@ fn attempt(
     let mut failed = None;
     let (mut came, mut gaps, mut waited_before) = (None, Vec::new(), Waited::default());
     let report = loaded.shared_report();
-    let generated = generate(&mut loaded.engine, loaded.text.tokenizer.as_ref(), session, request, |progress| {
+    let generated = generate(&mut loaded.engine, &mut loaded.towers, loaded.text.tokenizer.as_ref(), session, request, |progress| {
         match progress {
             Progress::Prefilled(usage) => {
                 (decoding_since, prefill) = (Some(instant()), usage);
@@ -299,12 +315,33 @@ impl RunOutput {
 }
 
 /// A conversation on the terminal. What is in memory stays there from turn to turn.
-fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &GenerationDefaults) -> Result<(), Failure> {
-    note("Ctrl-D ends the conversation");
-    let mut conversation =
-        Conversation { session: loaded.engine.session(), taken_in: Vec::new(), messages: Vec::new(), text: String::new() };
+fn converse(
+    loaded: &mut Loaded,
+    args: &RunArgs,
+    sampling: Sampling,
+    defaults: &GenerationDefaults,
+    media: Vec<Arc<PreparedMedium>>,
+) -> Result<(), Failure> {
+    note("Ctrl-D ends the conversation; /image FILE, /audio FILE and /video FILE show or play something with your next line");
+    let kinds = args.media.media().iter().map(|given| given.kind).collect();
+    let mut conversation = Conversation {
+        session: loaded.engine.session(),
+        taken_in: Vec::new(),
+        seen: None,
+        messages: Vec::new(),
+        text: String::new(),
+        waiting: kinds,
+        media,
+    };
     loop {
         let Some(line) = next_line()? else { return print("\n") };
+        if let Some(shown) = conversation.show(loaded, args, &line) {
+            match shown {
+                Ok(()) => note("it goes with your next line"),
+                Err(failure) => note(&format!("error: {failure}")),
+            }
+            continue;
+        }
         match conversation.turn(loaded, args, sampling, defaults, &line) {
             Ok(()) => {}
             Err(failure) if matches!(failure.kind, Kind::Interrupted | Kind::Unread) => return Err(failure),
@@ -316,12 +353,46 @@ fn converse(loaded: &mut Loaded, args: &RunArgs, sampling: Sampling, defaults: &
 
 struct Conversation {
     session: Session,
-    taken_in: Vec<u32>, // the tokens that the session has seen
+    taken_in: Vec<u32>,             // the tokens that the session has seen
+    seen: Option<Arc<MediaPrompt>>, // and the media among them
     messages: Vec<Message>,
     text: String, // the same without a template
+    /// What was shown or played since the last line.
+    waiting: Vec<MediumKind>,
+    /// All that was, in its order.
+    media: Vec<Arc<PreparedMedium>>,
+}
+
+/// What a user says about what is seen and heard.
+fn message(media: impl Iterator<Item = MediumKind>, text: &str) -> Message {
+    let parts: Vec<_> = media.map(ContentPart::Medium).chain([ContentPart::Text(text.to_owned())]).collect();
+    if parts.len() == 1 { Message::text(Role::User, text) } else { Message { role: Role::User, content: Content::Parts(parts) } }
+}
+
+/// Media as `--json` tells of them.
+fn media_of(media: &[Arc<PreparedMedium>]) -> impl Iterator<Item = Value> {
+    let name = |medium: &Medium| match medium {
+        Medium::Picture { .. } => MediumKind::Image.name(),
+        Medium::Sound { .. } => MediumKind::Audio.name(),
+        Medium::Video { .. } => MediumKind::Video.name(),
+    };
+    media.iter().map(move |medium| json!({"kind": name(&medium.medium), "tokens": medium.medium.places(), "seconds": medium.seconds}))
 }
 
 impl Conversation {
+    /// Takes a line that shows or plays something; nothing where it is another line.
+    fn show(&mut self, loaded: &Loaded, args: &RunArgs, line: &str) -> Option<Result<(), Failure>> {
+        let kinds = [("/image ", MediumKind::Image), ("/audio ", MediumKind::Audio), ("/video ", MediumKind::Video)];
+        let (path, kind) = kinds.into_iter().find_map(|(word, kind)| Some((line.strip_prefix(word)?, kind)))?;
+        let limits = args.limits.limits();
+        let ModelText { vision, audio, .. } = &*loaded.text;
+        let senses = Senses { vision: vision.as_ref(), audio: audio.as_ref(), limits: &limits };
+        Some(prepare(senses, &[args.media.medium(kind, PathBuf::from(path.trim()))]).map(|prepared| {
+            self.waiting.push(kind);
+            self.media.extend(prepared);
+        }))
+    }
+
     fn turn(
         &mut self,
         loaded: &mut Loaded,
@@ -331,16 +402,21 @@ impl Conversation {
         line: &str,
     ) -> Result<(), Failure> {
         let mut messages = self.messages.clone();
-        messages.push(Message { role: Role::User, content: line.to_owned() });
+        messages.push(message(self.waiting.iter().copied(), line));
         let text = format!("{}{line}", self.text);
-        let prompt = if args.raw { Prompt::Raw(&text) } else { Prompt::Conversation(&messages, &text) };
+        let prompt = match () {
+            () if args.raw => Prompt::Raw(&text),
+            () if self.media.is_empty() => Prompt::Conversation(&messages, &text),
+            () => Prompt::WithMedia(&messages, self.media.clone()),
+        };
         let request = loaded
             .text
-            .request(&prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)
+            .request(prompt, (loaded.engine.context(), args.max_tokens), sampling, defaults)
             .map_err(PromptError::into_failure)?;
         let tokens = &request.prompt;
         // The beginning that is the same as last time need not be taken in again; the last token always is.
         let same = tokens.iter().zip(&self.taken_in).take_while(|(a, b)| a == b).count().min(tokens.len().saturating_sub(1));
+        let same = request.media.as_ref().map_or(same, |media| media.same_rows(self.seen.as_deref(), same));
         self.session.rewind(same);
         self.taken_in.truncate(self.session.tokens());
         let answer = answer(loaded, &mut self.session, &request, show)?;
@@ -349,11 +425,13 @@ impl Conversation {
         if answer.generated.stop_reason == StopReason::Interrupted {
             return Err(Failure::interrupted());
         }
+        self.seen = request.media;
+        self.waiting.clear();
         self.taken_in = request.prompt;
         self.taken_in.extend(&answer.generated.tokens);
         self.taken_in.truncate(self.session.tokens());
         self.text = text + &answer.generated.text;
-        messages.push(Message { role: Role::Assistant, content: answer.generated.text.trim().to_owned() });
+        messages.push(Message::text(Role::Assistant, answer.generated.text.trim()));
         self.messages = messages;
         Ok(())
     }

@@ -7,7 +7,7 @@ use base::clock::while_waiting_for_input;
 use base::failure::{Failure, Kind};
 use base::output::print;
 use clap::Args;
-use runtime::command::{EngineArgs, PeerArgs, RemoteArgs};
+use runtime::command::{EngineArgs, MediaArgs, MediaLimitArgs, PeerArgs, RemoteArgs};
 
 /// Longest prompt that is read from standard input, in bytes.
 const STDIN_BYTES_MAX: u64 = 16 << 20;
@@ -45,6 +45,10 @@ pub(super) struct RunArgs {
     /// Do not count which experts are used. The counts stay on this node
     #[arg(long)]
     pub(super) no_log: bool,
+    #[command(flatten)]
+    pub(super) media: MediaArgs,
+    #[command(flatten)]
+    pub(super) limits: MediaLimitArgs,
     #[command(flatten)]
     pub(super) engine: EngineArgs,
     #[command(flatten)]

@@ -2,10 +2,13 @@
 
 use std::io::IsTerminal as _;
 
-use base::failure::{Failure, Kind};
+use base::failure::{Failure, Kind, io_failure};
 use base::output::{human_bytes, note, print, print_json};
+use base64::Engine as _;
+use inference::chat::MediumKind;
 use runtime::command::Context;
 use runtime::daemon::Daemon;
+use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSource};
 use serde_json::{Value, json};
 
 use super::run_args::{RunArgs, next_line, read_stdin};
@@ -21,14 +24,34 @@ struct Answer {
 }
 
 pub(super) fn run(context: &Context, args: &RunArgs, daemon: &Daemon) -> Result<(), Failure> {
-    context.only_given(&["model", "prompt", "max_tokens", "temperature", "top_k", "top_p", "repetition_penalty", "seed", "raw"])?;
+    context.only_given(&[
+        "model",
+        "prompt",
+        "max_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "seed",
+        "raw",
+        "image",
+        "audio",
+        "video",
+    ])?;
     note("note: the node that serves answers, with its own peers, threads and memory");
     let prompt = match &args.prompt {
         Some(prompt) => prompt.clone(),
         None if std::io::stdin().is_terminal() && !context.json => return converse(context, args, daemon),
         None => read_stdin()?,
     };
-    let what = if args.raw { json!({"prompt": prompt}) } else { json!({"messages": [{"role": "user", "content": prompt}]}) };
+    let mut parts = args.media.media().iter().map(|given| part(given, args)).collect::<Result<Vec<_>, _>>()?;
+    let content = if parts.is_empty() {
+        json!(prompt)
+    } else {
+        parts.push(json!({"type": "text", "text": prompt}));
+        json!(parts)
+    };
+    let what = if args.raw { json!({"prompt": prompt}) } else { json!({"messages": [{"role": "user", "content": content}]}) };
     let answer = ask(context, args, daemon, what)?;
     if context.json {
         print_json(&answer.json())?;
@@ -37,6 +60,23 @@ pub(super) fn run(context: &Context, args: &RunArgs, daemon: &Daemon) -> Result<
     }
     note(&answer.summary());
     Ok(())
+}
+
+/// A picture, a video or a sound as a part of a message.
+fn part(given: &GivenMedium, args: &RunArgs) -> Result<Value, Failure> {
+    let MediaSource::Path(path) = &given.source else { unreachable!("the command line names files") };
+    let why = "a node that serves takes videos as files, two frames a second and without their sound";
+    if path.is_dir() || given.sound.is_some() || given.fps.to_bits() != FPS_DEFAULT.to_bits() {
+        return Err(Failure::new(Kind::Busy, format!("{}: {why}; stop that node to ask otherwise", path.display())));
+    }
+    let bytes = store::disk::read_file(path, args.limits.limits().bytes).map_err(|error| io_failure("read", path, &error))?;
+    let bytes = bytes.ok_or_else(|| Failure::new(Kind::NotFound, format!("{} is not there", path.display())))?;
+    let data = base64::engine::general_purpose::STANDARD.encode(bytes);
+    Ok(match given.kind {
+        MediumKind::Image => json!({"type": "image_url", "image_url": {"url": format!("data:image/*;base64,{data}")}}),
+        MediumKind::Video => json!({"type": "video_url", "video_url": {"url": format!("data:video/*;base64,{data}")}}),
+        MediumKind::Audio => json!({"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}),
+    })
 }
 
 fn converse(context: &Context, args: &RunArgs, daemon: &Daemon) -> Result<(), Failure> {

@@ -96,6 +96,7 @@ impl ServedApi {
             group: group.clone(),
             rates,
             transfers: Transfers::new(progress),
+            media: args.media.limits(),
             intake: api::Intake::default(),
             started_ms: now_ms(),
             stopping: until_stopping,

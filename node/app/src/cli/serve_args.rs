@@ -8,9 +8,9 @@ use clap::Args;
 use net::Multiaddr;
 use net::address::parse_address;
 use net::allowed::Allowed;
-use runtime::command::{EngineArgs, RemoteArgs, parse_seconds};
+use runtime::command::{EngineArgs, MediaLimitArgs, RemoteArgs, parse_seconds, parse_size};
 
-use super::{parse_size, parse_time};
+use super::parse_time;
 
 #[derive(Args)]
 pub(super) struct ServeArgs {
@@ -59,6 +59,8 @@ pub(super) struct ServeArgs {
     /// Let models go that have had nothing to do for so long, e.g. 10m [default: they stay until memory is wanted for others]
     #[arg(long, value_name = "TIME", value_parser = parse_time, env = "CONFRERE_KEEP_ALIVE")]
     pub(super) keep_alive: Option<Duration>,
+    #[command(flatten)]
+    pub(super) media: MediaLimitArgs,
     #[command(flatten)]
     pub(super) engine: EngineArgs,
     #[command(flatten)]

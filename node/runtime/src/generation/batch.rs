@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 use base::clock::instant;
 use base::failure::{Failure, Kind};
 use inference::activation_log::ActivationLog;
-use inference::engine::{Engine, Piece, Want};
-use inference::generate::{Answer, GenerateError, GenerateRequest, StopReason};
+use inference::engine::Engine;
+use inference::generate::{Answer, GenerateError, GenerateRequest, Sequence, StopReason, decode};
+use inference::media::prompt::MediaPrompt;
 use inference::session::Session;
 use net::PeerId;
 use protocol::ModelId;
@@ -54,12 +55,9 @@ pub(super) struct Batch {
 /// A request under way.
 struct Active {
     job: Job,
-    answer: Answer,
-    session: Session,
+    sequence: Sequence,
     /// Bytes that are set aside for it.
     bytes: u64,
-    /// The token that is to be taken in next, once the prompt has been.
-    pending: Option<u32>,
     tally: Tally,
     cached: usize,
     admitted: Instant,
@@ -80,6 +78,7 @@ struct Kept {
     user: String,
     session: Session,
     tokens: Vec<u32>,
+    media: Option<Arc<MediaPrompt>>,
 }
 
 impl Batch {
@@ -132,7 +131,7 @@ impl Batch {
     }
 
     fn sessions(&self) -> impl Iterator<Item = &Session> {
-        self.active.iter().map(|active| &active.session).chain(self.kept.iter().map(|kept| &kept.session))
+        self.active.iter().map(|active| &active.sequence.session).chain(self.kept.iter().map(|kept| &kept.session))
     }
 
     /// Whether a request can be taken up now.
@@ -163,13 +162,11 @@ impl Batch {
         while taken + bytes + self.kept.iter().map(|kept| kept.session.bytes()).sum::<u64>() > self.room && self.kept.pop_front().is_some()
         {
         }
-        let answer = Answer::new(job.request.clone(), self.text.tokenizer.as_ref());
+        let sequence = Sequence::new(session, Answer::new(job.request.clone(), self.text.tokenizer.as_ref()));
         self.shared.activity.lock().prompt_tokens += (job.request.prompt.len() - cached) as u64;
         self.active.push(Active {
-            answer,
-            session,
+            sequence,
             bytes,
-            pending: None,
             tally: Tally::new(self.places.count()),
             cached,
             admitted: instant(),
@@ -182,9 +179,8 @@ impl Batch {
 
     /// A sequence with as much of the prompt in it as one that was kept for the user has.
     fn begin(&mut self, job: &Job) -> (Session, usize) {
-        let prompt = &job.request.prompt;
         // The last token of a prompt is always taken in: the answer's first token follows from it.
-        let same = |kept: &Kept| if kept.user == job.user { same_tokens(kept, prompt) } else { 0 };
+        let same = |kept: &Kept| if kept.user == job.user { same_tokens(kept, &job.request) } else { 0 };
         let best = (0..self.kept.len()).max_by_key(|&at| same(&self.kept[at]));
         if let Some(at) = best.filter(|&at| same(&self.kept[at]) >= SAME_TOKENS_MIN) {
             let mut kept = self.kept.remove(at).expect("it is there");
@@ -233,9 +229,8 @@ impl Batch {
         }
         self.kept.clear();
         for active in &mut self.active {
-            active.session.rewind(0);
-            active.answer = Answer::new(active.job.request.clone(), self.text.tokenizer.as_ref());
-            (active.pending, active.prefilled, active.cached) = (None, None, 0);
+            active.sequence.begin_again(Answer::new(active.job.request.clone(), self.text.tokenizer.as_ref()));
+            (active.prefilled, active.cached) = (None, 0);
             let _ = active.job.events.try_send(AnswerEvent::Again);
         }
     }
@@ -249,26 +244,25 @@ impl Batch {
         self.turn = self.turn.wrapping_add(1);
         let at = waiting[self.turn % waiting.len()];
         self.work_for(&[at]);
-        let Active { session, answer, .. } = &mut self.active[at];
-        let (done, prompt) = (session.tokens(), &answer.request().prompt);
-        let upto = (done + self.piece).min(prompt.len());
         let began = instant();
-        let result = self.loaded.engine.forward(session, &prompt[done..upto]).map(drop);
-        self.learn_pace(upto - done, instant() - began);
+        let result = self.active[at].sequence.take_in(&mut self.loaded.engine, &mut self.loaded.towers, self.piece);
         let active = &mut self.active[at];
         match result {
             Err(error) => {
-                active.fail(error.into());
+                active.fail(error);
                 return self.forget_uses();
             }
-            Ok(()) if upto == active.answer.request().prompt.len() => {
-                active.prefilled = Some(instant());
-                active.advance(&mut self.loaded.engine, 0);
-                let mut counts = self.shared.activity.lock();
-                counts.first_token_came(instant() - active.job.asked);
-                counts.tokens_came(1);
-            }
-            Ok(()) => {}
+            // What towers took says nothing of the next piece.
+            Ok(_) if active.job.request.media.is_some() => {}
+            Ok(rows) => self.learn_pace(rows, instant() - began),
+        }
+        let active = &mut self.active[at];
+        if !active.sequence.wants_prompt() {
+            active.prefilled = Some(instant());
+            active.advance(&mut self.loaded.engine, 0);
+            let mut counts = self.shared.activity.lock();
+            counts.first_token_came(instant() - active.job.asked);
+            counts.tokens_came(1);
         }
         self.count_uses(&[at]);
     }
@@ -284,7 +278,7 @@ impl Batch {
 
     /// The next token of every answer.
     fn decode(&mut self) {
-        let rows: Vec<_> = (0..self.active.len()).filter(|&at| self.active[at].pending.is_some()).collect();
+        let rows: Vec<_> = (0..self.active.len()).filter(|&at| self.active[at].wants_token()).collect();
         if rows.is_empty() {
             return;
         }
@@ -309,13 +303,9 @@ impl Batch {
 
     fn pass(&mut self, rows: &[usize]) -> Result<(), GenerateError> {
         self.work_for(rows);
-        let engine = &mut self.loaded.engine;
-        let tokens: Vec<_> = rows.iter().map(|&row| [self.active[row].pending.expect("it has a token to take in")]).collect();
-        let mut together = self.active.iter_mut().enumerate().filter(|(at, _)| rows.contains(at)).map(|(_, active)| active);
-        let mut pieces: Vec<_> =
-            together.by_ref().zip(&tokens).map(|(active, tokens)| Piece::tokens(&mut active.session, tokens)).collect();
-        let layers = engine.all_layers();
-        if let Err(error) = engine.pass(&mut pieces, layers, Want::Last) {
+        let together = self.active.iter_mut().enumerate().filter(|(at, _)| rows.contains(at));
+        let mut together: Vec<_> = together.map(|(_, active)| &mut active.sequence).collect();
+        if let Err(error) = decode(&mut self.loaded.engine, &mut together) {
             self.forget_uses();
             return Err(error.into());
         }
@@ -409,27 +399,36 @@ impl Drop for Batch {
 }
 
 /// How many tokens at the beginning of a prompt a sequence has; never all of them.
-fn same_tokens(kept: &Kept, prompt: &[u32]) -> usize {
-    kept.tokens.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count()
+fn same_tokens(kept: &Kept, request: &GenerateRequest) -> usize {
+    let prompt = &request.prompt;
+    let same = kept.tokens.iter().zip(&prompt[..prompt.len() - 1]).take_while(|(a, b)| a == b).count();
+    let kept = kept.media.as_deref();
+    match &request.media {
+        Some(media) => media.same_rows(kept, same),
+        // Tokens that keep the places of media may be written by hand.
+        None => kept.and_then(|kept| kept.runs.first()).map_or(same, |run| same.min(run.first)),
+    }
 }
 
 impl Active {
     fn wants_prompt(&self) -> bool {
-        self.state == Course::GoesOn && self.pending.is_none()
+        self.state == Course::GoesOn && self.sequence.wants_prompt()
+    }
+
+    fn wants_token(&self) -> bool {
+        self.state == Course::GoesOn && self.sequence.wants_token()
     }
 
     /// Goes on by the logits of the n-th row of the last pass.
     fn advance(&mut self, engine: &mut Engine, number: usize) {
-        let room = engine.context() - self.session.tokens();
-        match self.answer.step(engine.logits(number), room) {
+        match self.sequence.advance(engine, number) {
             Ok(step) => {
-                self.pending = step.token;
                 if let Some(reason) = step.ended {
-                    (self.state, self.pending) = (Course::Ended(reason), None);
+                    self.state = Course::Ended(reason);
                 }
                 // There is room unless an answer is made again for somebody who reads nothing: he is let go.
                 if self.job.events.try_send(AnswerEvent::Step(step)).is_err() {
-                    (self.state, self.pending) = (Course::Failed, None);
+                    self.state = Course::Failed;
                 }
             }
             Err(error) => self.fail(error),
@@ -438,7 +437,7 @@ impl Active {
 
     /// Tells that the answer is complete; its sequence may be gone on with.
     fn done(self, reason: StopReason, expert_bytes: u64) -> Kept {
-        let Self { job, answer, session, tally, cached, admitted, prefilled, .. } = self;
+        let Self { job, sequence: Sequence { session, answer, .. }, tally, cached, admitted, prefilled, .. } = self;
         let mut tokens = answer.sequence().to_vec();
         tokens.truncate(session.tokens());
         let prefilled = prefilled.unwrap_or(admitted);
@@ -452,11 +451,11 @@ impl Active {
             decode: instant() - prefilled,
         };
         let _ = job.events.try_send(AnswerEvent::Done(Box::new(done)));
-        Kept { user: job.user, session, tokens }
+        Kept { user: job.user, session, tokens, media: job.request.media }
     }
 
     fn fail(&mut self, error: GenerateError) {
-        (self.state, self.pending) = (Course::Failed, None);
+        self.state = Course::Failed;
         let _ = self.job.events.try_send(AnswerEvent::Failed(Stopped::Failed(error.into())));
     }
 }

@@ -3,17 +3,14 @@
 //! Everything that a model's configuration can vary is a member of an enum here. Members are added at the end and never change, so that an
 //! older program refuses a manifest that it cannot run, and an older manifest is read for ever. Does not read `config.json`: `inference` does.
 
-mod tensors;
-
 use std::fmt;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
 
-pub use self::tensors::{LayerTensor, TensorRole, TensorSpec};
-
 use crate::expert_blob::{ExpertShape, SIDE_MAX};
 use crate::precision::Precision;
+use crate::tensors::{LayerTensor, TensorRole, TensorSpec};
 
 /// Most layers of a decoder.
 pub const LAYERS_MAX: u32 = 1024;
@@ -44,6 +41,8 @@ pub struct Decoder {
 pub enum Embedding {
     /// A row of a table.
     Table,
+    /// Rows come from elsewhere.
+    Elsewhere,
 }
 
 /// What makes logits of the last hidden state.
@@ -53,6 +52,8 @@ pub enum Head {
     Own,
     /// The embedding table.
     Embedding,
+    /// Hidden states go elsewhere.
+    Elsewhere,
 }
 
 /// Layers that are alike.
@@ -212,7 +213,7 @@ pub struct ConfigError {
 }
 
 impl ConfigError {
-    fn new(field: &'static str, value: impl fmt::Display, rule: impl Into<String>) -> Self {
+    pub(crate) fn new(field: &'static str, value: impl fmt::Display, rule: impl Into<String>) -> Self {
         Self { field, value: value.to_string(), rule: rule.into() }
     }
 }
@@ -404,7 +405,9 @@ impl Decoder {
             let chooses = matches!(role, TensorRole::Layer(_, LayerTensor::Router | LayerTensor::SharedWeight));
             tensors.push(TensorSpec { role, shape: shape.to_vec(), packable: shape.len() == 2 && !chooses });
         };
-        push(TensorRole::Embedding, &[vocab, hidden]);
+        if self.embedding == Embedding::Table {
+            push(TensorRole::Embedding, &[vocab, hidden]);
+        }
         for (layer, run) in (0..).zip(self.each_layer()) {
             let mut tensor = |tensor, shape: &[u64]| push(TensorRole::Layer(layer, tensor), shape);
             tensor(LayerTensor::MixerNorm, &[hidden]);

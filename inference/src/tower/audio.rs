@@ -1,0 +1,238 @@
+//! Qwen3-Omni's audio tower: the log-mel spectrum of one clip to rows.
+
+use std::ops::Range;
+
+use protocol::tensors::{Affine, AudioTensor, BlockTensor, TensorRole};
+use protocol::towers::{Audio, CONVOLUTIONS};
+use protocol::{ModelManifest, PartKind};
+
+use super::attention::{TowerHeads, attend};
+use super::linear::{LayerNorm, Linear, LinearWork, gelu};
+use super::{TowerRows, Watch, reader};
+use crate::kernels::math::add;
+use crate::machine::Machine;
+use crate::weights::{LoadError, ReadTensor, TrunkReader};
+
+const EPS: f32 = 1e-5;
+/// The longest wave of the sinusoids, in turns of 2π.
+const SINUSOID_BASE: f64 = 10_000.0;
+const KERNEL: usize = 3;
+
+/// An audio tower in memory.
+#[derive(Debug)]
+pub struct AudioTower {
+    shape: Audio,
+    convolutions: Vec<Linear>, // of (channels before × 3 × 3) numbers each
+    rows: Linear,
+    layers: Vec<Layer>,
+    final_norm: LayerNorm,
+    up: Linear,
+    down: Linear,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attention_norm: LayerNorm,
+    query_key_value: [Linear; 3],
+    output: Linear,
+    feed_forward_norm: LayerNorm,
+    up: Linear,
+    down: Linear,
+}
+
+/// Rows that `frames` frames of a spectrum become: those of whole chunks and of the rest, each halved three times.
+pub fn rows_of_frames(frames: usize, chunk: usize) -> usize {
+    let of = |frames: usize| (0..CONVOLUTIONS).fold(frames, |frames, _| frames.div_ceil(2));
+    frames / chunk * of(chunk) + of(frames % chunk)
+}
+
+impl AudioTower {
+    /// Loads the audio tower of a model.
+    ///
+    /// # Panics
+    /// When the model has none.
+    pub fn load<E: std::error::Error>(manifest: &ModelManifest, read: ReadTensor<'_, E>) -> Result<Self, LoadError<E>> {
+        let shape = manifest.audio().expect("the model has an audio tower").clone();
+        let mut reader = reader(manifest.part(PartKind::Audio).expect("the model has the part"), read);
+        let role = |tensor: fn(Affine) -> AudioTensor| move |part| TensorRole::Audio(tensor(part));
+        let convolution = |number| Linear::read(&mut reader, |part| TensorRole::Audio(AudioTensor::Convolution(number, part)));
+        let convolutions = (0..CONVOLUTIONS).map(convolution).collect::<Result<_, _>>()?;
+        let rows = Linear::without_bias(&mut reader, TensorRole::Audio(AudioTensor::Rows))?;
+        let layers = (0..shape.layers).map(|layer| Layer::read(&mut reader, layer)).collect::<Result<_, _>>()?;
+        Ok(Self {
+            convolutions,
+            rows,
+            layers,
+            final_norm: LayerNorm::read(&mut reader, role(AudioTensor::FinalNorm), EPS)?,
+            up: Linear::read(&mut reader, role(AudioTensor::Up))?,
+            down: Linear::read(&mut reader, role(AudioTensor::Down))?,
+            shape,
+        })
+    }
+
+    /// Makes rows of a clip's spectrum, (bands, frames). `watch` is told steps by name.
+    pub fn run(&self, machine: &Machine, spectrum: &[f32], mut watch: Watch<'_>) -> TowerRows {
+        let (bands, hidden, chunk) = (self.shape.bands as usize, self.shape.hidden_size as usize, self.shape.chunk as usize);
+        let heads = TowerHeads { heads: self.shape.heads as usize, head_dim: hidden / self.shape.heads as usize };
+        let frames = spectrum.len() / bands;
+        let mut tell = |name: &str, numbers: &[f32]| {
+            if let Some(watch) = &mut watch {
+                watch(name, numbers);
+            }
+        };
+        let patch = self.shape.channels as usize * KERNEL * KERNEL;
+        let widest = patch.max(self.shape.width as usize).max((self.shape.channels * self.shape.frequencies()) as usize).max(hidden);
+        let mut pool = machine.pool();
+        let mut work = LinearWork::new(&mut pool, machine.kernels(), widest);
+        // The last chunk is as long as the others, where there are others.
+        let padded = frames.min(chunk);
+        let mut x = Vec::new();
+        let mut convolved = Vec::new();
+        for first in (0..frames).step_by(chunk) {
+            let here = chunk.min(frames - first);
+            let mut image = vec![0.0; bands * padded];
+            for (band, image) in image.chunks_exact_mut(padded).enumerate() {
+                image[..here].copy_from_slice(&spectrum[band * frames + first..][..here]);
+            }
+            let rows = self.convolve(&mut work, image, padded);
+            convolved.extend_from_slice(&rows);
+            let kept = rows_of_frames(here, chunk);
+            x.extend_from_slice(&rows[..kept * hidden]);
+            let added = x.len() - kept * hidden;
+            x[added..].chunks_exact_mut(hidden).enumerate().for_each(|(time, row)| add_sinusoid(time, row));
+        }
+        tell("conv_out", &convolved);
+        drop(convolved);
+        tell("layer0_in", &x);
+        let rows = x.len() / hidden;
+        let window = rows_of_frames(padded, chunk) * (self.shape.window / self.shape.chunk) as usize;
+        let segments: Vec<Range<usize>> = (0..rows).step_by(window.max(1)).map(|first| first..rows.min(first + window)).collect();
+        let mut buffers = Buffers::new(rows, hidden);
+        for (number, layer) in self.layers.iter().enumerate() {
+            layer.run(&mut work, heads, &mut x, &mut buffers, &segments);
+            if number == 0 {
+                tell("layer0", &x);
+            }
+        }
+        tell("last_layer", &x);
+        self.final_norm.run(work.pool, &x, &mut buffers.normed);
+        tell("ln_post", &buffers.normed);
+        self.up.run(&mut work, &buffers.normed, &mut x, |_, out| gelu(out));
+        let mut out = vec![0.0; rows * self.down.width()];
+        self.down.run(&mut work, &x, &mut out, |_, _| {});
+        tell("out", &out);
+        TowerRows { rows: out, deepstack: Vec::new() }
+    }
+
+    /// An image of (bands, frames) through the convolutions, each 3 × 3 and of stride 2: (frames ÷ 8, hidden_size).
+    fn convolve(&self, work: &mut LinearWork<'_>, image: Vec<f32>, frames: usize) -> Vec<f32> {
+        // Channels last: (height, width, channels).
+        let (mut image, mut height, mut width, mut channels) = (image, self.shape.bands as usize, frames, 1);
+        for convolution in &self.convolutions {
+            let (to_height, to_width) = (height.div_ceil(2), width.div_ceil(2));
+            let numbers = channels * KERNEL * KERNEL;
+            let mut windows = vec![0.0; to_height * to_width * numbers];
+            let from = &image;
+            work.pool.chunks(&mut windows, to_width * numbers, |row, _, out| {
+                for (column, out) in out.chunks_exact_mut(numbers).enumerate() {
+                    for (dy, dx) in (0..KERNEL).flat_map(|dy| (0..KERNEL).map(move |dx| (dy, dx))) {
+                        // One row and one column of zeros stand before the first.
+                        let (y, x) = ((2 * row + dy).wrapping_sub(1), (2 * column + dx).wrapping_sub(1));
+                        if y < height && x < width {
+                            let values = &from[(y * width + x) * channels..][..channels];
+                            values.iter().enumerate().for_each(|(channel, value)| out[(channel * KERNEL + dy) * KERNEL + dx] = *value);
+                        }
+                    }
+                }
+            });
+            let to_channels = convolution.width();
+            let mut out = vec![0.0; to_height * to_width * to_channels];
+            convolution.run(work, &windows, &mut out, |_, out| gelu(out));
+            (image, height, width, channels) = (out, to_height, to_width, to_channels);
+        }
+        // A row for each time: channel by channel, its frequencies.
+        let mut rows = vec![0.0; width * channels * height];
+        for (time, row) in rows.chunks_exact_mut(channels * height).enumerate() {
+            for (channel, row) in row.chunks_exact_mut(height).enumerate() {
+                row.iter_mut().enumerate().for_each(|(frequency, out)| *out = image[(frequency * width + time) * channels + channel]);
+            }
+        }
+        let mut out = vec![0.0; width * self.rows.width()];
+        self.rows.run(work, &rows, &mut out, |_, _| {});
+        out
+    }
+}
+
+/// Sines, then cosines, of frequencies that fall from 1 to 1 ÷ 10,000 (Vaswani et al. 2017).
+fn add_sinusoid(time: usize, row: &mut [f32]) {
+    let half = row.len() / 2;
+    let step = (SINUSOID_BASE.ln() / (half - 1) as f64) as f32;
+    let (sines, cosines) = row.split_at_mut(half);
+    for (k, (sine, cosine)) in sines.iter_mut().zip(cosines).enumerate() {
+        let angle = time as f32 * libm::expf(-step * k as f32);
+        *sine += libm::sinf(angle);
+        *cosine += libm::cosf(angle);
+    }
+}
+
+/// The memory that layers work in.
+struct Buffers {
+    normed: Vec<f32>, // (rows, hidden_size)
+    wide: Vec<f32>,   // (rows, 3 × hidden_size)
+    more: Vec<f32>,   // (rows, hidden_size)
+}
+
+impl Buffers {
+    fn new(rows: usize, hidden: usize) -> Self {
+        Self { normed: vec![0.0; rows * hidden], wide: vec![0.0; rows * 3 * hidden], more: vec![0.0; rows * hidden] }
+    }
+}
+
+impl Layer {
+    fn read<E: std::error::Error>(reader: &mut TrunkReader<'_, E>, layer: u32) -> Result<Self, LoadError<E>> {
+        let role = |tensor: fn(Affine) -> BlockTensor| move |part| TensorRole::Audio(AudioTensor::Layer(layer, tensor(part)));
+        let attention_norm = LayerNorm::read(reader, role(BlockTensor::AttentionNorm), EPS)?;
+        let [query, key, value] =
+            [BlockTensor::Query, BlockTensor::Key, BlockTensor::Value].map(|tensor| Linear::read(reader, role(tensor)));
+        Ok(Self {
+            attention_norm,
+            query_key_value: [query?, key?, value?],
+            output: Linear::read(reader, role(BlockTensor::Output))?,
+            feed_forward_norm: LayerNorm::read(reader, role(BlockTensor::FeedForwardNorm), EPS)?,
+            up: Linear::read(reader, role(BlockTensor::Up))?,
+            down: Linear::read(reader, role(BlockTensor::Down))?,
+        })
+    }
+
+    fn run(&self, work: &mut LinearWork<'_>, heads: TowerHeads, x: &mut [f32], buffers: &mut Buffers, segments: &[Range<usize>]) {
+        let hidden = heads.width();
+        let Buffers { normed, wide, more } = buffers;
+        self.attention_norm.run(work.pool, x, normed);
+        for (which, linear) in self.query_key_value.iter().enumerate() {
+            linear.run(work, normed, more, |_, _| {});
+            let rows = wide.chunks_exact_mut(3 * hidden).zip(more.chunks_exact(hidden));
+            rows.for_each(|(wide, row)| wide[which * hidden..][..hidden].copy_from_slice(row));
+        }
+        attend(work.pool, heads, wide, segments, more, normed);
+        self.output.run(work, normed, more, |_, _| {});
+        add(x, more);
+        self.feed_forward_norm.run(work.pool, x, normed);
+        let mut inside = vec![0.0; x.len() / hidden * self.up.width()];
+        self.up.run(work, normed, &mut inside, |_, out| gelu(out));
+        self.down.run(work, &inside, more, |_, _| {});
+        add(x, more);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frames_become_rows_as_published() {
+        let expected = [(0, 0), (1, 1), (8, 1), (9, 2), (57, 8), (99, 13), (100, 13), (101, 14), (200, 26), (1235, 161)];
+        for (frames, rows) in expected {
+            assert_eq!(rows_of_frames(frames, 100), rows, "{frames} frames");
+        }
+    }
+}
