@@ -90,18 +90,19 @@ impl Message {
     }
 
     /// As templates see it.
-    fn json(&self) -> serde_json::Value {
+    fn value(&self) -> Value {
+        let object = |fields: &[(&'static str, Value)]| fields.iter().cloned().collect::<Value>();
         let content = match &self.content {
-            Content::Text(text) => serde_json::json!(text),
+            Content::Text(text) => Value::from(text.as_str()),
             Content::Parts(parts) => parts
                 .iter()
                 .map(|part| match part {
-                    ContentPart::Text(text) => serde_json::json!({"type": "text", "text": text}),
-                    ContentPart::Medium(kind) => serde_json::json!({"type": kind.name()}),
+                    ContentPart::Text(text) => object(&[("type", "text".into()), ("text", text.as_str().into())]),
+                    ContentPart::Medium(kind) => object(&[("type", kind.name().into())]),
                 })
                 .collect(),
         };
-        serde_json::json!({"role": self.role, "content": content})
+        object(&[("role", Value::from_serialize(self.role)), ("content", content)])
     }
 }
 
@@ -181,7 +182,7 @@ impl ChatTemplate {
         let rendered = environment.template_from_str(&source).and_then(|template| {
             // What a checkpoint does not have is not there at all, as in transformers: none would be written as a word.
             let mut context = vec![
-                ("messages", messages.iter().map(|message| Value::from_serialize(message.json())).collect()),
+                ("messages", messages.iter().map(Message::value).collect()),
                 ("add_generation_prompt", Value::from(rendering.add_generation_prompt)),
             ];
             context.extend(self.bos_token.as_deref().map(|token| ("bos_token", Value::from(token))));

@@ -4,6 +4,11 @@ use inference::chat::{ChatTemplate, Message, Rendering, Role};
 use inference::checkpoint::families::{Preprocessors, parse_config};
 use inference::checkpoint::generation::parse_generation;
 use inference::checkpoint::header::read_header;
+use inference::media::limits::MediaLimits;
+use inference::media::patches::of_picture;
+use inference::media::picture::{decode_frames, decode_picture, sample};
+use inference::media::sound::decode_sound;
+use inference::media::spectrum::spectrum;
 use inference::tokenizer::Tokenizer;
 use protocol::exchange::wire::{CHANGES_MAX, HEAD_BYTES, Head};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider, Urgency};
@@ -16,7 +21,7 @@ use protocol::status::{Holding, Status};
 use protocol::ticket::Ticket;
 use protocol::{ContentHash, Domain, ModelId, ModelManifest, NodeKey, SignedEnvelope};
 
-use crate::support::{Imported, checkpoint, shipped_model};
+use crate::support::{Imported, checkpoint, shipped_model, vectors};
 
 /// Inputs for each parser, unless the environment says more.
 fn inputs(default: u64) -> u64 {
@@ -230,4 +235,36 @@ fn headers_are_accepted_just_when_the_crate_accepts_them() {
         }
     });
     assert!(accepted > 100, "only {accepted} damaged headers were still valid");
+}
+
+/// Each road from a file's bytes to rows: decoding, sizes, patches, spectra.
+#[test]
+fn no_medium_makes_anything_panic_or_grow() {
+    let limits = MediaLimits { bytes: 1 << 20, pixels: 1 << 16, frames: 16, seconds: 10.0, tokens: 1000 };
+    let manifest = Imported::of("tiny-qwen3-omni-full").manifest;
+    let (vision, audio) = (manifest.vision().expect("it sees"), manifest.audio().expect("it hears"));
+    let media = |name: &str| std::fs::read(vectors("omni/media").join(name)).expect("the vectors have it");
+    for name in ["c_64x64.png", "c.bmp", "c.gif", "c.jpg", "c.webp", "c_turned.jpg", "c_16bit.png"] {
+        feed(name, &media(name), inputs(1_000), |bytes| {
+            if let Ok(picture) = decode_picture(bytes, &limits) {
+                assert!(picture.rgb.len() == 3 * picture.width * picture.height && picture.width * picture.height <= 1 << 16);
+                drop(of_picture(vision, &picture));
+            }
+        });
+    }
+    for name in ["video.gif", "video.webp", "video.png"] {
+        feed(name, &media(name), inputs(500), |bytes| {
+            if let Ok(frames) = decode_frames(bytes, &limits).and_then(|frames| sample(&frames, 2.0, &limits)) {
+                assert!(!frames.is_empty() && frames.len() <= limits.frames);
+            }
+        });
+    }
+    for name in ["short.wav", "short.flac", "short.mp3", "short.ogg"] {
+        feed(name, &media(name), inputs(500), |bytes| {
+            if let Ok(samples) = decode_sound(bytes, &limits) {
+                assert!(samples.len() <= 16_000 * 10 + 1);
+                assert!(spectrum(&samples, audio.bands as usize).iter().all(|x| x.is_finite()));
+            }
+        });
+    }
 }

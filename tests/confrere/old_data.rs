@@ -74,11 +74,18 @@ fn a_data_directory_of_a_newer_program_is_refused() {
 #[test]
 fn the_manifest_of_the_vectors_is_read_and_written() {
     let vector: Value = serde_json::from_slice(&fs::read(vectors("manifest.json")).expect("readable")).expect("JSON");
-    let hex = vector["version_3"]["bytes"].as_str().expect("a text");
-    let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hex")).collect();
-    let manifest = ModelManifest::from_bytes(&bytes).expect("it is valid");
-    assert_eq!(manifest.to_bytes(), bytes);
-    assert_eq!(json!(manifest.id().to_string()), vector["version_3"]["id"]);
+    let read = |name: &str| {
+        let hex = vector[name]["bytes"].as_str().expect("a text");
+        let bytes: Vec<u8> = (0..hex.len()).step_by(2).map(|at| u8::from_str_radix(&hex[at..at + 2], 16).expect("hex")).collect();
+        let manifest = ModelManifest::from_bytes(&bytes).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert_eq!(manifest.to_bytes(), bytes, "{name}");
+        assert_eq!(json!(manifest.id().to_string()), vector[name]["id"]);
+        manifest
+    };
+    let seeing = read("version_3_towers");
+    let (vision, audio) = (seeing.vision().expect("it sees"), seeing.audio().expect("it hears"));
+    assert_eq!((vision.deepstack.as_slice(), vision.frame_pixels_max, audio.window, audio.end_token), (&[0, 2][..], 8888, 800, 9));
+    let manifest = read("version_3");
     let decoder = manifest.decoder();
     let moe = decoder.moe().expect("it has experts");
     assert_eq!((decoder.layers(), decoder.moe_layers().collect::<Vec<_>>()), (3, vec![1, 2]));

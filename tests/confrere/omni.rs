@@ -6,7 +6,7 @@ use std::sync::Arc;
 use inference::engine::{Engine, Overlay, Piece, Position, Want};
 use inference::media::limits::MediaLimits;
 use inference::media::patches::{of_frames, of_picture};
-use inference::media::picture::decode_picture;
+use inference::media::picture::{decode_frames, decode_picture, sample};
 use inference::media::prompt::{Layout, Medium, Source, lay_out};
 use inference::media::resize::{Picture, resize, target_size};
 use inference::media::sound::decode_sound;
@@ -16,6 +16,7 @@ use inference::tower::TowerRows;
 use inference::tower::audio::{AudioTower, rows_of_frames};
 use inference::tower::vision::{Patches, VisionTower};
 use protocol::Precision;
+use protocol::manifest::PartConfig;
 use protocol::towers::{Audio, Vision};
 use serde_json::Value;
 
@@ -315,4 +316,120 @@ fn pictures_are_resized_bit_for_bit() {
         let planes: Vec<u8> = (0..3).flat_map(|channel| found.rgb.iter().skip(channel).step_by(3).copied().collect::<Vec<_>>()).collect();
         assert!(planes == tensor.bytes, "{name}");
     }
+}
+
+#[test]
+fn every_format_says_the_same() {
+    let original = picture("c_64x64.png");
+    for name in ["c.bmp", "c.webp", "c_rgba.png"] {
+        assert_eq!(picture(name), original, "{name}");
+    }
+    let near = |name: &str, expected: &Picture, most: f32| {
+        let found = picture(name);
+        assert_eq!((found.width, found.height), (expected.width, expected.height), "{name}");
+        let differences = found.rgb.iter().zip(&expected.rgb).map(|(a, b)| f32::from(a.abs_diff(*b)));
+        let mean = differences.sum::<f32>() / expected.rgb.len() as f32;
+        assert!(mean < most, "{name}: {mean} levels");
+    };
+    near("c.jpg", &original, 14.0);
+    near("c_turned.jpg", &original, 14.0);
+    near("c.gif", &original, 12.0);
+    let grey = picture("c_16bit.png");
+    assert!(grey.rgb.chunks_exact(3).all(|pixel| pixel[0] == pixel[1] && pixel[1] == pixel[2]));
+    let limits = MediaLimits::default();
+    for (name, most) in [("video.webp", 4.0), ("video.png", 0.0), ("video.gif", 12.0)] {
+        let read = decode_frames(&media(name), &limits).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let times: Vec<_> = read.iter().map(|frame| frame.seconds).collect();
+        assert_eq!(times, [0.5; 5], "{name}");
+        for (frame, expected) in read.iter().zip(frames()) {
+            let differences = frame.picture.rgb.iter().zip(&expected.rgb).map(|(a, b)| f32::from(a.abs_diff(*b)));
+            let mean = differences.sum::<f32>() / expected.rgb.len() as f32;
+            assert!(mean <= most, "{name}: {mean} levels");
+        }
+        assert_eq!(sample(&read, 2.0, &limits).expect("few frames").len(), 5);
+        assert_eq!(sample(&read, 4.0, &limits).expect("few frames").len(), 10);
+        assert_eq!(sample(&read, 0.1, &limits).expect("few frames").len(), 1);
+    }
+    let original = sound("short.wav");
+    assert_eq!(sound("short.flac"), original);
+    for name in ["short.ogg", "short.mp3", "short_48k_4ch.wav"] {
+        let found = sound(name);
+        let (power, length) =
+            (|x: &[f32]| (x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32).sqrt(), found.len().abs_diff(original.len()));
+        assert!(length < 2500, "{name}: {} samples for {}", found.len(), original.len());
+        assert!((power(&found) / power(&original) - 1.0).abs() < 0.15, "{name}: {} for {}", power(&found), power(&original));
+    }
+}
+
+/// Each limit at its edge.
+#[test]
+fn limits_hold_to_the_last_byte() {
+    let with = |change: fn(&mut MediaLimits, i64), by: i64| {
+        let mut limits = MediaLimits::default();
+        change(&mut limits, by);
+        limits
+    };
+    let png = media("c_64x64.png");
+    for by in [-1, 0, 1] {
+        let bytes = with(|limits, by| limits.bytes = (811 + by) as u64, by);
+        assert_eq!(decode_picture(&png, &bytes).is_ok(), by >= 0, "bytes {by}");
+        let pixels = with(|limits, by| limits.pixels = (64 * 64 + by) as u64, by);
+        assert_eq!(decode_picture(&png, &pixels).is_ok(), by >= 0, "pixels {by}");
+        let video = decode_frames(&media("video.webp"), &MediaLimits::default()).expect("a video");
+        let frames = with(|limits, by| limits.frames = (5 + by) as usize, by);
+        assert_eq!(sample(&video, 2.0, &frames).is_ok(), by >= 0, "frames {by}");
+        let of_video = with(|limits, by| limits.seconds = 2.5 + 0.01 * by as f64, by);
+        assert_eq!(decode_frames(&media("video.webp"), &of_video).is_ok(), by >= 0, "seconds of a video {by}");
+        let of_sound = with(|limits, by| limits.seconds = 2.0 + 0.001 * by as f64, by);
+        assert_eq!(decode_sound(&media("exact.wav"), &of_sound).is_ok(), by >= 0, "seconds of a sound {by}");
+    }
+}
+
+/// What a slip of the hand would do is far beyond the tolerance: a resize that is not rounded between its passes, attention across the windows of
+/// a long sound, positions without fractions.
+#[test]
+fn each_thing_broken_on_purpose_is_noticed() {
+    let omni = Omni::new(Some(Precision::F32));
+    // A vertical pass before the horizontal one: the same picture turned over, resized, and turned back.
+    let turned = |picture: &Picture| {
+        let pixel = |x: usize, y: usize| picture.rgb[3 * (y * picture.width + x)..][..3].to_vec();
+        let rgb = (0..picture.width).flat_map(|x| (0..picture.height).flat_map(move |y| pixel(x, y))).collect();
+        Picture { width: picture.height, height: picture.width, rgb }
+    };
+    let original = picture("b_131x208.png");
+    let (right, wrong) = (resize(&original, 192, 128), turned(&resize(&turned(&original), 128, 192)));
+    let differs = right.rgb.iter().zip(&wrong.rgb).filter(|(a, b)| a != b).count();
+    println!("another order of passes: {differs} of {} bytes differ", right.rgb.len());
+    assert!(differs > 0);
+    let reference = read_safetensors(&vectors("omni/reference/audio_long.safetensors"));
+    let expected = floats(&reference["audio.out"]);
+    let bands = spectrum(&sound("clip_long.wav"), omni.audio_shape.bands as usize);
+    let manifest = Imported::from_dir(&checkpoint(MODEL), Some(Precision::F32)).expect("it imports");
+    let unmasked = {
+        let mut changed = (*manifest.manifest).clone();
+        for part in &mut changed.parts {
+            if let PartConfig::Audio(audio) = &mut part.config {
+                audio.window *= 100;
+            }
+        }
+        AudioTower::load(&changed, &mut manifest.reader()).expect("it loads")
+    };
+    let found = unmasked.run(omni.engine.machine(), &bands, None);
+    let worst = error("unmasked", &found.rows, &expected);
+    println!("windows that see one another: {worst:.1e} standard deviations");
+    assert!(worst > 100.0 * TOLERANCE);
+    let reference = read_safetensors(&vectors("omni/reference/video_fps3.safetensors"));
+    let mut engine = omni.engine;
+    let meta = meta();
+    let text = meta["cases"]["video_fps3"]["text"].as_str().expect("its text");
+    let whole = Omni { engine: manifest.engine(u64::MAX, 1), ..omni };
+    let mut prompt = Prompt::of(&whole, text, &[Shown::Video(3.0, None)], &mut |_, _| {});
+    prompt.layout.positions.iter_mut().for_each(|at| at.time = at.time.floor());
+    let (mut session, layers) = (engine.session(), engine.all_layers());
+    prompt.pass(&mut engine, &mut session, layers, Want::All);
+    let rows = prompt.layout.tokens.len();
+    let logits: Vec<f32> = (rows - 8..rows).flat_map(|row| engine.logits_of(row).to_vec()).collect();
+    let worst = error("whole positions", &logits, &floats(&reference["logits_last8"]));
+    println!("positions in whole numbers: {worst:.1e} standard deviations");
+    assert!(worst > 10.0 * TOLERANCE);
 }

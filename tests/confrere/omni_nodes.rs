@@ -210,7 +210,7 @@ fn refuses_what_is_no_picture(door: &Door, words: &Value) {
         ("a picture of 60,000 × 60,000", image(url("image/bmp", &bitmap(60_000, 60_000))), "the limit is 67108864"),
         ("a picture of 1 × 10,000", image(url("image/bmp", &bitmap(1, 10_000))), "200 times"),
         ("nothing", image(url("image/png", b"")), "empty"),
-        ("a header that lies", sound(&lies), "its header says"),
+        ("a header that lies", sound(&lies), "cannot be read"),
         ("a sound of one sample", sound(&[&wav[..44], &[1, 0]].concat()), "its header says"),
         ("a text", sound(b"hello"), "no sound that is read"),
         ("a picture that moves not", json!({"type": "video_url", "video_url": {"url": url("video/mp4", &png)}}), "no video that is read"),

@@ -14,6 +14,7 @@ const FILES: &[(&str, &str, &[u8])] = &[
     ("style.css", "text/css; charset=utf-8", include_bytes!("dashboard/style.css")),
     ("api.js", SCRIPT, include_bytes!("dashboard/api.js")),
     ("app.js", SCRIPT, include_bytes!("dashboard/app.js")),
+    ("attach.js", SCRIPT, include_bytes!("dashboard/attach.js")),
     ("chart_tools.js", SCRIPT, include_bytes!("dashboard/chart_tools.js")),
     ("chat.js", SCRIPT, include_bytes!("dashboard/chat.js")),
     ("details.js", SCRIPT, include_bytes!("dashboard/details.js")),

@@ -117,6 +117,7 @@ pub fn router(api: Arc<Api>, access: Access) -> Router {
         .route("/health", get(own::health))
         .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(own::openapi))
+        .route("/v1/audio/transcriptions", post(openai::transcriptions))
         .route("/api/node", get(own::node))
         .route("/api/models", get(own::models))
         .route("/api/models/{id}", get(own::model))
@@ -155,7 +156,10 @@ async fn method_not_allowed(request: Request) -> Response {
 async fn with_headers(request: Request, next: Next) -> Response {
     let mut response = next.run(request).await;
     for (name, value) in [
-        (header::CONTENT_SECURITY_POLICY, "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"),
+        (
+            header::CONTENT_SECURITY_POLICY,
+            "default-src 'self'; img-src 'self' blob:; media-src 'self' blob:; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+        ),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
     ] {

@@ -83,4 +83,62 @@ chat = option(blob("template", 100)) + option(None) + option(text("</s>"))
 generation = listed([u32(2), u32(7)]) + listed([text("\nUser:")]) + f32(0.5) + u32(20) + f32(0.75) + f32(1.0)
 manifest = u16(3) + option(blake3(b"parent").digest()) + listed([part]) + option(blob("tokenizer", 1000)) + chat + generation
 
-json.dump({"version_3": {"bytes": manifest.hex(), "id": blake3(manifest).hexdigest()}}, open(sys.argv[1], "w"), indent=1)
+# The same with towers. Numbers of roles: (weight 0, bias 1) go last.
+LAYERS_V, H_V, HEADS_V, W_V, PATCH, SIDE, DEEP = 3, 16, 2, 24, 16, 4, [0, 2]
+LAYERS_A, H_A, HEADS_A, W_A, BANDS, CHANNELS = 2, 12, 3, 20, 16, 4
+towers = []
+
+
+def tower(role, shape, packable=False):
+    rows = shape[0] if len(shape) > 1 else 1
+    columns = 1
+    for side in shape[1:] if len(shape) > 1 else shape:
+        columns *= side
+    precision = 3 if packable else 2
+    towers.append(role + u8(precision) + blob(f"tower {len(towers)}", matrix(precision, rows, columns)))
+
+
+def pair(role, shape, bias, packable=False):
+    tower(role + u32(0), shape, packable)
+    tower(role + u32(1), (bias,))
+
+
+vision_role = lambda *numbers: u32(4) + b"".join(map(u32, numbers))
+pair(vision_role(0), (H_V, 3, 2, PATCH, PATCH), H_V)
+tower(vision_role(1), (SIDE * SIDE, H_V))
+for block in range(LAYERS_V):
+    pair(vision_role(2, block, 0), (H_V,), H_V)
+    pair(vision_role(2, block, 1), (3 * H_V, H_V), 3 * H_V, True)
+    pair(vision_role(2, block, 5), (H_V, H_V), H_V, True)
+    pair(vision_role(2, block, 6), (H_V,), H_V)
+    pair(vision_role(2, block, 7), (W_V, H_V), W_V, True)
+    pair(vision_role(2, block, 8), (H_V, W_V), H_V, True)
+for merger, norm in [((3,), H_V)] + [((4, number), 4 * H_V) for number in range(len(DEEP))]:
+    pair(vision_role(*merger, 0), (norm,), norm)
+    pair(vision_role(*merger, 1), (4 * H_V, 4 * H_V), 4 * H_V, True)
+    pair(vision_role(*merger, 2), (HIDDEN, 4 * H_V), HIDDEN, True)
+numbers = (LAYERS_V, H_V, HEADS_V, W_V, PATCH, 2, 2, SIDE, HIDDEN)
+vision = u32(1) + b"".join(map(u32, numbers)) + listed([u32(n) for n in DEEP]) + b"".join(map(u32, (3, 4, 5, 6, 13, 3136, 9999, 4096, 8888)))
+vision_part = u32(1) + vision + listed(towers) + listed([])
+
+towers = []
+audio_role = lambda *numbers: u32(5) + b"".join(map(u32, numbers))
+for number in range(3):
+    pair(audio_role(0, number), (CHANNELS, 1 if number == 0 else CHANNELS, 3, 3), CHANNELS)
+tower(audio_role(1), (H_A, CHANNELS * BANDS // 8), True)
+for layer in range(LAYERS_A):
+    pair(audio_role(2, layer, 0), (H_A,), H_A)
+    for tensor in (2, 3, 4, 5):
+        pair(audio_role(2, layer, tensor), (H_A, H_A), H_A, True)
+    pair(audio_role(2, layer, 6), (H_A,), H_A)
+    pair(audio_role(2, layer, 7), (W_A, H_A), W_A, True)
+    pair(audio_role(2, layer, 8), (H_A, W_A), H_A, True)
+pair(audio_role(3), (H_A,), H_A)
+pair(audio_role(4), (H_A, H_A), H_A, True)
+pair(audio_role(5), (HIDDEN, H_A), HIDDEN, True)
+numbers = (LAYERS_A, H_A, HEADS_A, W_A, BANDS, CHANNELS, 100, 800, HIDDEN, 7, 8, 9)
+audio_part = u32(2) + u32(2) + b"".join(map(u32, numbers)) + listed(towers) + listed([])
+seeing = u16(3) + option(None) + listed([part, vision_part, audio_part]) + option(blob("tokenizer", 1000)) + chat + generation
+
+known = {"version_3": manifest, "version_3_towers": seeing}
+json.dump({name: {"bytes": bytes_.hex(), "id": blake3(bytes_).hexdigest()} for name, bytes_ in known.items()}, open(sys.argv[1], "w"), indent=1)

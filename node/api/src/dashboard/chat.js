@@ -1,5 +1,6 @@
 /** The chat: a conversation with the model, its answers as they come, and what each needed. */
 
+import { offer, startAttaching, takeParts } from "./attach.js";
 import { ApiError, getJson, readEvents, request } from "./api.js";
 import { byId, element } from "./dom.js";
 import { bytes, count, decimals, milliseconds, number } from "./format.js";
@@ -14,6 +15,8 @@ const NEAR_PX = 40;
 
 let conversation = [];
 let abort = null;
+/** What each model takes. */
+let inputs = new Map();
 
 export function startChat() {
   form.addEventListener("submit", (event) => {
@@ -27,6 +30,8 @@ export function startChat() {
   });
   byId("chat-stop").addEventListener("click", () => abort?.abort());
   byId("chat-new").addEventListener("click", startAnew);
+  byId("chat-model").addEventListener("change", offerInputs);
+  startAttaching();
   showEmpty();
 }
 
@@ -38,7 +43,11 @@ export async function loadModels(loaded) {
   select.replaceChildren(...data.map(({ id }) => element("option", { value: id }, id)));
   const wanted = [before, loaded?.name, loaded?.id].find((id) => data.some((model) => model.id === id));
   if (wanted) select.value = wanted;
+  inputs = new Map(data.map(({ id, modalities }) => [id, modalities?.input ?? []]));
+  offerInputs();
 }
+
+const offerInputs = () => offer(inputs.get(byId("chat-model").value) ?? []);
 
 function startAnew() {
   abort?.abort();
@@ -56,11 +65,13 @@ async function send() {
   const content = text.value.trim();
   if (!content || abort) return;
   if (conversation.length === 0) log.replaceChildren();
-  const asked = { role: "user", content };
+  const { parts, shown } = takeParts();
+  const asked = { role: "user", content: parts.length ? [...parts, { type: "text", text: content }] : content };
   conversation.push(asked);
   text.value = "";
   problem.textContent = "";
   const question = addTurn("You", content);
+  question.lastChild.before(...shown);
   const turn = addTurn(byId("chat-model").value || "Model", "");
   const answer = await receive(conversation, turn);
   if (conversation.at(-1) !== asked) return;

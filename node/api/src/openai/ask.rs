@@ -61,6 +61,28 @@ pub(crate) enum What {
 }
 
 impl Ask {
+    /// A question about one medium.
+    pub(crate) fn about(model: String, medium: GivenMedium, text: String, temperature: f32) -> Self {
+        let content = Content::Parts(vec![ContentPart::Medium(medium.kind), ContentPart::Text(text)]);
+        Self {
+            endpoint: Endpoint::Chat,
+            model,
+            what: What::Conversation(vec![Message { role: Role::User, content }], vec![medium]),
+            tokens_max: None,
+            temperature: Some(temperature),
+            top_p: None,
+            top_k: None,
+            repetition_penalty: None,
+            seed: None,
+            stop: Vec::new(),
+            stream: false,
+            include_usage: false,
+            top_logprobs: None,
+            token_ids: false,
+            user: String::new(),
+        }
+    }
+
     pub(crate) fn parse(endpoint: Endpoint, mut fields: Fields) -> Result<Self, ApiError> {
         let required = |name: &str| ApiError::invalid(format!("{name} is missing")).param(name);
         let model = fields.text("model")?.ok_or_else(|| required("model"))?;

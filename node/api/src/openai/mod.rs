@@ -2,6 +2,9 @@
 
 mod ask;
 mod reply;
+mod transcription;
+
+pub(super) use self::transcription::transcriptions;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,7 +23,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use self::ask::{Ask, Endpoint};
-use self::reply::{Piece, Reply};
+use self::reply::{Piece, PromptTokens, Reply};
 use super::access::Asker;
 use super::body::{BODY_BYTES_MAX, MEDIA_BODY_BYTES_MAX};
 use super::error::ApiError;
@@ -42,8 +45,16 @@ pub(super) async fn model(State(api): State<Arc<Api>>, Path(name): Path<String>)
     Ok(Json(model_json(&api, &found)))
 }
 
+/// What a model takes in.
+fn inputs(found: &LocalModel) -> Vec<&'static str> {
+    let vision = found.manifest.vision().map(|_| ["image", "video"]);
+    let audio = found.manifest.audio().map(|_| "audio");
+    ["text"].into_iter().chain(vision.into_iter().flatten()).chain(audio).collect()
+}
+
 fn model_json(api: &Api, found: &LocalModel) -> Value {
-    json!({"id": found.name, "object": "model", "created": api.started_ms / 1000, "owned_by": found.publisher.to_string(), "root": found.id.to_string()})
+    json!({"id": found.name, "object": "model", "created": api.started_ms / 1000, "owned_by": found.publisher.to_string(), "root": found.id.to_string(),
+           "modalities": {"input": inputs(found), "output": ["text"]}})
 }
 
 pub(super) async fn chat(State(api): State<Arc<Api>>, Extension(asker): Extension<Asker>, request: Request) -> Result<Response, Response> {
@@ -62,7 +73,7 @@ pub(super) async fn completions(
 struct Asked {
     ask: Ask,
     model: Arc<ReadyModel>,
-    prompt_tokens: usize,
+    prompt: PromptTokens,
     events: mpsc::Receiver<AnswerEvent>,
 }
 
@@ -83,10 +94,10 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
         let limits = api.media;
         api.intake.work(move || with_tokens(ask, model, &limits)).await?
     };
-    let prompt_tokens = request.prompt.len();
+    let prompt = PromptTokens::of(&request);
     let mut events = api.generation.ask(&model, &user, request)?;
     if !ask.stream {
-        return whole(Asked { ask, model, prompt_tokens, events }).await;
+        return whole(Asked { ask, model, prompt, events }).await;
     }
     // What fails at once is told by the status, not in the stream.
     let first = match tokio::time::timeout(STATUS_PATIENCE, events.recv()).await {
@@ -95,7 +106,13 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
         Ok(first) => first,
         Err(_) => None,
     };
-    Ok(stream(Asked { ask, model, prompt_tokens, events }, first))
+    Ok(stream(Asked { ask, model, prompt, events }, first))
+}
+
+/// A whole answer, as a value again.
+async fn reply_text(response: Response) -> Result<Value, ApiError> {
+    let bytes = axum::body::to_bytes(response.into_body(), usize::MAX).await;
+    bytes.ok().and_then(|bytes| serde_json::from_slice(&bytes).ok()).ok_or_else(|| ApiError::server("the answer cannot be read"))
 }
 
 /// Whether a model that is here sees or hears: then bodies may be as long as media are.
@@ -109,14 +126,14 @@ fn with_tokens(ask: Ask, model: Arc<ReadyModel>, limits: &MediaLimits) -> Result
 }
 
 async fn whole(asked: Asked) -> Result<Response, ApiError> {
-    let Asked { ask, model, prompt_tokens, mut events } = asked;
+    let Asked { ask, model, prompt, mut events } = asked;
     let mut piece = Piece::default();
     let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
     while let Some(event) = events.recv().await {
         match event {
             AnswerEvent::Step(step) => piece.add(step),
             AnswerEvent::Again => piece = Piece::default(),
-            AnswerEvent::Done(done) => return Ok(Json(reply.whole(&piece, &done, prompt_tokens)).into_response()),
+            AnswerEvent::Done(done) => return Ok(Json(reply.whole(&piece, &done, prompt)).into_response()),
             AnswerEvent::Failed(stopped) => return Err(stopped.into()),
         }
     }
@@ -166,7 +183,7 @@ struct Streaming {
 
 impl Streaming {
     async fn run(&mut self, asked: Asked, first: Option<AnswerEvent>) -> Result<(), Ended> {
-        let Asked { ask, model, prompt_tokens, mut events } = asked;
+        let Asked { ask, model, prompt, mut events } = asked;
         let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
         if let Some(chunk) = reply.first_chunk() {
             self.data(&chunk).await?;
@@ -185,7 +202,7 @@ impl Streaming {
                     self.data(&reply.last_chunk(done.reason)).await?;
                     if ask.include_usage {
                         let tokens = self.sent.iter().filter(|step| step.token.is_some()).count();
-                        self.data(&reply.usage_chunk(&done, prompt_tokens, tokens)).await?;
+                        self.data(&reply.usage_chunk(&done, prompt, tokens)).await?;
                     }
                     return self.say(sse::DONE).await;
                 }

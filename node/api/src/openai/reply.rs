@@ -1,6 +1,7 @@
 //! What a client reads of an answer: the objects of OpenAI's API, whole or in chunks.
 
-use inference::generate::{Step, StopReason};
+use inference::generate::{GenerateRequest, Step, StopReason};
+use inference::media::prompt::Source;
 use inference::sampler::TokenLogprobs;
 use runtime::generation::{Done, ReadyModel};
 use serde_json::{Value, json};
@@ -44,7 +45,7 @@ impl<'a> Reply<'a> {
     }
 
     /// The answer as one object.
-    pub(crate) fn whole(&mut self, piece: &Piece, done: &Done, prompt_tokens: usize) -> Value {
+    pub(crate) fn whole(&mut self, piece: &Piece, done: &Done, prompt: PromptTokens) -> Value {
         let reason = finish_reason(done.reason);
         let mut choice = match self.ask.endpoint {
             Endpoint::Chat => {
@@ -58,8 +59,8 @@ impl<'a> Reply<'a> {
             Endpoint::Completions => "text_completion",
         };
         let mut whole = self.object(object, &[choice]);
-        whole["usage"] = usage(done, prompt_tokens, piece.tokens.len());
-        whole["timings"] = timings(done, prompt_tokens, piece.tokens.len());
+        whole["usage"] = usage(done, prompt, piece.tokens.len());
+        whole["timings"] = timings(done, prompt, piece.tokens.len());
         whole
     }
 
@@ -90,10 +91,10 @@ impl<'a> Reply<'a> {
     }
 
     /// The chunk with the figures.
-    pub(crate) fn usage_chunk(&self, done: &Done, prompt_tokens: usize, tokens: usize) -> Value {
+    pub(crate) fn usage_chunk(&self, done: &Done, prompt: PromptTokens, tokens: usize) -> Value {
         let mut chunk = self.object(self.chunk_object(), &[]);
-        chunk["usage"] = usage(done, prompt_tokens, tokens);
-        chunk["timings"] = timings(done, prompt_tokens, tokens);
+        chunk["usage"] = usage(done, prompt, tokens);
+        chunk["timings"] = timings(done, prompt, tokens);
         chunk
     }
 
@@ -181,20 +182,36 @@ fn finish_reason(reason: StopReason) -> &'static str {
     }
 }
 
-fn usage(done: &Done, prompt_tokens: usize, tokens: usize) -> Value {
+/// Tokens of a prompt, and those of them that keep the places of what is heard and seen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct PromptTokens {
+    all: usize,
+    heard: usize,
+    seen: usize,
+}
+
+impl PromptTokens {
+    pub(crate) fn of(request: &GenerateRequest) -> Self {
+        let runs = request.media.iter().flat_map(|media| &media.runs);
+        let count = |source: Source| runs.clone().filter(|run| run.source == source).map(|run| run.rows.len()).sum();
+        Self { all: request.prompt.len(), heard: count(Source::Audio), seen: count(Source::Vision) }
+    }
+}
+
+fn usage(done: &Done, prompt: PromptTokens, tokens: usize) -> Value {
     let first = done.experts.first;
     let peers: Vec<_> = done.experts.peers.iter().map(ToString::to_string).collect();
     json!({
-        "prompt_tokens": prompt_tokens, "completion_tokens": tokens, "total_tokens": prompt_tokens + tokens,
-        "prompt_tokens_details": {"cached_tokens": done.cached, "audio_tokens": 0},
+        "prompt_tokens": prompt.all, "completion_tokens": tokens, "total_tokens": prompt.all + tokens,
+        "prompt_tokens_details": {"cached_tokens": done.cached, "audio_tokens": prompt.heard, "x_vision_tokens": prompt.seen},
         "x_experts": {"needed": first.all(), "ram": first.ram, "disk": first.disk, "remote": first.remote, "fetched": first.fetched,
                       "bytes_fetched": done.bytes_fetched, "peers": peers},
     })
 }
 
-fn timings(done: &Done, prompt_tokens: usize, tokens: usize) -> Value {
+fn timings(done: &Done, prompt: PromptTokens, tokens: usize) -> Value {
     let (prefill, decode) = (done.prefill.as_secs_f64(), done.decode.as_secs_f64());
-    let taken_in = prompt_tokens - done.cached;
+    let taken_in = prompt.all - done.cached;
     let rate = |count: usize, seconds: f64| if seconds > 0.0 { count as f64 / seconds } else { 0.0 };
     json!({
         "cache_n": done.cached, "prompt_n": taken_in, "prompt_ms": prefill * 1e3, "prompt_per_second": rate(taken_in, prefill),
