@@ -7,22 +7,21 @@ pub mod header;
 pub mod import;
 pub mod names;
 mod python_json;
+mod safetensors;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt;
-use std::fs::File;
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::io;
+use std::path::Path;
 
 use memmap2::Mmap;
-use protocol::manifest::{GenerationDefaults, PartConfig, SIDE_FILE_BYTES_MAX};
+use protocol::manifest::{GenerationDefaults, PartConfig};
 use protocol::plain_text::{LINES_MAX, plain_line};
 use protocol::{Decoder, ExpertSlot, PartKind, Precision};
 use serde_json::Value;
 
 use families::{Family, ParsedConfig, Preprocessors, parse_config};
-use generation::parse_generation;
-use header::{TensorEntry, read_header};
+use header::TensorEntry;
 use names::{Names, Projection, Role};
 
 /// One thing that is wrong with a checkpoint.
@@ -102,6 +101,35 @@ impl fmt::Display for Problems {
     }
 }
 
+/// A checkpoint as it was read: what a maker of any file format hands on.
+struct CheckpointReader {
+    /// As `config.json` has it.
+    config: Value,
+    preprocessors: Preprocessors,
+    generation: GenerationDefaults,
+    /// `tokenizer.json`, or what it would be; else why there is none, if there is something.
+    tokenizer: Result<Vec<u8>, Option<String>>,
+    chat_template: Option<String>,
+    bos_token: Option<String>,
+    eos_token: Option<String>,
+    tensors: Vec<FoundTensor>,
+    /// What is wrong with the files.
+    problems: Problems,
+    /// Tensors that are there and cannot be read.
+    unreadable: BTreeSet<String>,
+    files: Vec<Mmap>,
+    /// Whether every file that should be there is.
+    all_files: bool,
+}
+
+/// A tensor of a file.
+struct FoundTensor {
+    name: String,
+    entry: TensorEntry,
+    /// Of the files.
+    file: usize,
+}
+
 /// A tensor's bytes, in the map of its shard.
 #[derive(Clone, Debug)]
 pub struct TensorSource {
@@ -165,57 +193,36 @@ pub struct Checkpoint {
 impl Checkpoint {
     /// Opens the checkpoint in `dir` and checks names, shapes, number formats and places of all tensors.
     pub fn open(dir: &Path) -> Result<Self, CheckpointError> {
-        let required = |name: &str| read_json(dir, name)?.ok_or_else(|| not_found(&dir.join(name)));
-        let json = required("config.json")?;
-        let preprocessors = Preprocessors {
-            pictures: read_json(dir, "preprocessor_config.json")?.unwrap_or(Value::Null),
-            videos: read_json(dir, "video_preprocessor_config.json")?.unwrap_or(Value::Null),
-        };
-        let ParsedConfig { parts, family } = parse_config(&json, &preprocessors).map_err(|problem| refused("config.json", &problem.0))?;
-        let generation = read_json(dir, "generation_config.json")?.unwrap_or(Value::Null);
-        let tokenizer_config = read_json(dir, "tokenizer_config.json")?.unwrap_or(Value::Null);
-        let chat_template = match read_side_file(dir, "chat_template.jinja")? {
-            Some(bytes) => Some(String::from_utf8(bytes).map_err(|_| refused("chat_template.jinja", "is not UTF-8"))?),
-            None => match chat_template(&tokenizer_config) {
-                Some(template) => Some(template),
-                None => chat_template(&read_json(dir, "chat_template.json")?.unwrap_or(Value::Null)),
-            },
-        };
-        let shard_list = shard_list(dir)?;
-        check_size(&parts, &shard_list)?;
-        let mut collected = Collector::new(parts, family);
-        let mut shards = Vec::new();
-        for (path, expected) in shard_list {
-            let file = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-            let map = match map_file(&path) {
-                Ok(map) => map,
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    collected.problem(&file, "the index names this file, and it is not there");
-                    continue;
-                }
-                Err(source) => return Err(CheckpointError::Io { path: path.display().to_string(), source }),
-            };
-            collected.shard(&file, shards.len(), &map, expected.as_ref());
-            shards.push(map);
+        Self::of(safetensors::open(dir)?)
+    }
+
+    /// Sorts what was read by what it is for, whoever read it.
+    fn of(reader: CheckpointReader) -> Result<Self, CheckpointError> {
+        let CheckpointReader {
+            config,
+            preprocessors,
+            generation,
+            tokenizer,
+            chat_template,
+            bos_token,
+            eos_token,
+            tensors,
+            problems,
+            unreadable,
+            files,
+            all_files,
+        } = reader;
+        let ParsedConfig { parts, family } = parse_config(&config, &preprocessors).map_err(|problem| refused("config.json", &problem.0))?;
+        if all_files {
+            check_size(&parts, files.iter().map(|file| file.len() as u64).sum())?;
+        }
+        let mut collected = Collector::new(parts, family, problems, unreadable);
+        for FoundTensor { name, entry, file } in &tensors {
+            collected.tensor(name, entry, *file);
         }
         let (parts, skipped, tied_head) = collected.finish()?;
-        let eos_token = special_token(&tokenizer_config["eos_token"]);
-        let mut generation = parse_generation(&json, &generation);
-        let of_tokenizer = eos_token.as_deref().and_then(|token| added_token_id(&tokenizer_config, token));
-        generation.eos_token_ids.extend(of_tokenizer.filter(|id| !generation.eos_token_ids.contains(id)));
-        let (tokenizer, unread_tokenizer) = tokenizer(dir, &tokenizer_config)?;
-        Ok(Self {
-            generation,
-            parts,
-            tokenizer,
-            unread_tokenizer,
-            chat_template,
-            bos_token: special_token(&tokenizer_config["bos_token"]),
-            eos_token,
-            skipped,
-            tied_head,
-            shards,
-        })
+        let (tokenizer, unread_tokenizer) = tokenizer.map_or_else(|why| (None, why), |bytes| (Some(bytes), None));
+        Ok(Self { generation, parts, tokenizer, unread_tokenizer, chat_template, bos_token, eos_token, skipped, tied_head, shards: files })
     }
 
     /// A tensor's bytes, from the map.
@@ -239,7 +246,8 @@ struct Collector {
     tied_head: Option<TensorSource>,
     skipped: BTreeMap<&'static str, (usize, u64)>,
     problems: Problems,
-    seen: HashMap<String, String>, // tensor to file
+    /// Names that are there, readable or not.
+    seen: BTreeSet<String>,
 }
 
 /// A part in the making.
@@ -252,7 +260,7 @@ struct Collecting {
 type Collected = (Vec<PartTensors>, BTreeMap<&'static str, (usize, u64)>, Option<TensorSource>);
 
 impl Collector {
-    fn new(parts: Vec<PartConfig>, family: &'static Family) -> Self {
+    fn new(parts: Vec<PartConfig>, family: &'static Family, problems: Problems, unreadable: BTreeSet<String>) -> Self {
         let names = Names::new(&parts, family);
         let collecting = |config: PartConfig| {
             let shapes: Vec<_> = config.tensors().into_iter().map(|spec| (spec.role.to_string(), spec.shape)).collect();
@@ -264,8 +272,8 @@ impl Collector {
             experts: HashMap::new(),
             tied_head: None,
             skipped: BTreeMap::new(),
-            problems: Problems::default(),
-            seen: HashMap::new(),
+            problems,
+            seen: unreadable,
         }
     }
 
@@ -279,38 +287,8 @@ impl Collector {
         self.problems.add(subject, what.as_ref());
     }
 
-    /// Takes in one shard; `expected` are the tensors that the index says it has.
-    fn shard(&mut self, file: &str, shard: usize, map: &[u8], expected: Option<&BTreeSet<String>>) {
-        let tensors = match read_header(map) {
-            Ok(tensors) => tensors,
-            Err(problems) => {
-                for problem in problems {
-                    match problem.tensor {
-                        Some(tensor) => self.problem(&tensor, format!("{} (in {file})", problem.what)),
-                        None => self.problem(file, problem.what),
-                    }
-                }
-                // Its tensors are not missing, they are unreadable: said once, above.
-                let lost: Vec<_> = expected.into_iter().flatten().cloned().collect();
-                lost.into_iter().for_each(|name| drop(self.seen.insert(name, file.to_owned())));
-                return;
-            }
-        };
-        for name in expected.into_iter().flatten().filter(|name| !tensors.contains_key(*name)) {
-            self.problem(name, format!("the index places it in {file}, which does not have it"));
-        }
-        for (name, entry) in &tensors {
-            if expected.is_some_and(|expected| !expected.contains(name)) {
-                self.problem(name, format!("{file} has it, the index does not say so"));
-            } else if let Some(first) = self.seen.insert(name.clone(), file.to_owned()) {
-                self.problem(name, format!("stands in {first} and again in {file}"));
-            } else {
-                self.tensor(name, entry, shard);
-            }
-        }
-    }
-
     fn tensor(&mut self, name: &str, entry: &TensorEntry, shard: usize) {
+        self.seen.insert(name.to_owned());
         let role = self.names.role(name);
         let sides = |kind: PartKind| {
             let decoder = self.decoder(kind);
@@ -386,7 +364,7 @@ impl Collector {
     /// Lists what is missing; returns everything in a manifest's order when nothing is wrong.
     fn finish(mut self) -> Result<Collected, CheckpointError> {
         // Those that are there, unreadable or refused for another reason, are not missing.
-        let seen: BTreeSet<_> = self.seen.keys().filter_map(|name| self.names.usual(name)).collect();
+        let seen: BTreeSet<_> = self.seen.iter().filter_map(|name| self.names.usual(name)).collect();
         let mut problems = std::mem::take(&mut self.problems);
         let mut parts = Vec::new();
         for Collecting { config, shapes, trunk } in self.parts {
@@ -433,33 +411,9 @@ impl Collector {
     }
 }
 
-/// A shard's path and the tensors that the index places in it.
-type Shard = (PathBuf, Option<BTreeSet<String>>);
-
-/// The shards in order, each with the tensors that the index places in it; without an index there is one file.
-fn shard_list(dir: &Path) -> Result<Vec<Shard>, CheckpointError> {
-    const INDEX: &str = "model.safetensors.index.json";
-    let Some(index) = read_json(dir, INDEX)? else {
-        let single = dir.join("model.safetensors");
-        return if single.exists() { Ok(vec![(single, None)]) } else { Err(not_found(&dir.join(INDEX))) };
-    };
-    let map = index["weight_map"].as_object().ok_or_else(|| refused(INDEX, "has no weight_map"))?;
-    let mut shards: BTreeMap<&str, BTreeSet<String>> = BTreeMap::new();
-    for (tensor, file) in map {
-        let file = file.as_str().unwrap_or("");
-        // A name from a file is a name, never a path.
-        if file.is_empty() || file.contains(['/', '\\', '\0']) || file.starts_with('.') {
-            return Err(refused(INDEX, &format!("places {tensor} in {file:?}, which is not the name of a file beside it")));
-        }
-        shards.entry(file).or_default().insert(tensor.clone());
-    }
-    Ok(shards.into_iter().map(|(file, tensors)| (dir.join(file), Some(tensors))).collect())
-}
-
-/// Refuses a configuration of more tensors than the shards' bytes can hold, before each of them is looked for.
-fn check_size(parts: &[PartConfig], shards: &[Shard]) -> Result<(), CheckpointError> {
+/// Refuses a configuration of more tensors than the files' bytes can hold, before each of them is looked for.
+fn check_size(parts: &[PartConfig], here: u64) -> Result<(), CheckpointError> {
     const MATRICES: u64 = 3;
-    let here: u64 = shards.iter().filter_map(|(path, _)| path.metadata().ok()).map(|file| file.len()).sum();
     let (mut experts, mut needed) = (0, 0_u64);
     for decoder in parts.iter().filter_map(PartConfig::decoder) {
         let count = u64::from(decoder.experts()) * decoder.moe_layers().count() as u64;
@@ -468,81 +422,11 @@ fn check_size(parts: &[PartConfig], shards: &[Shard]) -> Result<(), CheckpointEr
         let one = MATRICES * (shape.hidden_size * shape.intermediate_size) as u64 / 2;
         (experts, needed) = (experts + count, needed.saturating_add(count.saturating_mul(one)));
     }
-    let missing = shards.iter().any(|(path, _)| !path.exists());
-    if !missing && needed > here {
+    if needed > here {
         let what = format!("{experts} experts of this configuration take {needed} bytes or more; the files have {here}");
         return Err(refused("config.json", &what));
     }
     Ok(())
-}
-
-fn map_file(path: &Path) -> io::Result<Mmap> {
-    let file = File::open(path)?;
-    // SAFETY: the map is only read. A file that shrinks meanwhile ends the import by a signal; nothing in the store
-    // depends on it, and repeated, the import starts from what is there then.
-    #[expect(unsafe_code, reason = "mapping a file is unsafe because others may change it")]
-    unsafe {
-        Mmap::map(&file)
-    }
-}
-
-fn read_side_file(dir: &Path, name: &str) -> Result<Option<Vec<u8>>, CheckpointError> {
-    let path = dir.join(name);
-    let failed = |source| CheckpointError::Io { path: path.display().to_string(), source };
-    let file = match File::open(&path) {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound && dir.is_dir() => return Ok(None),
-        Err(source) => return Err(failed(source)),
-    };
-    let mut bytes = Vec::new();
-    file.take(SIDE_FILE_BYTES_MAX + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > SIDE_FILE_BYTES_MAX {
-        return Err(refused(name, &format!("is longer than {SIDE_FILE_BYTES_MAX} bytes")));
-    }
-    Ok(Some(bytes))
-}
-
-fn read_json(dir: &Path, name: &str) -> Result<Option<Value>, CheckpointError> {
-    let Some(bytes) = read_side_file(dir, name)? else { return Ok(None) };
-    python_json::parse(&bytes).map(Some).map_err(|error| refused(name, &format!("is not valid JSON: {error}")))
-}
-
-/// The tokenizer: as `tokenizer.json` has it, or made of the files in which older libraries keep it; else why what there is cannot be read.
-fn tokenizer(dir: &Path, tokenizer_config: &Value) -> Result<(Option<Vec<u8>>, Option<String>), CheckpointError> {
-    if let Some(bytes) = read_side_file(dir, "tokenizer.json")? {
-        return Ok((Some(python_json::without_mark(&bytes).to_vec()), None));
-    }
-    match (read_side_file(dir, "vocab.json")?, read_side_file(dir, "merges.txt")?) {
-        (Some(vocab), Some(merges)) => {
-            let made = byte_level_bpe::tokenizer_json(&vocab, &merges, tokenizer_config);
-            Ok(made.map_or_else(|why| (None, Some(why)), |bytes| (Some(bytes), None)))
-        }
-        (Some(_), None) => Ok((None, Some("vocab.json is there, and merges.txt and tokenizer.json are not".to_owned()))),
-        (None, Some(_)) => Ok((None, Some("merges.txt is there, and vocab.json and tokenizer.json are not".to_owned()))),
-        (None, None) => {
-            let other =
-                ["tokenizer.model", "spiece.model", "tekken.json", "tiktoken.model"].into_iter().find(|name| dir.join(name).exists());
-            Ok((None, other.map(|name| format!("the tokenizer is in {name}, which is not read, and tokenizer.json is not there"))))
-        }
-    }
-}
-
-/// The template in `tokenizer_config.json`: one text, or a list of named ones of which we take the default.
-fn chat_template(tokenizer_config: &Value) -> Option<String> {
-    let template = &tokenizer_config["chat_template"];
-    let named = || template.as_array()?.iter().find(|t| t["name"] == "default")?["template"].as_str();
-    template.as_str().or_else(named).map(str::to_owned)
-}
-
-/// A special token stands as a text or as an object around it.
-fn special_token(value: &Value) -> Option<String> {
-    value.as_str().or_else(|| value["content"].as_str()).filter(|text| !text.is_empty()).map(str::to_owned)
-}
-
-/// The id of a token that `tokenizer_config.json` lists.
-fn added_token_id(tokenizer_config: &Value, token: &str) -> Option<u32> {
-    let added = tokenizer_config["added_tokens_decoder"].as_object()?;
-    added.iter().find(|(_, entry)| entry["content"] == token).and_then(|(id, _)| id.parse().ok())
 }
 
 fn refused(subject: &str, what: &str) -> CheckpointError {
