@@ -47,6 +47,7 @@ async function visit(label, options) {
   const { page, complaints, close } = await open(options);
   await check(label, async () => {
     await chat(page, label);
+    if (await page.isVisible("#chat-attach")) await attaching(page, label);
     await page.screenshot({ path: join(out, `${label}-top.png`) });
     await page.screenshot({ path: join(out, `${label}.png`), fullPage: true });
     await views(page, label);
@@ -104,6 +105,27 @@ async function chat(page, label) {
   expect(/tokens? .*tokens\/s · first after .* experts? needed: /.test(note), `${label}: ${note}`);
   await mapIsDrawn(page);
   expect(await inks(page) > 3, `${label}: the map has colours`);
+}
+
+/** Asks about a picture and a sound, by keyboard where a file need not be chosen; what was attached is shown, and can be taken back. */
+async function attaching(page, label) {
+  const media = process.env.MEDIA;
+  const before = await page.locator("#chat-log article").count();
+  await page.setInputFiles("#chat-file", ["c_64x64.png", "short.wav", "a_75x53.png"].map((name) => join(media, name)));
+  await page.waitForFunction(() => document.querySelectorAll("#chat-attached li").length === 3);
+  await page.locator("#chat-form").screenshot({ path: join(out, `${label}-attached.png`) });
+  await accessible(page, `${label}, files attached`);
+  await page.locator("#chat-attached li:last-child button").focus();
+  await page.keyboard.press("Enter");
+  expect((await page.locator("#chat-attached li").count()) === 2, `${label}: an attachment is taken back`);
+  await page.fill("#chat-text", "What is it?");
+  await page.press("#chat-text", "Enter");
+  await page.waitForFunction((count) => document.querySelectorAll("#chat-log .note").length > count / 2, before, { timeout: 60_000 });
+  const problem = await page.textContent("#chat-error");
+  expect(problem === "", `${label}: about a picture and a sound ${problem}`);
+  const shown = page.locator("#chat-log article").nth(before);
+  expect((await shown.locator("img").count()) === 1 && (await shown.locator("audio").count()) === 1, `${label}: what was asked about is shown`);
+  await page.locator("#chat").screenshot({ path: join(out, `${label}-pictures.png`) });
 }
 
 /** How many colours the map has. */

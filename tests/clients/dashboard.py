@@ -1,4 +1,5 @@
-"""The dashboard in a browser, against real nodes: one that fetches the shipped model's experts from another, and one with 6,144 experts.
+"""The dashboard in a browser, against real nodes: one that fetches the shipped model's experts from another, one with 6,144 experts, and one whose
+model sees and hears.
 
 usage: dashboard.py DASHBOARD_MJS OUTPUT_DIR   leaves screenshots in OUTPUT_DIR; SYNTHETIC names `synthetic_checkpoint`
 """
@@ -17,7 +18,7 @@ SYNTHETIC = os.environ.get("SYNTHETIC", str(Path(nodes.BINARY).with_name("synthe
 def look(script, url, out):
     """Runs the browser's checks; whether all hold."""
     print(f"-- {out.name}", flush=True)
-    return subprocess.run(["node", script, url, out], env=nodes.clean_environment()).returncode == 0
+    return subprocess.run(["node", script, url, out], env=nodes.clean_environment(MEDIA=str(nodes.MEDIA))).returncode == 0
 
 
 def of_two_nodes(script, out):
@@ -46,9 +47,15 @@ def of_many_experts(script, out):
             return look(script, serving.url, out / "6144-experts")
 
 
+def of_eyes_and_ears(script, out):
+    """A tiny Qwen3-Omni."""
+    with nodes.node_with("omni") as node, node.serve("--model", "omni") as serving:
+        return look(script, serving.url, out / "omni")
+
+
 def main():
     script, out = sys.argv[1], Path(sys.argv[2])
-    held = [of_two_nodes(script, out), of_many_experts(script, out)]
+    held = [of_two_nodes(script, out), of_many_experts(script, out), of_eyes_and_ears(script, out)]
     print(f"dashboard: {sum(held)} passed, {len(held) - sum(held)} failed")
     sys.exit(0 if all(held) else 1)
 

@@ -24,6 +24,8 @@ import httpx
 ROOT = Path(__file__).resolve().parents[2]
 BINARY = os.environ.get("CONFRERE", str(ROOT / "target/release/confrere"))
 CHECKPOINT = ROOT / "models/confrere-18m"
+OMNI = ROOT / "tests/vectors/checkpoints/tiny-qwen3-omni-full"
+MEDIA = ROOT / "tests/vectors/omni/media"
 LONG_CONTEXT = 8192
 ROOMY = ["--kv-tokens", str(16 * LONG_CONTEXT)]  # for serve, so that 16 long answers fit at a time
 NEVER = 8191  # a token that the model does not choose by itself
@@ -54,9 +56,9 @@ class Node:
         return ended.stdout
 
     def add(self, name, precision="q8"):
-        """Imports the shipped checkpoint as `tiny`, or as `long` (see above)."""
+        """Imports the shipped checkpoint as `tiny`, or as `long` (see above), or a tiny Qwen3-Omni as `omni`."""
         with tempfile.TemporaryDirectory() as scratch:
-            path = long_checkpoint(Path(scratch)) if name == "long" else CHECKPOINT
+            path = long_checkpoint(Path(scratch)) if name == "long" else OMNI if name == "omni" else CHECKPOINT
             return self.command("--quiet", "import", path, "--name", name, "--precision", precision).strip()
 
     def run(self, prompt, *args, model="tiny"):

@@ -71,7 +71,7 @@ pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -
     let json = reading(&api, move |api| {
         let mut map = map_json(&api.library.open, &found)?;
         let mut usage = api.library.open.dir.usage(found.id)?;
-        usage.resize(found.manifest.experts_count(), 0);
+        usage.resize(found.manifest.text().experts.len(), 0);
         map["place"] = json!(places(api, &found, &holders));
         map["holders"] = holders.iter().map(Vec::len).collect();
         map["uses"] = json!(usage);
@@ -94,12 +94,12 @@ pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> 
             NOWHERE
         }
     };
-    found.manifest.expert_blobs().enumerate().map(place).collect()
+    found.manifest.text().experts.iter().map(|expert| expert.blob).enumerate().map(place).collect()
 }
 
 /// Who has each expert of a model, as peers said lately.
 pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
-    let count = found.manifest.experts_count();
+    let count = found.manifest.text().experts.len();
     if api.network.peers.borrow().connected.is_empty() {
         return Arc::new(vec![Vec::new(); count]);
     }
@@ -108,7 +108,7 @@ pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
     let ask = async move {
         let mut fetcher = Fetcher::new(network, timeout, Arc::default());
         fetcher.follow(&manifest);
-        let holders = fetcher.holders(id, &manifest.expert_blobs().collect::<Vec<_>>()).await.ok()?;
+        let holders = fetcher.holders(id, &manifest.text().experts.iter().map(|expert| expert.blob).collect::<Vec<_>>()).await.ok()?;
         Some((id, Arc::new(holders)))
     };
     let known = api.holders.0.get(HOLDERS_AGE_MAX, |(of, _)| *of == id, ask).await;
@@ -124,7 +124,7 @@ pub(super) async fn one(
     let found = model_or_default(&api, asked(query)?.model.as_deref())?;
     let slot = ExpertSlot::text(layer, expert);
     check_layer(&found, Some(layer)).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
-    let numbered = (0..).zip(found.manifest.experts()).find(|(_, (known, _))| *known == slot);
+    let numbered = (0..).zip(found.manifest.text().placed_experts()).find(|(_, (known, _))| *known == slot);
     let missing = || ApiError::not_found("not_found", format!("layer {layer} of {} has no expert {expert}", found.name));
     let (number, (_, packed)): (usize, _) = numbered.ok_or_else(missing)?;
     let holders = holders(&api, &found).await;

@@ -133,7 +133,7 @@ pub fn collect(
     claims.clock_offset_ms = network.records.lock().clock_offset_ms();
     claims.domains.sort();
     claims.domains.dedup();
-    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let slots: Vec<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     let mut bodies: HashMap<(BlobRef, ContentHash), Result<ProfileBody, BadBody>> = HashMap::new();
     let began = instant();
     for head in trusted_first(network, found, of) {

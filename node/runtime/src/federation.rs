@@ -459,8 +459,7 @@ pub fn other_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
 
 /// The experts that make text, with the names that errors give them.
 pub fn expert_parts(manifest: &ModelManifest) -> Vec<(BlobRef, String)> {
-    let experts = manifest.experts().filter(|(slot, _)| slot.part == PartKind::Text);
-    experts.map(|(slot, expert)| (expert.blob, slot.to_string())).collect()
+    manifest.text().placed_experts().map(|(slot, expert)| (expert.blob, slot.to_string())).collect()
 }
 
 pub fn no_peer(what: &str) -> Failure {

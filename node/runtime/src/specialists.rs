@@ -13,7 +13,7 @@ use crate::data_dir::{LocalModel, OpenDataDir};
 pub fn own_body(open: &OpenDataDir, found: &LocalModel) -> Result<Option<ProfileBody>, Failure> {
     let Some(profile) = open.dir.profile(found.id)? else { return Ok(None) };
     let Some(bytes) = open.store.read(&profile.body.hash, now_ms())? else { return Ok(None) };
-    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let slots: Vec<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     let body = ProfileBody::from_bytes(&bytes, (found.id, profile.probes), &slots);
     body.map(Some).map_err(|error| Failure::new(Kind::Integrity, error.to_string()).about(format_args!("profile of {}", found.name)))
 }
@@ -58,7 +58,7 @@ pub fn domain_json(open: &OpenDataDir, found: &LocalModel, domain: &str, layer: 
     let body = own_body(open, found)?.ok_or_else(|| no_profile(&found.name))?;
     let number = domain_of(&body, domain)?;
     check_layer(found, layer)?;
-    let experts: Vec<_> = found.manifest.experts().collect();
+    let experts: Vec<_> = found.manifest.text().placed_experts().collect();
     let rows: Vec<_> =
         ranking(&body, number).into_iter().filter(|one| layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
     let usage = open.dir.usage(found.id)?;
@@ -102,7 +102,7 @@ pub fn map_json(open: &OpenDataDir, found: &LocalModel) -> Result<Value, Failure
     let decoder = found.manifest.decoder();
     let (names, (leading, lift)) = match own_body(open, found)? {
         Some(body) => (body.domains.iter().map(|domain| domain.name.clone()).collect(), leading_domains(&body)),
-        None => (Vec::new(), (vec![-1; found.manifest.experts_count()], vec![0.0; found.manifest.experts_count()])),
+        None => (Vec::new(), (vec![-1; found.manifest.text().experts.len()], vec![0.0; found.manifest.text().experts.len()])),
     };
     Ok(json!({
         "model": found.id.to_string(), "name": found.name, "layers": decoder.moe_layers().collect::<Vec<_>>(),

@@ -399,7 +399,7 @@ impl ModelManifest {
 
     /// Every place that holds an expert, by part, by layer, then by expert, and the expert.
     pub fn experts(&self) -> impl Iterator<Item = (ExpertSlot, PackedBlob)> + '_ {
-        self.parts.iter().flat_map(|part| part.slots().zip(part.experts.iter().copied()))
+        self.parts.iter().flat_map(Part::placed_experts)
     }
 
     /// Every blob that belongs to the trunk: its tensors, the tokenizer and the chat template.
@@ -507,6 +507,11 @@ impl Part {
     /// Every place that holds an expert, by layer, then by expert.
     pub fn slots(&self) -> impl Iterator<Item = ExpertSlot> + '_ {
         self.config.slots()
+    }
+
+    /// The experts with their places, by layer, then by expert.
+    pub fn placed_experts(&self) -> impl Iterator<Item = (ExpertSlot, PackedBlob)> + '_ {
+        self.slots().zip(self.experts.iter().copied())
     }
 
     /// The shape of an expert of a number format.

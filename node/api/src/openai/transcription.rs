@@ -6,8 +6,11 @@ use axum::extract::multipart::{Field, Multipart};
 use axum::extract::{Extension, FromRequest as _, Request, State};
 use axum::response::{IntoResponse as _, Response};
 use inference::chat::MediumKind;
+use inference::media::limits::MediaError;
+use inference::media::sound::decode_sound;
+use inference::media::spectrum::SAMPLE_RATE;
 use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSource};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::ask::Ask;
 use super::{answer_to, reply_text};
@@ -64,16 +67,33 @@ pub(crate) async fn transcriptions(
         (None, Some(language)) => format!("{PROMPT} The language is {language}."),
         (None, None) => PROMPT.to_owned(),
     };
+    let (file, seconds) = {
+        let limits = api.media;
+        let read = move || {
+            let wrong = |error: MediaError| ApiError::invalid(format!("file: {error}")).param("file");
+            let samples = decode_sound(&file, &limits).map_err(wrong)?;
+            Ok((file, samples.len() as f64 / f64::from(SAMPLE_RATE)))
+        };
+        api.intake.work(read).await?
+    };
     let sound =
         GivenMedium { kind: MediumKind::Audio, name: "file".to_owned(), source: MediaSource::Bytes(file), fps: FPS_DEFAULT, sound: None };
     let ask = Ask::about(model, sound, asked, form.temperature.unwrap_or(0.0));
     let answer = reply_text(answer_to(api, asker, ask).await?).await?;
     let text = answer["choices"][0]["message"]["content"].as_str().unwrap_or_default().trim().to_owned();
+    let count = |name: &str| answer["usage"][name].as_u64().unwrap_or(0);
+    let (all, heard) = (count("prompt_tokens"), answer["usage"]["prompt_tokens_details"]["audio_tokens"].as_u64().unwrap_or(0));
+    let usage = json!({
+        "type": "tokens", "input_tokens": all, "output_tokens": count("completion_tokens"), "total_tokens": count("total_tokens"),
+        "input_token_details": {"audio_tokens": heard, "text_tokens": all - heard},
+    });
     Ok(match format {
         Format::Text => text.into_response(),
-        Format::Json => json_response(json!({"text": text, "usage": answer["usage"]})),
-        Format::Verbose => json_response(json!({"task": "transcribe", "language": form.language, "text": text, "duration": Value::Null,
-                                                "segments": [], "usage": answer["usage"]})),
+        Format::Json => json_response(json!({"text": text, "usage": usage})),
+        Format::Verbose => json_response(json!({
+            "task": "transcribe", "language": form.language.unwrap_or_default(), "duration": seconds, "text": text, "segments": [],
+            "usage": {"type": "duration", "seconds": seconds.ceil()},
+        })),
     })
 }
 

@@ -241,7 +241,7 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     let mut loaded = federation.load(&open, &found, context.memory_max, options)?;
     let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
     let tokenizer = loaded.text.tokenizer.as_ref().ok_or_else(missing)?;
-    let slots: BTreeSet<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let slots: BTreeSet<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     if let Some(slot) = args.without.iter().find(|slot| !slots.contains(slot)) {
         return Err(Failure::new(Kind::Usage, format!("{} has no {slot}", found.name)));
     }

@@ -144,7 +144,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
         return Err(Failure::new(Kind::NoPeers, "no peer answers"));
     }
     check_claims(context, args, (&open, &found), &federation, &network, domain, &mut claims)?;
-    let experts: Vec<_> = found.manifest.experts().collect();
+    let experts: Vec<_> = found.manifest.text().placed_experts().collect();
     let rows: Vec<_> =
         claims.ranking(domain).into_iter().filter(|(one, _)| args.layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
     if rows.is_empty() {
@@ -245,7 +245,7 @@ fn check_claims(
         return Ok(());
     }
     let tools = (&measuring.profiler, &mut measuring.loaded.engine);
-    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let slots: Vec<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     let among = |expert: usize| args.layer.is_none_or(|layer| slots[expert].layer == layer);
     let sample = Sample { domain: number, experts: SAMPLE, of: args.top as usize, among: &among };
     claims.check(network, tools, measuring.build_profile, &sample, began + args.check)?;
@@ -310,7 +310,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
         return Err(Failure::new(Kind::Usage, "the text is empty"));
     }
     let decoder = found.manifest.decoder();
-    let slots: Vec<_> = found.manifest.experts().map(|(slot, _)| slot).collect();
+    let slots: Vec<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     let log = inference::activation_log::ActivationLog::new(tokens.len() * decoder.layers() as usize);
     loaded.engine.log = Some(log);
     let mut session = loaded.engine.session();

@@ -178,7 +178,7 @@ fn json_of(way: &Way) -> serde_json::Value {
 
 fn advice(ways: &[Way], manifest: &ModelManifest, name: &str, memory: u64) -> String {
     let own = manifest.usual_precision();
-    let all = manifest.experts_count();
+    let all = manifest.text().experts.len();
     if let Some(way) = ways.iter().find(|way| way.plan.as_ref().is_ok_and(|&(_, slots)| slots >= all)) {
         return if way.experts == own {
             format!("{name} fits whole, as it is")
@@ -219,10 +219,10 @@ fn memory_speed(threads: usize) -> f64 {
 
 /// Bytes a second, verified, of experts that are here.
 fn disk_speed(open: &OpenDataDir, manifest: &ModelManifest) -> Result<Option<f64>, Failure> {
-    let step = (manifest.experts_count() / PROBE_EXPERTS).max(1);
+    let step = (manifest.text().experts.len() / PROBE_EXPERTS).max(1);
     let mut bytes = 0;
     let start = instant();
-    for blob in manifest.expert_blobs().step_by(step).filter(|blob| open.store.contains(&blob.hash)) {
+    for blob in manifest.text().experts.iter().map(|expert| expert.blob).step_by(step).filter(|blob| open.store.contains(&blob.hash)) {
         let mut buffer = AlignedBytes::zeroed(blob.length as usize);
         if open.store.read_pages(&blob.hash, buffer.whole_pages(), blob.length as usize, now_ms())? {
             bytes += blob.length;
