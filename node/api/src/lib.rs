@@ -117,7 +117,7 @@ pub fn router(api: Arc<Api>, access: Access) -> Router {
         .route("/health", get(own::health))
         .route("/metrics", get(metrics::metrics))
         .route("/openapi.json", get(own::openapi))
-        .route("/v1/audio/transcriptions", post(openai::transcriptions))
+        .route("/v1/audio/transcriptions", post(openai::transcription::transcriptions))
         .route("/api/node", get(own::node))
         .route("/api/models", get(own::models))
         .route("/api/models/{id}", get(own::model))

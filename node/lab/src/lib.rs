@@ -5,6 +5,7 @@
 mod federation;
 mod speed;
 mod synth;
+mod towers;
 mod trace;
 
 pub use self::trace::read_trace;
@@ -21,6 +22,8 @@ pub enum BenchCommand {
     Synth(synth::SynthArgs),
     /// Measure several nodes on one machine, joined by emulated lines (needs root, iproute2 and iperf3)
     Federation(federation::FederationArgs),
+    /// Measure eyes and ears at the published sizes, on weights made up here
+    Towers(towers::TowersArgs),
     /// Replay a recorded trace of experts against cache policies
     Trace(trace::TraceArgs),
 }
@@ -30,6 +33,7 @@ pub fn bench(context: &Context, command: &BenchCommand) -> Result<(), Failure> {
         BenchCommand::Speed(args) => speed::speed(context, args),
         BenchCommand::Synth(args) => synth::synth(context, args),
         BenchCommand::Federation(args) => federation::federation(context, args),
+        BenchCommand::Towers(args) => towers::towers(context, args),
         BenchCommand::Trace(args) => trace::trace(context, args),
     }
 }

@@ -156,6 +156,11 @@ fn qwen3_30b_a3b(args: &SynthArgs) -> serde_json::Value {
     })
 }
 
+/// A tensor of random weights, whatever it is for; vectors are ones.
+pub(crate) fn weights(spec: &TensorSpec, precision: Precision, random: Random) -> Vec<u8> {
+    tensor(spec, precision, random, Routing::Uniform, &[])
+}
+
 /// A tensor of the trunk: norms are ones, the rest is random.
 fn tensor(spec: &TensorSpec, precision: Precision, mut random: Random, routing: Routing, direction: &[f32]) -> Vec<u8> {
     let (rows, columns) = spec.sides();
@@ -184,12 +189,12 @@ fn tensor(spec: &TensorSpec, precision: Precision, mut random: Random, routing: 
 }
 
 /// Random numbers, the same from the same seed on every machine: BLAKE3's output stream.
-struct Random {
+pub(crate) struct Random {
     stream: blake3::OutputReader,
 }
 
 impl Random {
-    fn new(seed: u64, number: u64) -> Self {
+    pub(crate) fn new(seed: u64, number: u64) -> Self {
         let mut hasher = blake3::Hasher::new();
         hasher.update(b"confrere synth");
         hasher.update(&seed.to_le_bytes());

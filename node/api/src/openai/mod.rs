@@ -2,9 +2,7 @@
 
 mod ask;
 mod reply;
-mod transcription;
-
-pub(super) use self::transcription::transcriptions;
+pub(crate) mod transcription;
 
 use std::sync::Arc;
 use std::time::Duration;
