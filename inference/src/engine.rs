@@ -4,9 +4,10 @@
 
 use std::ops::Range;
 
+use protocol::profile::Modality;
 use protocol::{Decoder, ExpertSlot, ModelManifest, PartKind};
 
-use crate::activation_log::ActivationLog;
+use crate::activation_log::{ActivationLog, TokenPlace};
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
 use crate::kernels::{Kernels, Operand, Rows, Tile, Vector, project, tiles};
@@ -97,6 +98,8 @@ pub struct Piece<'a> {
 /// Rows made elsewhere, of a picture or a sound, in place of the embeddings of the tokens that keep their places.
 #[derive(Clone, Copy, Debug)]
 pub struct Overlay<'a> {
+    /// What they stand for.
+    pub modality: Modality,
     /// Its first row in the piece.
     pub first: usize,
     /// (rows, hidden_size)
@@ -348,7 +351,7 @@ impl Engine {
         }
         let rows = self.rows_of(&piece.input);
         let hidden = decoder.hidden_size as usize;
-        for Overlay { first, rows: data, deepstack } in piece.overlays {
+        for Overlay { first, rows: data, deepstack, .. } in piece.overlays {
             let fits = data.len().is_multiple_of(hidden) && first.saturating_add(data.len() / hidden) <= rows;
             if !fits || deepstack.iter().any(|added| added.len() != data.len()) {
                 return Err(ForwardError::Shape("rows that stand in place of others must have their places"));
@@ -371,6 +374,7 @@ impl Engine {
         work.begin(rows);
         let mut shares = Vec::with_capacity(pieces.len());
         let mut tokens = Vec::with_capacity(rows); // 0 where a row is none's
+        let mut modalities = vec![Modality::Text; rows];
         let mut first = 0;
         let mut added: Vec<(usize, Overlay<'_>)> = Vec::new(); // with the first row of its piece
         for Piece { session, input, positions, overlays } in pieces.iter_mut() {
@@ -395,6 +399,7 @@ impl Engine {
                     let places = first + overlay.first..;
                     places.zip(overlay.rows.chunks_exact(hidden)).for_each(|(row, data)| work.x.set_token(row, data));
                 }
+                modalities[first + overlay.first..][..overlay.rows.len() / hidden].fill(overlay.modality);
                 added.push((first, *overlay));
             }
             match positions {
@@ -428,7 +433,7 @@ impl Engine {
             norm_rows(pool, &work.x, &weights.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
             let place = |row: usize| {
                 let share = shares.iter().rfind(|share| share.first <= row).expect("every row is of a piece");
-                (share.past + row - share.first, tokens[row])
+                TokenPlace { position: share.past + row - share.first, token: tokens[row], modality: modalities[row] }
             };
             let result = feed_forward(
                 pool,

@@ -241,16 +241,21 @@ impl Sequence {
                 made
             };
             let start = run.rows.start + here.start - run.first;
-            runs.push((here.start - first, made, start..start + here.len()));
+            runs.push((run.source.modality(), here.start - first, made, start..start + here.len()));
         }
         let width = engine.model().decoder().hidden_size as usize;
         let numbers = |rows: &Range<usize>| rows.start * width..rows.end * width;
         let deepstack: Vec<Vec<&[f32]>> =
-            runs.iter().map(|(_, made, rows)| made.deepstack.iter().map(|added| &added[numbers(rows)]).collect()).collect();
+            runs.iter().map(|(_, _, made, rows)| made.deepstack.iter().map(|added| &added[numbers(rows)]).collect()).collect();
         let overlays: Vec<_> = runs
             .iter()
             .zip(&deepstack)
-            .map(|((first, made, rows), deepstack)| Overlay { first: *first, rows: &made.rows[numbers(rows)], deepstack })
+            .map(|((modality, first, made, rows), deepstack)| Overlay {
+                modality: *modality,
+                first: *first,
+                rows: &made.rows[numbers(rows)],
+                deepstack,
+            })
             .collect();
         let mut piece = Piece::tokens(session, &prompt[first..end]);
         piece.positions = media.as_ref().map(|media| &media.positions[first..end]);

@@ -1,6 +1,6 @@
 //! The feed-forward half of a layer: routed experts, or one dense network.
 
-use crate::activation_log::ActivationLog;
+use crate::activation_log::{ActivationLog, TokenPlace};
 use crate::experts::{Experts, ExpertsError, Present};
 use crate::kernels::math::{add_weighted, sigmoid};
 use crate::kernels::{Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
@@ -134,8 +134,8 @@ impl MoeWork {
     }
 }
 
-/// Each row's position and token.
-pub(crate) type Places<'a> = &'a dyn Fn(usize) -> (usize, u32);
+/// Each row's token and its place.
+pub(crate) type Places<'a> = &'a dyn Fn(usize) -> TokenPlace;
 
 /// Who watches a pass, or interferes with it.
 pub(crate) struct Watch<'a> {
@@ -175,10 +175,10 @@ pub(crate) fn feed_forward(
             if work.route(pool, model, tokens, left_out).is_err() {
                 return Err(ExpertsError::Router { layer: number as u32 });
             }
-            if let Some((log, position)) = watch.log {
+            if let Some((log, place)) = watch.log {
                 let k = model.decoder().experts_per_token() as usize;
                 for (row, choices) in work.choices[..tokens * k].chunks_exact(k).enumerate() {
-                    log.record(position(row), number as u32, choices);
+                    log.record(place(row), number as u32, choices);
                 }
             }
             work.mix(pool, kernels, model, number as u32, token_tiles, experts, out)?;

@@ -142,7 +142,7 @@ impl Profiler {
         let mut losses = Vec::with_capacity(tokens.len());
         let mut session = engine.session();
         let mut log = ActivationLog::new(tokens.len().max(1) * self.layers.len().max(1));
-        log.label.domain = Some(domain as u16);
+        log.domain = Some(domain as u16);
         let log = engine.log.replace(log);
         let read = if tokens.is_empty() {
             Ok(())

@@ -126,6 +126,10 @@ async function attaching(page, label) {
   const shown = page.locator("#chat-log article").nth(before);
   expect((await shown.locator("img").count()) === 1 && (await shown.locator("audio").count()) === 1, `${label}: what was asked about is shown`);
   await page.locator("#chat").screenshot({ path: join(out, `${label}-pictures.png`) });
+  await page.check("input[name=view][value=modality]");
+  await page.waitForFunction(() => [2, 3].every((kind) => Number(document.querySelector(`#map-legend button:nth-child(${kind}) .number`)?.textContent) > 0));
+  await page.locator("#map").screenshot({ path: join(out, `${label}-modality.png`) });
+  await accessible(page, `${label}, by modality`);
 }
 
 /** How many colours the map has. */

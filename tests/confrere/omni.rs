@@ -176,7 +176,7 @@ impl Prompt {
             .zip(&deepstack)
             .map(|(run, deepstack)| {
                 let rows = &self.tower_rows(run.medium, run.source).rows[run.rows.start * width..run.rows.end * width];
-                Overlay { first: run.first, rows, deepstack }
+                Overlay { modality: run.source.modality(), first: run.first, rows, deepstack }
             })
             .collect();
         let mut piece = Piece::tokens(session, &self.layout.tokens);

@@ -88,6 +88,10 @@ fn nodes_with_nothing_answer_about_pictures_and_sounds_with_the_tokens_of_one_ma
         let alone = a.json(&question("m", &files));
         let kinds: Vec<_> = alone["media"].as_array().expect("a list").iter().map(|medium| (&medium["kind"], &medium["tokens"])).collect();
         assert_eq!(kinds, [(&json!("image"), &json!(4)), (&json!("audio"), &json!(26))]);
+        let uses = &alone["experts"]["by_modality"];
+        assert_eq!((&uses["image"]["tokens"], &uses["audio"]["tokens"]), (&json!(4), &json!(26)), "{uses}");
+        let used = ["text", "image", "audio"].map(|modality| uses[modality]["experts"].as_u64().expect("a count"));
+        assert!(used.iter().all(|&used| used > 0 && Some(used) <= alone["experts"]["needed"].as_u64()), "{uses}");
         let of_text = a.json(&question("m", &[]));
         let serving = a.serve_with(&[&LISTEN[..], &["--execute-for", "any"]].concat());
         let bytes = |node: &Node| node.json(&["repo", "stat"])["bytes"].as_u64().expect("bytes");
@@ -141,6 +145,10 @@ fn the_api_takes_pictures_and_sounds_and_keeps_what_it_made_of_them() {
     for image in [&image, &bare] {
         let answer = door.answer("/v1/chat/completions", &chat(&json!([image, heard, words])));
         assert_eq!(tokens(&answer), alone["tokens"]);
+        let uses = &answer["usage"]["x_experts"]["by_modality"];
+        // What was there already is not routed again.
+        let cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"] != json!(0);
+        assert!(cached || *uses == alone["experts"]["by_modality"], "{uses}");
     }
     // Requests with and without media share passes, and change nothing of each other.
     let bodies = [chat(&json!([image, heard, words])), chat(&json!([image, words])), chat(&json!("What is it?"))];

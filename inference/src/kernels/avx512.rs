@@ -234,15 +234,15 @@ pub(super) unsafe fn add_products<const T: usize, const BF16: bool>(
     }
 }
 
-/// What [`attention`](crate::attention) does most: see its function of the same name.
+/// What attention does most: see [`add_outer`](crate::mixer::attention::add_outer). `y` is of f32, or of halves.
 ///
 /// # Safety
 /// All numbers are there, and the processor has AVX-512.
 #[target_feature(enable = "avx512f")]
-pub(crate) unsafe fn add_outer<const N: usize, const R: usize>(
+pub(crate) unsafe fn add_outer<const N: usize, const R: usize, const F16: bool>(
     steps: usize,
     (x, x_step, x_stride): (*const f32, usize, usize),
-    (y, y_step): (*const f32, usize),
+    (y, y_step, y_stride): (*const u8, usize, usize),
     (out, out_stride): (*mut f32, usize),
 ) {
     // SAFETY: the caller's promise.
@@ -256,7 +256,9 @@ pub(crate) unsafe fn add_outer<const N: usize, const R: usize>(
         for step in 0..steps {
             let mut values = [_mm512_setzero_ps(); R];
             for r in 0..R {
-                values[r] = _mm512_loadu_ps(y.add(step * y_step + r * PANEL_ROWS));
+                let at = step * y_step + r * y_stride;
+                values[r] =
+                    if F16 { _mm512_cvtph_ps(_mm256_loadu_si256(y.add(2 * at).cast())) } else { _mm512_loadu_ps(y.add(4 * at).cast()) };
             }
             for n in 0..N {
                 let x = _mm512_set1_ps(*x.add(step * x_step + n * x_stride));

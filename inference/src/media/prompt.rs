@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use protocol::ContentHash;
+use protocol::profile::Modality;
 use protocol::towers::{Audio, Vision};
 
 use crate::mixer::rope::Position;
@@ -40,6 +41,16 @@ pub enum Source {
     Vision,
     /// Ears.
     Audio,
+}
+
+impl Source {
+    /// What its rows stand for.
+    pub fn modality(self) -> Modality {
+        match self {
+            Self::Vision => Modality::Image,
+            Self::Audio => Modality::Audio,
+        }
+    }
 }
 
 /// A run of places in a prompt that rows of a medium take, in their order.

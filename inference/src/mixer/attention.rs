@@ -4,8 +4,10 @@
 //! partial results are merged from the first piece to the last (Milakov and Gimelshein 2018; Dao et al. 2022). The pieces depend on
 //! positions alone, so a token's result has the same bits in a prefill, in a decode step and in any batch.
 
+use std::ops::Range;
+
 use super::Share;
-use super::kv_cache::{BLOCK, KvCache, PIECE};
+use super::kv_cache::{BLOCK, KvCache, PIECE, Stored};
 #[cfg(target_arch = "x86_64")]
 use crate::kernels::avx512;
 #[cfg(target_arch = "x86_64")]
@@ -19,7 +21,7 @@ pub(crate) const TOKENS: usize = 8;
 const QUERIES: usize = 8;
 
 /// Results that share a look at the values.
-pub(crate) const TOGETHER: usize = 4;
+const TOGETHER: usize = 4;
 
 /// The shape of attention in a model.
 #[expect(clippy::struct_field_names, reason = "the field's standard words")]
@@ -204,13 +206,19 @@ fn one_piece(
         *count = (past + i / group + 1).saturating_sub(piece * PIECE).min(PIECE);
     }
     let most = scratch.counts[queries - 1];
-    let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
+    let (keys, values) = (cache.keys(layer, piece, task.kv_head), cache.values(layer, piece, task.kv_head));
     for block in (0..most.div_ceil(BLOCK)).step_by(2) {
-        cache.keys(layer, piece, task.kv_head, block, one);
-        cache.keys(layer, piece, task.kv_head, block + 1, other); // there, if not yet filled
+        let both = if let Some(keys) = keys.filter(|keys| multiplies(keys, queries)) {
+            keys.from(block * BLOCK * padded)
+        } else {
+            let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
+            cache.widen_keys(layer, piece, task.kv_head, block, one);
+            cache.widen_keys(layer, piece, task.kv_head, block + 1, other); // there, if not yet filled
+            Stored::F32(&scratch.block)
+        };
         let eights = scratch.queries.chunks_exact(QUERIES * heads.head_dim).take(queries.div_ceil(QUERIES));
         for (q, scores) in eights.zip(scratch.scores.chunks_exact_mut(QUERIES * PIECE)) {
-            scores_of_blocks(q, one, other, &mut scores[block * BLOCK..]);
+            scores_of_blocks(q, both, padded, &mut scores[block * BLOCK..]);
         }
     }
     let results = &mut scratch.piece[..queries * partial];
@@ -220,21 +228,22 @@ fn one_piece(
             (out[padded], out[padded + 1]) = exp_and_sum(&mut scores[..count]);
         }
     }
-    for block in 0..most.div_ceil(BLOCK) {
-        let values = &mut scratch.block[..BLOCK * padded];
-        cache.values(layer, piece, task.kv_head, block, values);
-        let here = |query: usize| scratch.counts[query].saturating_sub(block * BLOCK).min(BLOCK);
-        let groups = results.chunks_mut(TOGETHER * partial).zip(scratch.scores.chunks(TOGETHER * PIECE)).enumerate();
-        for (number, (out, weights)) in groups {
-            let (first, last) = (number * TOGETHER, number * TOGETHER + out.len() / partial - 1);
-            let weights = &weights[block * BLOCK..];
-            if last - first + 1 == TOGETHER && here(first) == here(last) {
-                add_values::<TOGETHER>(weights, here(first), values, padded, out, partial);
-            } else {
-                for (query, out) in (first..=last).zip(out.chunks_mut(partial)) {
-                    add_values::<1>(&weights[(query - first) * PIECE..], here(query), values, padded, out, partial);
-                }
-            }
+    if let Some(values) = values.filter(|values| multiplies(values, queries)) {
+        add_values_of_queries(&scratch.scores, &scratch.counts[..queries], 0..most, values, (padded, partial), results);
+    } else {
+        for block in (0..most.div_ceil(BLOCK)).step_by(2) {
+            let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
+            cache.widen_values(layer, piece, task.kv_head, block, one);
+            cache.widen_values(layer, piece, task.kv_head, block + 1, other);
+            let here = block * BLOCK..most.min((block + 2) * BLOCK);
+            add_values_of_queries(
+                &scratch.scores,
+                &scratch.counts[..queries],
+                here,
+                Stored::F32(&scratch.block),
+                (padded, partial),
+                results,
+            );
         }
     }
     if let Some(state) = state {
@@ -246,36 +255,84 @@ fn one_piece(
     }
 }
 
-/// Scores of 8 queries, (head_dim, 8), with twice 16 keys, (head_dim, 16) each; each query's scores are 256 apart.
-pub(crate) fn scores_of_blocks(queries: &[f32], one: &[f32], other: &[f32], out: &mut [f32]) {
-    for n in 0..QUERIES {
-        out[n * PIECE..][..2 * BLOCK].fill(0.0);
-    }
-    for (i, keys) in [one, other].into_iter().enumerate() {
-        let steps = queries.len() / QUERIES;
-        add_outer::<QUERIES, 1>(steps, (queries, QUERIES, 1), (keys, BLOCK), &mut out[i * BLOCK..], PIECE);
+/// Whether so many queries are best multiplied with keys and values as they are stored: few are, on processors that widen halves as they load
+/// them; many share what is widened once.
+fn multiplies(stored: &Stored<'_>, queries: usize) -> bool {
+    match stored {
+        Stored::F32(_) => true,
+        #[cfg(target_arch = "x86_64")]
+        Stored::F16(_) => queries <= 2 * QUERIES && vectors() == Vectors::Avx512,
+        #[cfg(not(target_arch = "x86_64"))]
+        Stored::F16(_) => false,
     }
 }
 
+/// Adds the weighted values of some tokens of a piece, of which `values` begins with the first, to the results of all queries: each has as many
+/// as its count says.
+pub(crate) fn add_values_of_queries(
+    weights: &[f32],
+    counts: &[usize],
+    tokens: Range<usize>,
+    values: Stored<'_>,
+    (width, stride): (usize, usize),
+    out: &mut [f32],
+) {
+    let here = |query: usize| counts[query].clamp(tokens.start, tokens.end) - tokens.start;
+    let weights = |query: usize| &weights[query * PIECE + tokens.start..];
+    let mut query = 0;
+    while query < counts.len() {
+        let alike = counts[query..].iter().take(QUERIES).take_while(|&&count| count == counts[query]).count();
+        let out = &mut out[query * stride..];
+        query += match alike {
+            QUERIES => {
+                add_values::<QUERIES>(weights(query), here(query), values, width, out, stride);
+                QUERIES
+            }
+            TOGETHER..QUERIES => {
+                add_values::<TOGETHER>(weights(query), here(query), values, width, out, stride);
+                TOGETHER
+            }
+            _ => {
+                add_values::<1>(weights(query), here(query), values, width, out, stride);
+                1
+            }
+        };
+    }
+}
+
+/// Scores of 8 queries, (head_dim, 8), with twice 16 keys, (padded head_dim, 16) each; each query's scores are 256 apart.
+pub(crate) fn scores_of_blocks(queries: &[f32], keys: Stored<'_>, padded: usize, out: &mut [f32]) {
+    for n in 0..QUERIES {
+        out[n * PIECE..][..2 * BLOCK].fill(0.0);
+    }
+    add_outer::<QUERIES, 2>(queries.len() / QUERIES, (queries, QUERIES, 1), (keys, BLOCK, padded * BLOCK), out, PIECE);
+}
+
 /// Adds `count` weighted values, (tokens, width), to N results, in the order of the tokens: weights are 256 apart, results `stride`.
-pub(crate) fn add_values<const N: usize>(weights: &[f32], count: usize, values: &[f32], width: usize, out: &mut [f32], stride: usize) {
+fn add_values<const N: usize>(weights: &[f32], count: usize, values: Stored<'_>, width: usize, out: &mut [f32], stride: usize) {
     let mut at = 0;
-    while at + 4 * BLOCK <= width {
-        add_outer::<N, 4>(count, (weights, 1, PIECE), (&values[at..], width), &mut out[at..], stride);
+    // Sixteen sums hide each other's latency, and leave registers for the factors.
+    while N <= TOGETHER && at + 4 * BLOCK <= width {
+        add_outer::<N, 4>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), &mut out[at..], stride);
         at += 4 * BLOCK;
     }
+    while at + 2 * BLOCK <= width {
+        add_outer::<N, 2>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), &mut out[at..], stride);
+        at += 2 * BLOCK;
+    }
     while at < width {
-        add_outer::<N, 1>(count, (weights, 1, PIECE), (&values[at..], width), &mut out[at..], stride);
+        add_outer::<N, 1>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), &mut out[at..], stride);
         at += BLOCK;
     }
 }
 
 /// Adds products of `steps` steps to N results of R × 16 numbers, `stride` apart: in each step, those of a number of `x` for each result
-/// with R × 16 numbers of `y`. Numbers of `x` are so far apart from step to step and from result to result, those of `y` from step to step.
+/// with R × 16 numbers of `y`. Numbers of `x` are so far apart from step to step and from result to result, those of `y` from step to step and
+/// from one 16 to the next.
 fn add_outer<const N: usize, const R: usize>(
     steps: usize,
     (x, x_step, x_stride): (&[f32], usize, usize),
-    (y, y_step): (&[f32], usize),
+    (y, y_step, y_stride): (Stored<'_>, usize, usize),
     out: &mut [f32],
     stride: usize,
 ) {
@@ -284,41 +341,48 @@ fn add_outer<const N: usize, const R: usize>(
     }
     assert!(
         x.len() > (steps - 1) * x_step + (N - 1) * x_stride
-            && y.len() >= (steps - 1) * y_step + R * BLOCK
+            && y.len() >= (steps - 1) * y_step + (R - 1) * y_stride + BLOCK
             && out.len() >= (N - 1) * stride + R * BLOCK,
         "all numbers are there"
     );
     #[cfg(target_arch = "x86_64")]
     if vectors() == Vectors::Avx512 {
+        let (x, out) = ((x.as_ptr(), x_step, x_stride), (out.as_mut_ptr(), stride));
         // SAFETY: asserted just now, and the processor has the instructions.
         #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
         unsafe {
-            return avx512::add_outer::<N, R>(steps, (x.as_ptr(), x_step, x_stride), (y.as_ptr(), y_step), (out.as_mut_ptr(), stride));
+            return match y {
+                Stored::F32(y) => avx512::add_outer::<N, R, false>(steps, x, (y.as_ptr().cast(), y_step, y_stride), out),
+                Stored::F16(y) => avx512::add_outer::<N, R, true>(steps, x, (y.as_ptr().cast(), y_step, y_stride), out),
+            };
         }
     }
+    let Stored::F32(y) = y else { unreachable!("halves are widened first where they cannot be multiplied") };
     for n in 0..N {
-        add_scaled(steps, (&x[n * x_stride..], x_step), (y, y_step), &mut out[n * stride..][..R * BLOCK]);
+        for r in 0..R {
+            let out = &mut out[n * stride + r * BLOCK..][..BLOCK];
+            add_scaled(steps, (&x[n * x_stride..], x_step), (&y[r * y_stride..], y_step), out);
+        }
     }
 }
 
 per_instruction_set! {
-    /// The same for one result.
+    /// The same for one result of 16 numbers.
     fn add_scaled(steps: usize, x: (&[f32], usize), y: (&[f32], usize), out: &mut [f32]) -> (), add_scaled_body
 }
 
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 fn add_scaled_body(steps: usize, (x, x_step): (&[f32], usize), (y, y_step): (&[f32], usize), out: &mut [f32]) {
-    for (i, out) in out.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
-        let mut sums = *out;
-        for step in 0..steps {
-            let (x, y): (_, &[f32; BLOCK]) = (x[step * x_step], y[step * y_step + i * BLOCK..].first_chunk().expect("there are as many"));
-            for l in 0..BLOCK {
-                sums[l] = x.mul_add(y[l], sums[l]);
-            }
+    let out: &mut [f32; BLOCK] = out.first_chunk_mut().expect("there is room for 16");
+    let mut sums = *out;
+    for step in 0..steps {
+        let (x, y): (_, &[f32; BLOCK]) = (x[step * x_step], y[step * y_step..].first_chunk().expect("there are as many"));
+        for l in 0..BLOCK {
+            sums[l] = x.mul_add(y[l], sums[l]);
         }
-        *out = sums;
     }
+    *out = sums;
 }
 
 per_instruction_set! {

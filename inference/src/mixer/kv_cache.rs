@@ -9,7 +9,11 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use protocol::Decoder;
 
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::avx2;
 use crate::kernels::math::per_instruction_set;
+#[cfg(target_arch = "x86_64")]
+use crate::kernels::math::{Vectors, vectors};
 
 /// Tokens of a piece; attention sums piece by piece.
 pub(crate) const PIECE: usize = 256;
@@ -79,6 +83,13 @@ struct Shape {
 struct Piece {
     keys: Numbers,   // (heads, blocks, padded head_dim, 16)
     values: Numbers, // (heads, tokens, padded head_dim)
+}
+
+/// Keys or values as they are stored.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Stored<'a> {
+    F32(&'a [f32]),
+    F16(&'a [u16]),
 }
 
 #[derive(Debug)]
@@ -153,8 +164,12 @@ impl KvCache {
                     }
                 }
                 Numbers::F16(all) => {
-                    for (i, &x) in key.iter().enumerate() {
-                        all[keys_at + i * BLOCK + lane] = f16::from_f32(x).to_bits();
+                    let mut halves = [f16::ZERO; GROUP];
+                    for (g, group) in key.chunks(GROUP).enumerate() {
+                        halves[..group.len()].convert_from_f32_slice(group);
+                        for (i, half) in halves[..group.len()].iter().enumerate() {
+                            all[keys_at + (g * GROUP + i) * BLOCK + lane] = half.to_bits();
+                        }
                     }
                 }
                 Numbers::Q8 { numbers, scales } => {
@@ -184,8 +199,18 @@ impl KvCache {
         }
     }
 
+    /// The keys of a piece for one head, (blocks, padded head_dim, 16), as they are stored; none where they must be scaled first.
+    pub(crate) fn keys(&self, layer: usize, piece: usize, head: usize) -> Option<Stored<'_>> {
+        self.layers[layer][piece].keys.of_head(head, self.shape)
+    }
+
+    /// The values of a piece for one head, (256, padded head_dim), as they are stored; none where they must be scaled first.
+    pub(crate) fn values(&self, layer: usize, piece: usize, head: usize) -> Option<Stored<'_>> {
+        self.layers[layer][piece].values.of_head(head, self.shape)
+    }
+
     /// Writes the keys of a block of a piece for one head: (padded head_dim, 16).
-    pub(crate) fn keys(&self, layer: usize, piece: usize, head: usize, block: usize, out: &mut [f32]) {
+    pub(crate) fn widen_keys(&self, layer: usize, piece: usize, head: usize, block: usize, out: &mut [f32]) {
         let Shape { padded, .. } = self.shape;
         let place = (head * PIECE / BLOCK + block) * padded * BLOCK;
         match &self.layers[layer][piece].keys {
@@ -200,7 +225,7 @@ impl KvCache {
     }
 
     /// Writes the values of a block of a piece for one head: (16, padded head_dim).
-    pub(crate) fn values(&self, layer: usize, piece: usize, head: usize, block: usize, out: &mut [f32]) {
+    pub(crate) fn widen_values(&self, layer: usize, piece: usize, head: usize, block: usize, out: &mut [f32]) {
         let Shape { padded, .. } = self.shape;
         let token = head * PIECE + block * BLOCK;
         match &self.layers[layer][piece].values {
@@ -214,13 +239,51 @@ impl KvCache {
     }
 }
 
+impl<'a> Stored<'a> {
+    /// Those from one on.
+    pub(crate) fn from(self, at: usize) -> Stored<'a> {
+        match self {
+            Self::F32(all) => Self::F32(&all[at..]),
+            Self::F16(all) => Self::F16(&all[at..]),
+        }
+    }
+
+    pub(crate) fn len(self) -> usize {
+        match self {
+            Self::F32(all) => all.len(),
+            Self::F16(all) => all.len(),
+        }
+    }
+}
+
+impl Numbers {
+    fn of_head(&self, head: usize, Shape { padded, .. }: Shape) -> Option<Stored<'_>> {
+        let here = head * PIECE * padded..(head + 1) * PIECE * padded;
+        match self {
+            Self::F32(all) => Some(Stored::F32(&all[here])),
+            Self::F16(all) => Some(Stored::F16(&all[here])),
+            Self::Q8 { .. } => None,
+        }
+    }
+}
+
 /// The scale of a group and its inverse, as for activations.
 fn scale_of(group: &[f32]) -> (f32, f32) {
     let magnitude = group.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
     if magnitude < f32::from_bits((127 - 100) << 23) { (0.0, 0.0) } else { (magnitude / 127.0, 127.0 / magnitude) }
 }
 
+/// As many numbers as there is room for, in whole eights.
 fn widen_f16(numbers: &[u16], out: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if vectors() != Vectors::Baseline {
+        assert!(numbers.len() == out.len() && out.len().is_multiple_of(8), "whole vectors");
+        // SAFETY: asserted just now, and the processor has the instructions.
+        #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
+        unsafe {
+            return avx2::widen_f16(numbers.as_ptr(), out.as_mut_ptr(), out.len());
+        }
+    }
     numbers.reinterpret_cast::<f16>().convert_to_f32_slice(out);
 }
 

@@ -5,12 +5,14 @@
 use std::ops::Range;
 
 use crate::kernels::math::exp_and_sum;
-use crate::mixer::attention::{TOGETHER, add_values, finish, merge, scores_of_blocks};
-use crate::mixer::kv_cache::{BLOCK, PIECE};
+use crate::mixer::attention::{add_values_of_queries, finish, merge, scores_of_blocks};
+use crate::mixer::kv_cache::{BLOCK, PIECE, Stored};
 use crate::pool::Pool;
 
 /// Queries that share a look at a piece of keys and values.
-const QUERIES: usize = 64;
+const QUERIES: usize = 256;
+/// Tokens whose values stay in the nearest cache while all queries take them.
+const TOKENS: usize = 64;
 /// Query vectors that share one pass over a block of keys.
 const EIGHT: usize = 8;
 
@@ -123,26 +125,21 @@ fn one_task(heads: TowerHeads, qkv: &[f32], task: &Task, scratch: &mut Scratch, 
         }
         let results = if number == 0 { &mut scratch.state } else { &mut scratch.piece };
         let results = &mut results[..task.count * partial];
-        let eights = scratch.queries.chunks_exact(EIGHT * head_dim).take(task.count.div_ceil(EIGHT));
-        for (queries, scores) in eights.zip(scratch.scores.chunks_exact_mut(EIGHT * PIECE)) {
-            for block in (0..count.div_ceil(BLOCK)).step_by(2) {
-                let pair = &scratch.keys[block * BLOCK * head_dim..][..2 * BLOCK * head_dim];
-                let (one, other) = pair.split_at(BLOCK * head_dim);
-                scores_of_blocks(queries, one, other, &mut scores[block * BLOCK..]);
+        for block in (0..count.div_ceil(BLOCK)).step_by(2) {
+            let pair = Stored::F32(&scratch.keys[block * BLOCK * head_dim..]);
+            let eights = scratch.queries.chunks_exact(EIGHT * head_dim).take(task.count.div_ceil(EIGHT));
+            for (queries, scores) in eights.zip(scratch.scores.chunks_exact_mut(EIGHT * PIECE)) {
+                scores_of_blocks(queries, pair, head_dim, &mut scores[block * BLOCK..]);
             }
         }
         for (out, scores) in results.chunks_exact_mut(partial).zip(scratch.scores.chunks_exact_mut(PIECE)) {
             out.fill(0.0);
             (out[padded], out[padded + 1]) = exp_and_sum(&mut scores[..count]);
         }
-        for (out, weights) in results.chunks_mut(TOGETHER * partial).zip(scratch.scores.chunks(TOGETHER * PIECE)) {
-            if out.len() == TOGETHER * partial {
-                add_values::<TOGETHER>(weights, count, &scratch.values, padded, out, partial);
-            } else {
-                for (out, weights) in out.chunks_mut(partial).zip(weights.chunks(PIECE)) {
-                    add_values::<1>(weights, count, &scratch.values, padded, out, partial);
-                }
-            }
+        let counts = &[count; QUERIES][..task.count];
+        for first in (0..count).step_by(TOKENS) {
+            let values = Stored::F32(&scratch.values[first * padded..]);
+            add_values_of_queries(&scratch.scores, counts, first..count.min(first + TOKENS), values, (padded, partial), results);
         }
         if number > 0 {
             let states = scratch.state.chunks_exact_mut(partial).zip(scratch.piece.chunks_exact(partial)).take(task.count);

@@ -7,6 +7,7 @@ use std::time::Duration;
 use axum::body::{Body, Bytes};
 use axum::response::Response;
 use base::clock::now_ms;
+use protocol::profile::Modality;
 use runtime::generation::ModelState;
 use runtime::models::stat_json;
 use serde_json::json;
@@ -95,6 +96,13 @@ impl Maker {
         self.model = found.as_ref().map(|found| found.id);
         let mut used = self.model.map(|model| self.api.generation.activity().lock().take_fresh(model)).unwrap_or_default();
         used.truncate(USED_MAX);
+        let [image, audio] = [Modality::Image, Modality::Audio].map(|modality| modality as usize);
+        let used: Vec<_> = used
+            .iter()
+            .map(|(expert, uses)| {
+                [*expert as u64, uses.iter().copied().map(u64::from).sum(), u64::from(uses[image]), u64::from(uses[audio])]
+            })
+            .collect();
         let store = self.api.library.open.store.stat().ok().map(|stat| stat_json(&stat));
         let event = json!({
             "time_ms": now_ms(), "model": self.model.or(loading).map(|id| id.to_string()), "generation": generation_json(&self.api), "used": used,

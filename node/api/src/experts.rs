@@ -8,6 +8,7 @@ use axum::extract::{Path, State};
 use net::PeerId;
 use net::fetcher::Fetcher;
 use protocol::ExpertSlot;
+use protocol::profile::Modality;
 use protocol::profile::lift::{Ranked, ranking};
 use runtime::data_dir::LocalModel;
 use runtime::specialists::{check_layer, domain_json, map_json, own_body};
@@ -70,14 +71,20 @@ pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -
     let holders = holders(&api, &found).await;
     let json = reading(&api, move |api| {
         let mut map = map_json(&api.library.open, &found)?;
-        let mut usage = api.library.open.dir.usage(found.id)?;
-        usage.resize(found.manifest.text().experts.len(), 0);
+        let usage = api.library.open.dir.usage(found.id, found.manifest.text().experts.len())?;
         map["place"] = json!(places(api, &found, &holders));
         map["holders"] = holders.iter().map(Vec::len).collect();
-        map["uses"] = json!(usage);
+        map["uses"] = usage.iter().map(|uses| uses.iter().sum::<u64>()).collect();
+        map["uses_by_modality"] = by_modality(&found, |modality| json!(usage.iter().map(|uses| uses[modality]).collect::<Vec<_>>()));
         Ok(map)
     });
     Ok(Json(json.await?))
+}
+
+/// Uses by tokens that are not of text, for the modalities that a model takes in.
+fn by_modality(found: &LocalModel, uses: impl Fn(usize) -> Value) -> Value {
+    let takes = [(Modality::Image, found.manifest.vision().is_some()), (Modality::Audio, found.manifest.audio().is_some())];
+    takes.into_iter().filter(|(_, takes)| *takes).map(|(modality, _)| (modality.name().to_owned(), uses(modality as usize))).collect()
 }
 
 /// Where each expert of a model is.
@@ -140,10 +147,11 @@ pub(super) async fn one(
         };
         let holding: Vec<_> =
             holders[number].iter().map(|peer| json!({"peer": peer.to_string(), "trust": api.network.trust_in_bytes(*peer)})).collect();
-        let uses = api.library.open.dir.usage(found.id)?.get(number).copied().unwrap_or(0);
+        let uses = api.library.open.dir.usage(found.id, found.manifest.text().experts.len())?[number];
         Ok(json!({
             "model": found.id.to_string(), "layer": layer, "expert": expert, "hash": blob.hash.to_string(), "bytes": blob.length,
-            "precision": packed.precision.name(), "place": places(api, &found, &holders)[number], "uses": uses,
+            "precision": packed.precision.name(), "place": places(api, &found, &holders)[number], "uses": uses.iter().sum::<u64>(),
+            "uses_by_modality": by_modality(&found, |modality| json!(uses[modality])),
             "holders": holding, "domains": domains,
         }))
     });

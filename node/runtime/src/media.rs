@@ -3,7 +3,7 @@
 //! Files are decoded on the thread of whoever asks, and a decoder that panics is an error of the file. Nothing is fetched from anywhere.
 
 use std::fs;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
@@ -27,6 +27,8 @@ use protocol::towers::{Audio, Vision};
 
 /// Frames of a video that are looked at in a second, unless told otherwise: as the model's authors do.
 pub const FPS_DEFAULT: f64 = 2.0;
+/// Formats that `ffmpeg` may read: those that hold what they show.
+const FFMPEG_FORMATS: &str = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,mpegvideo,ogg,flv,asf,h264,hevc,ivf";
 /// How long `ffmpeg` may take, and how long it may say nothing.
 const FFMPEG_TIME: Duration = Duration::from_secs(120);
 /// Files of a folder that is a video.
@@ -265,17 +267,14 @@ fn ffmpeg() -> Option<PathBuf> {
 /// Has `ffmpeg` read a video from its standard input or, since many formats are read from their end, from a file; returns what it writes.
 fn run_ffmpeg(program: &Path, video: &[u8], arguments: &[&str], bytes_max: u64) -> Result<Vec<u8>, Failure> {
     let failed = |what: String| Failure::new(Kind::Usage, format!("ffmpeg: {what}"));
-    let file = std::env::temp_dir().join(format!("confrere-{}-{}", std::process::id(), ContentHash::of(video)));
-    fs::write(&file, video).map_err(|error| io_failure("write", &file, &error))?;
-    let remove = || drop(fs::remove_file(&file));
+    let written = tempfile::NamedTempFile::new().and_then(|mut file| file.write_all(video).map(|()| file));
+    let file = written.map_err(|error| io_failure("write", &std::env::temp_dir(), &error))?; // removed when it goes out of scope
     let mut command = Command::new(program);
-    // Of protocols, files alone: a playlist must not fetch anything.
-    command.args(["-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-i"]).arg(&file).args(arguments);
+    // A playlist names other files, here and elsewhere: none is read, and nothing is fetched.
+    command.args(["-v", "error", "-nostdin", "-protocol_whitelist", "file,pipe", "-format_whitelist", FFMPEG_FORMATS, "-i"]);
+    command.arg(file.path()).args(arguments);
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()).spawn();
-    let mut child = child.map_err(|error| {
-        remove();
-        failed(error.to_string())
-    })?;
+    let mut child = child.map_err(|error| failed(error.to_string()))?;
     let mut out = child.stdout.take().expect("it is piped");
     let reading = std::thread::spawn(move || {
         let mut bytes = Vec::new();
@@ -289,7 +288,6 @@ fn run_ffmpeg(program: &Path, video: &[u8], arguments: &[&str], bytes_max: u64) 
     let late = !reading.is_finished();
     let _ = child.kill();
     let status = child.wait();
-    remove();
     let bytes = reading.join().ok().and_then(Result::ok).ok_or_else(|| failed("its output cannot be read".to_owned()))?;
     if late {
         return Err(failed(format!("it took more than {} s", FFMPEG_TIME.as_secs())));

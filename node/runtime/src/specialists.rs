@@ -61,12 +61,12 @@ pub fn domain_json(open: &OpenDataDir, found: &LocalModel, domain: &str, layer: 
     let experts: Vec<_> = found.manifest.text().placed_experts().collect();
     let rows: Vec<_> =
         ranking(&body, number).into_iter().filter(|one| layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
-    let usage = open.dir.usage(found.id)?;
+    let usage = open.dir.usage(found.id, experts.len())?;
     let (tested, specialists) = (rows.len(), rows.iter().filter(|one| one.is_specialist()).count());
     let row = |one: &Ranked| {
         let (slot, expert) = experts[one.expert];
         let mut row = row_json(slot, one, open.store.contains(&expert.blob.hash));
-        row["used_here"] = json!(usage.get(one.expert).copied().unwrap_or(0));
+        row["used_here"] = json!(usage[one.expert].iter().sum::<u64>());
         row
     };
     let rows: Vec<_> = rows.iter().take(top).map(row).collect();

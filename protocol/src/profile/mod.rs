@@ -31,6 +31,20 @@ pub enum Modality {
     Audio = 2,
 }
 
+impl Modality {
+    /// All of them, by number.
+    pub const ALL: [Self; 3] = [Self::Text, Self::Image, Self::Audio];
+
+    /// Its name in files and on the wire of HTTP.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text => "text",
+            Self::Image => "image",
+            Self::Audio => "audio",
+        }
+    }
+}
+
 /// What a node has counted of a model's experts on a probe set.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct ProfileBody {

@@ -6,7 +6,7 @@ import { openExpert } from "./details.js";
 import { byId, element } from "./dom.js";
 import { count, name, number } from "./format.js";
 import { Heatmap } from "./heatmap.js";
-import { PLACES, VIEWS, ceiling, describe, lettersOf } from "./views.js";
+import { PLACES, VIEWS, ceiling, describe, lettersOf, sharesOf } from "./views.js";
 
 const ROWS_A_PAGE = 8;
 const SWATCH = 14;
@@ -44,6 +44,8 @@ export async function loadMap() {
     const { place, layers, experts_per_layer: perLayer, ...rest } = fresh;
     const another = map?.model !== fresh.model;
     map = { ...rest, places: place, layers, perLayer, usesMax: usesMax(fresh.uses), letters: lettersOf(fresh.domains) };
+    map.shares = sharesOf(map);
+    showModalities(map.uses_by_modality);
     byId("map").hidden = false;
     heatmap.show(map);
     if (another) startAnew();
@@ -67,14 +69,26 @@ export const shownModel = () => map?.model ?? null;
 /** What an event says of experts: those used light up, those that moved look different. */
 export function showUse({ used, place }) {
   if (!map) return;
-  for (const [index, times] of used) map.uses[index] += times;
+  for (const [index, times, image, audio] of used) {
+    map.uses[index] += times;
+    if (map.uses_by_modality.image) map.uses_by_modality.image[index] += image;
+    if (map.uses_by_modality.audio) map.uses_by_modality.audio[index] += audio;
+  }
+  if (used.length) map.shares = sharesOf(map);
   for (const [index, now] of place) map.places[index] = now;
   heatmap.light(used.map(([index]) => index));
   const most = usesMax(map.uses);
-  const changed = { uses: most === map.usesMax ? used.map(([index]) => index) : undefined, place: place.map(([index]) => index), domain: [] };
+  const changed = { uses: most === map.usesMax ? used.map(([index]) => index) : undefined, place: place.map(([index]) => index), domain: [], modality: used.length ? undefined : [] };
   map.usesMax = most;
   heatmap.repaint(changed[view]);
   if (used.length || place.length) showLegend();
+}
+
+/** The view by modality is there for models that see or hear. */
+function showModalities(modalities) {
+  const none = Object.keys(modalities).length === 0;
+  byId("modality-view").hidden = none;
+  if (none && view === "modality") document.querySelector("input[name=view][value=place]").click();
 }
 
 const usesMax = (uses) => ceiling(uses.reduce((most, times) => Math.max(most, times), 1));
@@ -207,9 +221,10 @@ function open() {
 }
 
 function mapData() {
-  const columns = ["layer", "expert", "where", "peers with it", "uses", "leading domain", "lift at least"];
+  const media = map ? Object.keys(map.uses_by_modality) : [];
+  const columns = ["layer", "expert", "where", "peers with it", "uses", ...media.map((kind) => `uses by ${kind}`), "leading domain", "lift at least"];
   const leading = (index) => (map.domain[index] < 0 ? [null, null] : [name(map.domains[map.domain[index]]), map.lift[index]]);
   const slot = (index) => [map.layers[Math.floor(index / map.perLayer)], index % map.perLayer];
-  const row = (place, index) => [...slot(index), PLACES[place], map.holders[index], map.uses[index], ...leading(index)];
+  const row = (place, index) => [...slot(index), PLACES[place], map.holders[index], map.uses[index], ...media.map((kind) => map.uses_by_modality[kind][index]), ...leading(index)];
   return { columns, rows: map ? map.places.map(row) : [] };
 }

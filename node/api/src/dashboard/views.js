@@ -84,16 +84,69 @@ export const VIEWS = {
       });
     },
   },
+
+  modality: {
+    paint(context, box, index, { shares: { leading, share } }) {
+      if (leading[index] < 0) return paintNothing(context, box);
+      const { letter, colour } = MODALITIES[leading[index]];
+      const shade = colours.domains[colour][Math.round((FAINTEST + (1 - FAINTEST) * share[index]) * (STEPS - 1))];
+      fill(context, box, shade);
+      if (box.size >= LETTER_ROOM * box.scale) write(context, box, letter, shade, 0.72);
+    },
+    key({ shares }, index) {
+      return shares.leading[index];
+    },
+    legend({ shares, uses_by_modality: uses }) {
+      const counts = tally(shares.leading, (leading) => leading);
+      const known = [...MODALITIES.keys()].filter((index) => index === 0 || uses[MODALITIES[index].key]);
+      return [...known, -1].map((key) => {
+        const label = key < 0 ? "not used" : MODALITIES[key].label;
+        return { key, label, count: counts.get(key) ?? 0, sample: { shares: { leading: [key], share: [1] } } };
+      });
+    },
+  },
 };
+
+/** What tokens stand for, with the letter of each and its colour among those of domains. */
+const MODALITIES = [
+  { key: "text", label: "text", letter: "T", colour: 0 },
+  { key: "image", label: "pictures", letter: "P", colour: 5 },
+  { key: "audio", label: "sounds", letter: "S", colour: 2 },
+];
+
+/**
+ * For each expert, the modality that used it more than the others for their numbers in its layer, and how much of the expert that makes up,
+ * from 0 to 1; −1 where it was not used.
+ */
+export function sharesOf({ uses, uses_by_modality: { image, audio }, layers, perLayer }) {
+  const media = [image, audio].map((counts) => counts ?? new Array(uses.length).fill(0));
+  const counts = [uses.map((all, index) => all - media[0][index] - media[1][index]), ...media];
+  const leading = new Array(uses.length).fill(-1);
+  const share = new Array(uses.length).fill(0);
+  for (let row = 0; row < layers.length; row++) {
+    const here = [row * perLayer, (row + 1) * perLayer];
+    const totals = counts.map((of) => of.slice(...here).reduce((sum, times) => sum + times, 0));
+    for (let index = here[0]; index < here[1]; index++) {
+      const shares = counts.map((of, modality) => (totals[modality] > 0 ? of[index] / totals[modality] : 0));
+      const sum = shares.reduce((sum, one) => sum + one, 0);
+      if (sum === 0) continue;
+      leading[index] = shares.indexOf(Math.max(...shares));
+      share[index] = shares[leading[index]] / sum;
+    }
+  }
+  return { leading, share };
+}
 
 /** What is known of an expert, in a sentence. */
 export function describe(map, index) {
   const [row, column] = [Math.floor(index / map.perLayer), index % map.perLayer];
   const holders = map.holders[index] ? `, ${count(map.holders[index], "peer")} with it` : "";
   const used = map.uses[index] ? `used ${count(map.uses[index], "time")}` : "not used";
+  const media = MODALITIES.filter(({ key }) => map.uses_by_modality[key]?.[index]);
+  const by = media.map(({ key, label }) => `, ${number(map.uses_by_modality[key][index])} by ${label}`).join("");
   const leading = map.domain[index];
   const good = leading < 0 ? "" : `; ${name(map.domains[leading])}, lift at least ${map.lift[index].toFixed(2)}`;
-  return `Layer ${map.layers[row]}, expert ${column}: ${PLACES[map.places[index]]}${holders}; ${used}${good}`;
+  return `Layer ${map.layers[row]}, expert ${column}: ${PLACES[map.places[index]]}${holders}; ${used}${by}${good}`;
 }
 
 /** A letter for each domain: its own first, or the next that no other has; as `experts map` gives them. */

@@ -3,7 +3,7 @@
 use inference::generate::{GenerateRequest, Step, StopReason};
 use inference::media::prompt::Source;
 use inference::sampler::TokenLogprobs;
-use runtime::generation::{Done, ReadyModel};
+use runtime::generation::{Done, ReadyModel, by_modality_json};
 use serde_json::{Value, json};
 
 use super::ask::{Ask, Endpoint};
@@ -205,7 +205,7 @@ fn usage(done: &Done, prompt: PromptTokens, tokens: usize) -> Value {
         "prompt_tokens": prompt.all, "completion_tokens": tokens, "total_tokens": prompt.all + tokens,
         "prompt_tokens_details": {"cached_tokens": done.cached, "audio_tokens": prompt.heard, "x_vision_tokens": prompt.seen},
         "x_experts": {"needed": first.all(), "ram": first.ram, "disk": first.disk, "remote": first.remote, "fetched": first.fetched,
-                      "bytes_fetched": done.bytes_fetched, "peers": peers},
+                      "bytes_fetched": done.bytes_fetched, "peers": peers, "by_modality": by_modality_json(&done.experts.by_modality)},
     })
 }
 

@@ -20,6 +20,7 @@ use protocol::manifest::GenerationDefaults;
 use runtime::command::{Context, Held};
 use runtime::dispatcher::Waited;
 use runtime::federation::{Federation, PeerOptions};
+use runtime::generation::by_modality_json;
 use runtime::loading::Loaded;
 use runtime::media::{Senses, prepare};
 use runtime::memory::resident_bytes;
@@ -78,7 +79,9 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     let entries = args.trace.as_ref().map_or(ENTRIES_DEFAULT, |_| loaded.engine.context() * found.manifest.decoder().layers() as usize);
     loaded.engine.log = (!args.no_log).then(|| ActivationLog::new(entries));
     let answer = answer(&mut loaded, &mut session, &request, |progress| if context.json { Ok(()) } else { show(progress) })?;
-    if let Some(log) = loaded.engine.log.take() {
+    let log = loaded.engine.log.take();
+    let by_modality = log.as_ref().map(|log| by_modality_json(log.uses()));
+    if let Some(log) = log {
         if let Err(failure) = open.dir.add_usage(&found, &log) {
             note(&format!("warning: {failure}: the uses of experts are not counted")); // the answer is what was asked for
         }
@@ -89,6 +92,7 @@ pub(super) fn run(context: &Context, args: &RunArgs) -> Result<(), Failure> {
     }
     if context.json {
         let mut json = answer.json(&loaded);
+        json["experts"]["by_modality"] = json!(by_modality);
         json["media"] = json!(about);
         let counted = loaded.counted_bytes(&session);
         json["memory"] = json!({"limit": context.memory_max, "counted": counted, "resident": resident_bytes()});

@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 use base::clock::instant;
 use inference::experts::ServedFrom;
 use protocol::ModelId;
+use protocol::profile::Modality;
 use serde_json::{Value, json};
 
 use super::tally::Whereabouts;
+use crate::usage::Uses;
 
 /// Over which time tokens a second are counted.
 const WINDOW: Duration = Duration::from_secs(3);
@@ -48,9 +50,9 @@ pub struct ModelCounts {
     /// Bytes that keys and values take.
     pub kv_bytes: u64,
     /// By the place of each expert: uses since the events were last told, …
-    fresh: Vec<u32>,
+    fresh: Vec<[u32; 3]>,
     /// … all uses, …
-    pub uses: Vec<u64>,
+    pub uses: Vec<Uses>,
     /// … and whether it is in memory.
     pub in_memory: Vec<bool>,
 }
@@ -65,8 +67,8 @@ impl Counts {
     /// A model is loaded, with so many experts.
     pub(super) fn begin_model(&mut self, model: ModelId, experts: usize) {
         let used = Some(instant());
-        let counts =
-            ModelCounts { active: 0, used, kv_bytes: 0, fresh: vec![0; experts], uses: vec![0; experts], in_memory: vec![false; experts] };
+        let (fresh, uses, in_memory) = (vec![Default::default(); experts], vec![Uses::default(); experts], vec![false; experts]);
+        let counts = ModelCounts { active: 0, used, kv_bytes: 0, fresh, uses, in_memory };
         self.models.insert(model, counts);
     }
 
@@ -90,11 +92,11 @@ impl Counts {
         self.models.values().map(|counts| counts.active).sum()
     }
 
-    pub(super) fn use_expert(&mut self, model: ModelId, place: usize, source: ServedFrom) {
+    pub(super) fn use_expert(&mut self, model: ModelId, place: usize, modality: Modality, source: ServedFrom) {
         self.experts.add(source);
         let counts = self.model(model);
-        counts.fresh[place] += 1;
-        counts.uses[place] += 1;
+        counts.fresh[place][modality as usize] += 1;
+        counts.uses[place][modality as usize] += 1;
     }
 
     pub(super) fn tokens_came(&mut self, tokens: u64) {
@@ -118,9 +120,9 @@ impl Counts {
         recent as f64 / WINDOW.as_secs_f64()
     }
 
-    /// Uses of experts of a model that have not been told yet, by place; now they have.
-    pub fn take_fresh(&mut self, model: ModelId) -> Vec<(usize, u32)> {
-        let used = self.model(model).fresh.iter_mut().enumerate().filter(|(_, uses)| **uses > 0);
+    /// Uses of experts of a model that have not been told yet, by place, and by [`Modality`] of the tokens; now they have.
+    pub fn take_fresh(&mut self, model: ModelId) -> Vec<(usize, [u32; 3])> {
+        let used = self.model(model).fresh.iter_mut().enumerate().filter(|(_, uses)| uses.iter().any(|&uses| uses > 0));
         used.map(|(place, uses)| (place, std::mem::take(uses))).collect()
     }
 

@@ -14,7 +14,7 @@ use inference::session::Session;
 use net::PeerId;
 use protocol::ModelId;
 
-use super::tally::{Tally, uses};
+use super::tally::{Tally, rows};
 use super::{AnswerEvent, Done, Job, Shared, Stopped, TOGETHER_MAX};
 use crate::loading::Loaded;
 use crate::places::Places;
@@ -329,12 +329,17 @@ impl Batch {
         let mut counts = shared.activity.lock();
         let mut came = false;
         let model = self.model;
-        uses(&log, &self.places, self.loaded.engine.experts(), |row, place, source| {
+        for (row, entry) in rows(&log) {
             let request = if requests.len() == 1 { requests[0] } else { requests[row] };
-            self.active[request].tally.add(place, source);
-            counts.use_expert(model, place, source);
-            came |= !source.is_here();
-        });
+            let tally = &mut self.active[request].tally;
+            tally.by_modality.add(entry.layer, entry.modality, entry.choices);
+            for place in entry.choices.iter().filter_map(|choice| self.places.place(entry.layer, choice.expert)) {
+                let source = self.loaded.engine.experts().served_from(place);
+                tally.add(place, source);
+                counts.use_expert(model, place, entry.modality, source);
+                came |= !source.is_here();
+            }
+        }
         log.clear();
         self.loaded.engine.log = Some(log);
         if came {

@@ -24,6 +24,7 @@ use tokio::sync::{mpsc, watch};
 use self::activity::Activity;
 use self::queue::FairQueue;
 use self::tally::Tally;
+pub use self::tally::by_modality_json;
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::federation::Federation;
 use crate::prompt::ModelText;

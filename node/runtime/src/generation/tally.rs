@@ -2,12 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use inference::activation_log::ActivationLog;
-use inference::experts::{Experts, ServedFrom};
+use inference::activation_log::{Activation, ActivationLog, ModalityUses};
+use inference::experts::ServedFrom;
 use net::PeerId;
+use protocol::profile::Modality;
 use serde::Serialize;
-
-use crate::places::Places;
+use serde_json::{Value, json};
 
 /// Uses of experts, by where each was.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
@@ -38,13 +38,15 @@ impl Whereabouts {
 pub struct Tally {
     used: Vec<bool>,
     pub first: Whereabouts,
+    /// By what the tokens stood for.
+    pub by_modality: ModalityUses,
     /// Who sent or ran some of them.
     pub peers: BTreeSet<PeerId>,
 }
 
 impl Tally {
     pub fn new(experts: usize) -> Self {
-        Self { used: vec![false; experts], first: Whereabouts::default(), peers: BTreeSet::new() }
+        Self { used: vec![false; experts], first: Whereabouts::default(), by_modality: ModalityUses::default(), peers: BTreeSet::new() }
     }
 
     /// Notes a use of the expert at `place`.
@@ -55,19 +57,21 @@ impl Tally {
     }
 }
 
-/// Goes through the uses that a pass has logged: for each, the row of the pass, the expert's place, and where it was.
-pub(crate) fn uses(log: &ActivationLog, places: &Places, experts: &Experts, mut each: impl FnMut(usize, usize, ServedFrom)) {
+/// Goes through what a pass has logged: each entry with its row of the pass.
+pub(crate) fn rows(log: &ActivationLog) -> impl Iterator<Item = (usize, Activation<'_>)> {
     let (mut layer, mut row) = (None, 0);
-    for entry in log.entries() {
+    log.entries().map(move |entry| {
         // The rows of one layer stand together, in order.
         row = if layer == Some(entry.layer) { row + 1 } else { 0 };
         layer = Some(entry.layer);
-        for choice in entry.choices {
-            if let Some(place) = places.place(entry.layer, choice.expert) {
-                each(row, place, experts.served_from(place));
-            }
-        }
-    }
+        (row, entry)
+    })
+}
+
+/// Tokens and distinct experts by modality, as an answer's figures tell them.
+pub fn by_modality_json(uses: &ModalityUses) -> Value {
+    let of = |modality: Modality| (modality.name().to_owned(), json!({"tokens": uses.tokens(modality), "experts": uses.experts(modality)}));
+    Modality::ALL.into_iter().map(of).collect()
 }
 
 #[cfg(test)]

@@ -16,6 +16,7 @@ use super::{GenerationOptions, Item, ReadyModel, Shared, Stopped, TOGETHER_OF_ON
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::federation::Federation;
 use crate::loading::{Loaded, beside_experts};
+use crate::usage::Uses;
 
 /// How often uses of experts are written down.
 const USES_PAUSE: Duration = Duration::from_secs(30);
@@ -38,7 +39,7 @@ pub(super) struct Resident {
     /// Whether it is to go once what is under way has ended.
     leaving: bool,
     /// When uses were last written down, and how many by expert.
-    written: (Instant, Vec<u64>),
+    written: (Instant, Vec<Uses>),
 }
 
 impl Worker {
@@ -133,7 +134,7 @@ impl Worker {
                 let (context, work_bytes) = (loaded.engine.context(), loaded.engine.work_bytes());
                 let ready = Arc::new(ReadyModel { found: item.found.clone(), text, context, work_bytes });
                 let batch = Batch::new(id, loaded, Arc::clone(&self.shared));
-                let written = (instant(), vec![0; batch.experts()]);
+                let written = (instant(), vec![Uses::default(); batch.experts()]);
                 self.residents.push(Resident { ready: Arc::clone(&ready), batch, used: instant(), leaving: false, written });
                 self.tell(Some(ready));
                 self.take_up(item)
@@ -247,8 +248,9 @@ impl Resident {
             return;
         }
         let uses = shared.activity.lock().model(self.ready.found.id).uses.clone();
-        let more: Vec<_> = uses.iter().zip(&*written).map(|(now, then)| now - then).collect();
-        if more.iter().any(|&uses| uses > 0)
+        let since = |(now, then): (&Uses, &Uses)| std::array::from_fn(|modality| now[modality] - then[modality]);
+        let more: Vec<Uses> = uses.iter().zip(&*written).map(since).collect();
+        if more.iter().flatten().any(|&uses| uses > 0)
             && let Err(failure) = open.dir.add_uses(&self.ready.found, &more)
         {
             note(&format!("warning: {failure}: the uses of experts are not counted"));
