@@ -18,7 +18,7 @@ use hyper::service::Service;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tokio_io_timeout::TimeoutStream;
@@ -26,6 +26,8 @@ use tracing::debug;
 
 use super::connections::{Asking, ConnectionPlace, Connections};
 
+/// Connections that wait to be accepted. When there are more, who asks tries again only after a second.
+const BACKLOG: u32 = 1024;
 /// From the first byte of a head to its last; also how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// A client that takes nothing for so long is hung up on.
@@ -45,12 +47,12 @@ pub struct Server {
 
 impl Server {
     /// Binds `address`; requests are answered once there is a router.
-    pub async fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
+    pub fn bind(address: SocketAddr) -> Result<TcpListener, Failure> {
         let failed = |error: std::io::Error| {
             let kind = if error.kind() == std::io::ErrorKind::AddrInUse { Kind::Busy } else { Kind::Other };
             Failure::new(kind, format!("cannot serve the API on {address}: {error}"))
         };
-        TcpListener::bind(address).await.map_err(failed)
+        listen(address).map_err(failed)
     }
 
     /// Answers requests until it is stopped.
@@ -66,6 +68,14 @@ impl Server {
         let _ = self.stop.send(true);
         let _ = self.ended.await;
     }
+}
+
+fn listen(address: SocketAddr) -> std::io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    #[cfg(unix)]
+    socket.set_reuseaddr(true)?; // or a node could not start again at once
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 async fn accept(listener: TcpListener, router: Router, mut stopped: watch::Receiver<bool>) {

@@ -126,7 +126,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         tokio::spawn(announcer.run());
         let addresses = wait_for_addresses(&network).await?;
         let (first, ticket) = introduce(&addresses, &network, key.id());
-        let front_door = match api_address(args.api).await? {
+        let front_door = match api_address(args.api)? {
             Some(listener) => {
                 let shared = Shared { context, args, library: &library, network: &network, group: fingerprint.clone(), executes };
                 Some(ServedApi::open(&shared, listener, machine, (&addresses, &ticket))?)
@@ -288,13 +288,13 @@ fn listen_addresses(texts: &[String], group: Option<GroupKey>) -> Result<Vec<Mul
 }
 
 /// A socket for the API. Where the user has named none and the usual one is taken, by another node mostly, any will do.
-async fn api_address(asked: Option<ApiAddress>) -> Result<Option<TcpListener>, Failure> {
+fn api_address(asked: Option<ApiAddress>) -> Result<Option<TcpListener>, Failure> {
     let usual = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_API_PORT));
     match asked {
         Some(ApiAddress::Nowhere) => Ok(None),
-        Some(ApiAddress::At(address)) => Server::bind(address).await.map(Some),
-        None => match Server::bind(usual).await {
-            Err(failure) if failure.kind == Kind::Busy => Server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).await.map(Some),
+        Some(ApiAddress::At(address)) => Server::bind(address).map(Some),
+        None => match Server::bind(usual) {
+            Err(failure) if failure.kind == Kind::Busy => Server::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0))).map(Some),
             bound => bound.map(Some),
         },
     }
