@@ -234,7 +234,7 @@ pub(super) unsafe fn add_products<const T: usize, const BF16: bool>(
     }
 }
 
-/// What attention does most: see [`add_outer`](crate::mixer::attention::add_outer). `y` is of f32, or of halves.
+/// What attention does most: see [`add_outer`](crate::mixer::attention::add_outer). `y` is of f32, or of halves; `next` may be null.
 ///
 /// # Safety
 /// All numbers are there, and the processor has AVX-512.
@@ -243,6 +243,7 @@ pub(crate) unsafe fn add_outer<const N: usize, const R: usize, const F16: bool>(
     steps: usize,
     (x, x_step, x_stride): (*const f32, usize, usize),
     (y, y_step, y_stride): (*const u8, usize, usize),
+    next: *const u8,
     (out, out_stride): (*mut f32, usize),
 ) {
     // SAFETY: the caller's promise.
@@ -253,7 +254,14 @@ pub(crate) unsafe fn add_outer<const N: usize, const R: usize, const F16: bool>(
                 sums[n][r] = _mm512_loadu_ps(out.add(n * out_stride + r * PANEL_ROWS));
             }
         }
+        let read = R * PANEL_ROWS * if F16 { 2 } else { 4 };
         for step in 0..steps {
+            // With one look at each number, a kernel waits for memory alone: while it multiplies these, the next ones come.
+            if !next.is_null() {
+                for line in (0..read).step_by(64) {
+                    _mm_prefetch::<_MM_HINT_T1>(next.wrapping_add(step * read + line).cast());
+                }
+            }
             let mut values = [_mm512_setzero_ps(); R];
             for r in 0..R {
                 let at = step * y_step + r * y_stride;

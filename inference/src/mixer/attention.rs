@@ -146,7 +146,7 @@ pub(crate) fn attend(
     scratch: &mut [Scratch],
     mixed: &mut [f32],
 ) {
-    let partial = heads.partial();
+    let (partial, threads) = (heads.partial(), pool.threads());
     let range = |task: usize| tasks[task].place * partial..(tasks[task].place + tasks[task].tokens * heads.group()) * partial;
     pool.parts_with(partials, tasks.len(), range, scratch, |number, scratch, out| {
         let task = tasks[number];
@@ -160,12 +160,17 @@ pub(crate) fn attend(
         }
         let share = &shares[task.share];
         let past = share.past + first - share.first;
+        // Tasks are taken one after the other: this one is likely to be followed by that.
+        let next = tasks.get(number + threads).and_then(|next| {
+            let cache = shares[next.share].session.cache();
+            cache.keys(layer, next.pieces_from, next.kv_head)
+        });
         for piece in task.pieces_from..task.pieces_to {
             if piece == task.pieces_from {
-                one_piece(heads, share.session.cache(), layer, task, piece, past, scratch, None);
+                one_piece(heads, share.session.cache(), layer, task, (piece, next), past, scratch, None);
                 out.copy_from_slice(&scratch.piece[..out.len()]);
             } else {
-                one_piece(heads, share.session.cache(), layer, task, piece, past, scratch, Some(&mut *out));
+                one_piece(heads, share.session.cache(), layer, task, (piece, next), past, scratch, Some(&mut *out));
             }
         }
     });
@@ -187,14 +192,15 @@ pub(crate) fn attend(
     pool.chunks(&mut mixed[..rows * width], width, |row, _, out| per_row(row, out));
 }
 
-/// Computes the partial results of one piece into the scratch, and merges them into `state` if there is one.
+/// Computes the partial results of one piece into the scratch, and merges them into `state` if there is one. The keys that will be wanted
+/// `next` are asked for meanwhile.
 #[expect(clippy::too_many_arguments, reason = "the place of a piece has many sides")]
 fn one_piece(
     heads: Heads,
     cache: &KvCache,
     layer: usize,
     task: Task,
-    piece: usize,
+    (piece, next): (usize, Option<Stored<'_>>),
     past: usize,
     scratch: &mut Scratch,
     state: Option<&mut [f32]>,
@@ -218,7 +224,7 @@ fn one_piece(
         };
         let eights = scratch.queries.chunks_exact(QUERIES * heads.head_dim).take(queries.div_ceil(QUERIES));
         for (q, scores) in eights.zip(scratch.scores.chunks_exact_mut(QUERIES * PIECE)) {
-            scores_of_blocks(q, both, padded, &mut scores[block * BLOCK..]);
+            scores_of_blocks(q, both, padded, values.map(|values| values.from(block * BLOCK * padded)), &mut scores[block * BLOCK..]);
         }
     }
     let results = &mut scratch.piece[..queries * partial];
@@ -229,7 +235,7 @@ fn one_piece(
         }
     }
     if let Some(values) = values.filter(|values| multiplies(values, queries)) {
-        add_values_of_queries(&scratch.scores, &scratch.counts[..queries], 0..most, values, (padded, partial), results);
+        add_values_of_queries(&scratch.scores, &scratch.counts[..queries], 0..most, (values, next), (padded, partial), results);
     } else {
         for block in (0..most.div_ceil(BLOCK)).step_by(2) {
             let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
@@ -240,7 +246,7 @@ fn one_piece(
                 &scratch.scores,
                 &scratch.counts[..queries],
                 here,
-                Stored::F32(&scratch.block),
+                (Stored::F32(&scratch.block), None),
                 (padded, partial),
                 results,
             );
@@ -273,7 +279,7 @@ pub(crate) fn add_values_of_queries(
     weights: &[f32],
     counts: &[usize],
     tokens: Range<usize>,
-    values: Stored<'_>,
+    (values, next): (Stored<'_>, Option<Stored<'_>>),
     (width, stride): (usize, usize),
     out: &mut [f32],
 ) {
@@ -285,15 +291,15 @@ pub(crate) fn add_values_of_queries(
         let out = &mut out[query * stride..];
         query += match alike {
             QUERIES => {
-                add_values::<QUERIES>(weights(query), here(query), values, width, out, stride);
+                add_values::<QUERIES>(weights(query), here(query), (values, next), width, out, stride);
                 QUERIES
             }
             TOGETHER..QUERIES => {
-                add_values::<TOGETHER>(weights(query), here(query), values, width, out, stride);
+                add_values::<TOGETHER>(weights(query), here(query), (values, next), width, out, stride);
                 TOGETHER
             }
             _ => {
-                add_values::<1>(weights(query), here(query), values, width, out, stride);
+                add_values::<1>(weights(query), here(query), (values, next), width, out, stride);
                 1
             }
         };
@@ -301,38 +307,47 @@ pub(crate) fn add_values_of_queries(
 }
 
 /// Scores of 8 queries, (head_dim, 8), with twice 16 keys, (padded head_dim, 16) each; each query's scores are 256 apart.
-pub(crate) fn scores_of_blocks(queries: &[f32], keys: Stored<'_>, padded: usize, out: &mut [f32]) {
+pub(crate) fn scores_of_blocks(queries: &[f32], keys: Stored<'_>, padded: usize, next: Option<Stored<'_>>, out: &mut [f32]) {
     for n in 0..QUERIES {
         out[n * PIECE..][..2 * BLOCK].fill(0.0);
     }
-    add_outer::<QUERIES, 2>(queries.len() / QUERIES, (queries, QUERIES, 1), (keys, BLOCK, padded * BLOCK), out, PIECE);
+    add_outer::<QUERIES, 2>(queries.len() / QUERIES, (queries, QUERIES, 1), (keys, BLOCK, padded * BLOCK), next, out, PIECE);
 }
 
 /// Adds `count` weighted values, (tokens, width), to N results, in the order of the tokens: weights are 256 apart, results `stride`.
-fn add_values<const N: usize>(weights: &[f32], count: usize, values: Stored<'_>, width: usize, out: &mut [f32], stride: usize) {
+fn add_values<const N: usize>(
+    weights: &[f32],
+    count: usize,
+    (values, next): (Stored<'_>, Option<Stored<'_>>),
+    width: usize,
+    out: &mut [f32],
+    stride: usize,
+) {
     let mut at = 0;
+    let next = |at: usize| next.map(|next| next.from(at * PIECE));
     // Sixteen sums hide each other's latency, and leave registers for the factors.
     while N <= TOGETHER && at + 4 * BLOCK <= width {
-        add_outer::<N, 4>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), &mut out[at..], stride);
+        add_outer::<N, 4>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), next(at), &mut out[at..], stride);
         at += 4 * BLOCK;
     }
     while at + 2 * BLOCK <= width {
-        add_outer::<N, 2>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), &mut out[at..], stride);
+        add_outer::<N, 2>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), next(at), &mut out[at..], stride);
         at += 2 * BLOCK;
     }
     while at < width {
-        add_outer::<N, 1>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), &mut out[at..], stride);
+        add_outer::<N, 1>(count, (weights, 1, PIECE), (values.from(at), width, BLOCK), next(at), &mut out[at..], stride);
         at += BLOCK;
     }
 }
 
 /// Adds products of `steps` steps to N results of R × 16 numbers, `stride` apart: in each step, those of a number of `x` for each result
 /// with R × 16 numbers of `y`. Numbers of `x` are so far apart from step to step and from result to result, those of `y` from step to step and
-/// from one 16 to the next.
+/// from one 16 to the next. As many numbers as are read are asked for from where `next` begins.
 fn add_outer<const N: usize, const R: usize>(
     steps: usize,
     (x, x_step, x_stride): (&[f32], usize, usize),
     (y, y_step, y_stride): (Stored<'_>, usize, usize),
+    next: Option<Stored<'_>>,
     out: &mut [f32],
     stride: usize,
 ) {
@@ -348,12 +363,16 @@ fn add_outer<const N: usize, const R: usize>(
     #[cfg(target_arch = "x86_64")]
     if vectors() == Vectors::Avx512 {
         let (x, out) = ((x.as_ptr(), x_step, x_stride), (out.as_mut_ptr(), stride));
+        let next = next.map_or(std::ptr::null(), |next| match next {
+            Stored::F32(all) => all.as_ptr().cast(),
+            Stored::F16(all) => all.as_ptr().cast(),
+        });
         // SAFETY: asserted just now, and the processor has the instructions.
         #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
         unsafe {
             return match y {
-                Stored::F32(y) => avx512::add_outer::<N, R, false>(steps, x, (y.as_ptr().cast(), y_step, y_stride), out),
-                Stored::F16(y) => avx512::add_outer::<N, R, true>(steps, x, (y.as_ptr().cast(), y_step, y_stride), out),
+                Stored::F32(y) => avx512::add_outer::<N, R, false>(steps, x, (y.as_ptr().cast(), y_step, y_stride), next, out),
+                Stored::F16(y) => avx512::add_outer::<N, R, true>(steps, x, (y.as_ptr().cast(), y_step, y_stride), next, out),
             };
         }
     }

@@ -129,7 +129,7 @@ fn one_task(heads: TowerHeads, qkv: &[f32], task: &Task, scratch: &mut Scratch, 
             let pair = Stored::F32(&scratch.keys[block * BLOCK * head_dim..]);
             let eights = scratch.queries.chunks_exact(EIGHT * head_dim).take(task.count.div_ceil(EIGHT));
             for (queries, scores) in eights.zip(scratch.scores.chunks_exact_mut(EIGHT * PIECE)) {
-                scores_of_blocks(queries, pair, head_dim, &mut scores[block * BLOCK..]);
+                scores_of_blocks(queries, pair, head_dim, None, &mut scores[block * BLOCK..]);
             }
         }
         for (out, scores) in results.chunks_exact_mut(partial).zip(scratch.scores.chunks_exact_mut(PIECE)) {
@@ -139,7 +139,7 @@ fn one_task(heads: TowerHeads, qkv: &[f32], task: &Task, scratch: &mut Scratch, 
         let counts = &[count; QUERIES][..task.count];
         for first in (0..count).step_by(TOKENS) {
             let values = Stored::F32(&scratch.values[first * padded..]);
-            add_values_of_queries(&scratch.scores, counts, first..count.min(first + TOKENS), values, (padded, partial), results);
+            add_values_of_queries(&scratch.scores, counts, first..count.min(first + TOKENS), (values, None), (padded, partial), results);
         }
         if number > 0 {
             let states = scratch.state.chunks_exact_mut(partial).zip(scratch.piece.chunks_exact(partial)).take(task.count);
