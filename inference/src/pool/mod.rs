@@ -6,25 +6,22 @@
 
 #![expect(unsafe_code, reason = "threads write disjoint parts of one slice")]
 
-use std::cell::UnsafeCell;
+mod hand_over;
+#[cfg(test)]
+mod orders;
+mod sync;
+
 use std::ops::Range;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering, fence};
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::{JoinHandle, Thread};
 
-/// Tasks of one run at most: they are counted in 20 bits.
-const TASKS_MAX: usize = (1 << 20) - 1;
-/// How often an idle worker looks for work before it lets others have the core now and then (about 50 µs), and how often it does that
-/// before it sleeps (about 2 ms).
-const WATCHES: u32 = 2_000;
-const GIVE_UP: u32 = WATCHES + 4_000;
-
-type Task<'a> = &'a (dyn Fn(usize, usize) + Sync);
+use hand_over::{HandOver, Task};
 
 /// A fixed number of threads, the caller's among them.
 pub(crate) struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<HandOver>,
     workers: Vec<JoinHandle<()>>,
     /// The core of the thread that hands over work, where each thread has one.
     core: Option<usize>,
@@ -32,98 +29,11 @@ pub(crate) struct Pool {
     stays: bool,
 }
 
-struct Shared {
-    /// Generation (24 bits), tasks (20), next task (20). Whoever counts up the last holds the task, and with it the job.
-    state: AtomicU64,
-    done: AtomicUsize,
-    panicked: AtomicBool,
-    job: UnsafeCell<Option<Task<'static>>>,
-    asleep: AtomicUsize,
-    stop: AtomicBool,
-}
-
-// SAFETY: `job` is written only between runs, by the caller alone: a run ends when all its tasks are done, and a worker reads the
-// job only while it holds a task that is not done. The state's release and acquire order the two.
-unsafe impl Sync for Shared {}
-// SAFETY: as above; the job is a shared reference to something Sync.
-unsafe impl Send for Shared {}
-
-impl Shared {
-    fn claim(&self) -> Option<usize> {
-        let mut state = self.state.load(Ordering::Acquire);
-        loop {
-            let (tasks, next) = ((state >> 20) as usize & TASKS_MAX, state as usize & TASKS_MAX);
-            if next >= tasks {
-                return None;
-            }
-            match self.state.compare_exchange_weak(state, state + 1, Ordering::AcqRel, Ordering::Acquire) {
-                Ok(_) => return Some(next),
-                Err(now) => state = now,
-            }
-        }
-    }
-
-    /// Does tasks until none is left.
-    fn work(&self, worker: usize) {
-        while let Some(task) = self.claim() {
-            // SAFETY: we hold a task of this run, so the caller is still waiting and the job alive; see `Sync`.
-            let job = unsafe { (*self.job.get()).expect("a run has a job") };
-            if catch_unwind(AssertUnwindSafe(|| job(task, worker))).is_err() {
-                self.panicked.store(true, Ordering::Relaxed);
-            }
-            self.done.fetch_add(1, Ordering::Release);
-        }
-    }
-
-    fn idle(&self, seen: u64) -> Option<u64> {
-        let mut watches = 0;
-        loop {
-            let state = self.state.load(Ordering::Acquire);
-            if self.stop.load(Ordering::Relaxed) {
-                return None;
-            }
-            if state >> 40 != seen {
-                return Some(state >> 40);
-            }
-            watches += 1;
-            match watches {
-                ..WATCHES => std::hint::spin_loop(),
-                WATCHES..GIVE_UP => std::thread::yield_now(),
-                _ => return self.sleep(seen),
-            }
-        }
-    }
-
-    fn sleep(&self, seen: u64) -> Option<u64> {
-        self.asleep.fetch_add(1, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        let generation = loop {
-            let state = self.state.load(Ordering::SeqCst);
-            if self.stop.load(Ordering::SeqCst) {
-                break None;
-            }
-            if state >> 40 != seen {
-                break Some(state >> 40);
-            }
-            std::thread::park();
-        };
-        self.asleep.fetch_sub(1, Ordering::SeqCst);
-        generation
-    }
-}
-
 impl Pool {
     /// A pool of `threads` threads (at least one: the caller's).
     pub(crate) fn new(threads: usize) -> Self {
         static POOLS: AtomicUsize = AtomicUsize::new(0);
-        let shared = Arc::new(Shared {
-            state: AtomicU64::new(0),
-            done: AtomicUsize::new(0),
-            panicked: AtomicBool::new(false),
-            job: UnsafeCell::new(None),
-            asleep: AtomicUsize::new(0),
-            stop: AtomicBool::new(false),
-        });
+        let shared = Arc::new(HandOver::new());
         // Left to itself, a scheduler may keep two threads that hand work to each other on one core. Each gets its own, and so does the caller
         // once it hands over work: not before, since threads that it starts would keep to its core, too.
         let allowed = allowed_cores();
@@ -138,11 +48,7 @@ impl Pool {
                 if pinned {
                     stay_on(core);
                 }
-                let mut seen = 0;
-                while let Some(generation) = shared.idle(seen) {
-                    seen = generation;
-                    shared.work(worker);
-                }
+                shared.serve(worker);
             };
             std::thread::Builder::new().name(format!("engine-{worker}")).spawn(run)
         };
@@ -173,28 +79,7 @@ impl Pool {
         {
             stay_on(&[core]);
         }
-        assert!(tasks <= TASKS_MAX, "a run has at most {TASKS_MAX} tasks");
-        let shared = &*self.shared;
-        // SAFETY: the job lives until this function returns, and it returns when all tasks are done. Nobody reads the job now: the
-        // last run's tasks are all done, so no worker holds one.
-        unsafe {
-            *shared.job.get() = Some(std::mem::transmute::<Task<'_>, Task<'static>>(task));
-        }
-        shared.done.store(0, Ordering::Relaxed);
-        let generation = (shared.state.load(Ordering::Relaxed) >> 40).wrapping_add(1) & 0xff_ffff;
-        shared.state.store(generation << 40 | (tasks as u64) << 20, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        if shared.asleep.load(Ordering::SeqCst) > 0 {
-            self.workers.iter().map(JoinHandle::thread).for_each(Thread::unpark);
-        }
-        shared.work(0);
-        let mut watches = 0u32;
-        while shared.done.load(Ordering::Acquire) < tasks {
-            watches += 1;
-            // A worker that holds the last task may have lost its core: let it have this one.
-            if watches < WATCHES { std::hint::spin_loop() } else { std::thread::yield_now() }
-        }
-        if shared.panicked.swap(false, Ordering::Relaxed) {
+        if !self.shared.run(tasks, task, || self.workers.iter().map(JoinHandle::thread).for_each(Thread::unpark)) {
             resume_unwind(Box::new("a task of the engine panicked"));
         }
     }
@@ -295,7 +180,7 @@ fn stay_on(cores: &[usize]) {
 impl Drop for Pool {
     fn drop(&mut self) {
         self.rest();
-        self.shared.stop.store(true, Ordering::SeqCst);
+        self.shared.stop();
         for worker in self.workers.drain(..) {
             worker.thread().unpark();
             let _ = worker.join();
@@ -326,6 +211,8 @@ impl<T> Parts<T> {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     #[test]
