@@ -128,6 +128,7 @@ async function attaching(page, label) {
   await page.locator("#chat").screenshot({ path: join(out, `${label}-pictures.png`) });
   await page.check("input[name=view][value=modality]");
   await page.waitForFunction(() => [2, 3].every((kind) => Number(document.querySelector(`#map-legend button:nth-child(${kind}) .number`)?.textContent) > 0));
+  await page.waitForTimeout(2000); // until the experts that were just used glow no more
   await page.locator("#map").screenshot({ path: join(out, `${label}-modality.png`) });
   await accessible(page, `${label}, by modality`);
 }

@@ -63,6 +63,11 @@ def test_what_people_have_is_read(node, scratch):
     assert ask(node, scratch, "--video", scratch / "lossy.mp4", "--fps", "1")["tokens"]
 
 
+def test_no_frame_is_left_out_unsaid(node, scratch):
+    assert ask(node, scratch, "--video", scratch / "silent.mkv", "--media-frames", "5")["tokens"]
+    assert "frames" in ask(node, scratch, "--video", scratch / "silent.mkv", "--media-frames", "4", code=2)
+
+
 def test_without_ffmpeg_the_error_says_so(node, scratch):
     assert "ffmpeg" in ask(node, scratch, "--video", scratch / "lossy.mp4", code=2, with_ffmpeg=False)
 

@@ -25,7 +25,9 @@ const TOGETHER: usize = 4096;
 /// Reads a sound. Several channels are mixed into one.
 pub fn decode_sound(bytes: &[u8], limits: &MediaLimits) -> Result<Vec<f32>, MediaError> {
     limits.check_bytes(bytes)?;
-    let source = MediaSourceStream::new(Box::new(Cursor::new(bytes.to_vec())), symphonia::core::io::MediaSourceStreamOptions::default());
+    let mut bytes = bytes.to_vec();
+    state_length(&mut bytes);
+    let source = MediaSourceStream::new(Box::new(Cursor::new(bytes)), symphonia::core::io::MediaSourceStreamOptions::default());
     let unknown = || MediaError::Format { kind: "sound", known: KNOWN };
     let probed = symphonia::default::get_probe().format(&Hint::new(), source, &FormatOptions::default(), &MetadataOptions::default());
     let mut format =
@@ -71,6 +73,24 @@ pub fn decode_sound(bytes: &[u8], limits: &MediaLimits) -> Result<Vec<f32>, Medi
         return Err(MediaError::Empty("it is shorter than an eightieth of a second"));
     }
     Ok(mono)
+}
+
+/// A WAV file that was written into a pipe says that it has 2³² - 1 bytes of samples: it has all that follow.
+fn state_length(bytes: &mut [u8]) {
+    if !(bytes.starts_with(b"RIFF") && bytes.get(8..12) == Some(b"WAVE")) {
+        return;
+    }
+    let mut at: usize = 12;
+    while let Some(&[a, b, c, d, ref length @ ..]) = bytes.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
+        let length = u32::from_le_bytes(*length);
+        let start = at + 8;
+        if [a, b, c, d] == *b"data" && length == u32::MAX {
+            let follow = u32::try_from(bytes.len() - start).unwrap_or(u32::MAX);
+            bytes[at + 4..start].copy_from_slice(&follow.to_le_bytes());
+            return;
+        }
+        at = start.saturating_add(length as usize).saturating_add(length as usize % 2);
+    }
 }
 
 fn check_seconds(seconds: f64, limits: &MediaLimits) -> Result<(), MediaError> {

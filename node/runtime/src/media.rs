@@ -224,7 +224,7 @@ impl Senses<'_> {
     /// Frames as `ffmpeg` reads them.
     fn frames_by(&self, program: &Path, video: &[u8], fps: f64) -> Result<Vec<Picture>, Failure> {
         let rate = format!("fps={fps}");
-        let most = self.limits.frames.to_string();
+        let most = (self.limits.frames + 1).to_string();
         let bytes_max = self.limits.pixels.saturating_mul(3 * 16);
         let output =
             run_ffmpeg(program, video, &["-vf", &rate, "-frames:v", &most, "-f", "image2pipe", "-c:v", "ppm", "pipe:1"], bytes_max)?;
@@ -242,7 +242,14 @@ impl Senses<'_> {
             frames.push(frame);
             rest = after;
         }
-        if frames.is_empty() { Err(refused(MediaError::Empty("it has no frames"))) } else { Ok(frames) }
+        match frames.len() {
+            0 => Err(refused(MediaError::Empty("it has no frames"))),
+            count if count > self.limits.frames => {
+                let found = format!("{count} or more at {fps} a second");
+                Err(refused(MediaError::Limit { what: "frames", found, limit: self.limits.frames.to_string() }))
+            }
+            _ => Ok(frames),
+        }
     }
 
     /// A video's own sound, as a WAV file.
