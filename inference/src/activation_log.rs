@@ -43,7 +43,7 @@ struct Head {
 
 /// One token's routing in one layer.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub struct Activation<'a> {
+pub struct RoutedToken<'a> {
     /// The token's place in the sequence.
     pub position: usize,
     /// The token.
@@ -125,13 +125,13 @@ impl ActivationLog {
     }
 
     /// Everything that is kept, the oldest first.
-    pub fn entries(&self) -> impl Iterator<Item = Activation<'_>> {
+    pub fn entries(&self) -> impl Iterator<Item = RoutedToken<'_>> {
         let k = self.choices.len() / self.heads.len().max(1);
         (0..self.heads.len()).map(move |number| {
             let at = (self.oldest + number) % self.heads.len();
             let Head { position, token, layer, domain, modality } = self.heads[at];
             let choices = &self.choices[at * k..][..k];
-            Activation { position: position as usize, token, layer, domain, modality, choices }
+            RoutedToken { position: position as usize, token, layer, domain, modality, choices }
         })
     }
 

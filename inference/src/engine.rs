@@ -18,7 +18,7 @@ pub use crate::mixer::kv_cache::KvPrecision;
 pub use crate::mixer::rope::Position;
 use crate::mixer::{MixerInput, Share};
 use crate::model::{MixerWeights, Model};
-use crate::moe_layer::{LOOKING_AHEAD, MoeWork, Places, Watch, feed_forward, predict};
+use crate::moe_layer::{LOOKING_AHEAD, MoeWork, TokenPlaces, Watch, feed_forward, predict};
 use crate::pool::Pool;
 use crate::session::Session;
 pub use crate::work_sizes::LOGITS_TOKENS;
@@ -444,7 +444,7 @@ impl Engine {
                 experts,
                 &mut work.moe,
                 &mut work.out,
-                Watch { log: log.as_mut().map(|log| (log, &place as Places<'_>)), left_out },
+                Watch { log: log.as_mut().map(|log| (log, &place as TokenPlaces<'_>)), left_out },
             );
             if let Err(error) = result {
                 experts.cancel();

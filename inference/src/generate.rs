@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::engine::{Engine, ForwardError, Overlay, Piece, Want};
 use crate::expert_source::SourceError;
 use crate::experts::ExpertUse;
-use crate::media::prompt::{MediaPrompt, PreparedMedium, Source};
+use crate::media::prompt::{MediaPrompt, PreparedMedium, RowSource};
 use crate::sampler::{NotFinite, Sampling, TokenLogprobs, sample};
 use crate::session::Session;
 use crate::tokenizer::{TextStream, Tokenizer, TokenizerError};
@@ -98,7 +98,7 @@ pub enum GenerateError {
 /// Where rows of pictures and sounds come from.
 pub trait TowerSource {
     /// The rows that a tower makes of a medium.
-    fn rows(&mut self, engine: &Engine, medium: &PreparedMedium, source: Source) -> Result<Arc<TowerRows>, SourceError>;
+    fn rows(&mut self, engine: &Engine, medium: &PreparedMedium, source: RowSource) -> Result<Arc<TowerRows>, SourceError>;
 }
 
 /// No towers, for prompts of text.
@@ -106,7 +106,7 @@ pub trait TowerSource {
 pub struct NoTowers;
 
 impl TowerSource for NoTowers {
-    fn rows(&mut self, _: &Engine, _: &PreparedMedium, _: Source) -> Result<Arc<TowerRows>, SourceError> {
+    fn rows(&mut self, _: &Engine, _: &PreparedMedium, _: RowSource) -> Result<Arc<TowerRows>, SourceError> {
         Err(SourceError("no towers are at hand".into()))
     }
 }
@@ -182,7 +182,7 @@ pub struct Sequence {
     /// Whether the prompt has been taken in.
     is_prefilled: bool,
     /// By medium and tower, once they are needed.
-    rows: Vec<((usize, Source), Arc<TowerRows>)>,
+    rows: Vec<((usize, RowSource), Arc<TowerRows>)>,
 }
 
 impl Sequence {

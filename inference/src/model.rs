@@ -30,7 +30,7 @@ pub(crate) struct LayerWeights {
     pub(crate) mixer_norm: Vec<f32>, // (hidden_size)
     pub(crate) mixer: MixerWeights,
     pub(crate) feed_forward_norm: Vec<f32>, // (hidden_size)
-    pub(crate) feed_forward: FeedForward,
+    pub(crate) feed_forward: LayerFeedForward,
 }
 
 /// The half that looks at other tokens.
@@ -41,7 +41,7 @@ pub(crate) enum MixerWeights {
 
 /// The half that looks at one token.
 #[derive(Debug)]
-pub(crate) enum FeedForward {
+pub(crate) enum LayerFeedForward {
     Dense(DenseWeights),
     Moe {
         router: Weight, // (experts, hidden_size)
@@ -85,9 +85,11 @@ impl Model {
                 mixer: MixerWeights::Gqa(GqaWeights::read(attention, &mut reader, layer)?),
                 feed_forward_norm: reader.of_layer(layer, LayerTensor::FeedForwardNorm)?.vector(),
                 feed_forward: match &run.feed_forward {
-                    FeedForwardShape::Dense { .. } => {
-                        FeedForward::Dense(DenseWeights::read(&mut reader, layer, [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down])?)
-                    }
+                    FeedForwardShape::Dense { .. } => LayerFeedForward::Dense(DenseWeights::read(
+                        &mut reader,
+                        layer,
+                        [LayerTensor::Gate, LayerTensor::Up, LayerTensor::Down],
+                    )?),
                     FeedForwardShape::Moe(moe) => {
                         let router = reader.of_layer(layer, LayerTensor::Router)?;
                         let shared = match moe.shared {
@@ -101,7 +103,7 @@ impl Model {
                                 weight: reader.of_layer(layer, LayerTensor::SharedWeight)?,
                             }),
                         };
-                        FeedForward::Moe { router, shared }
+                        LayerFeedForward::Moe { router, shared }
                     }
                 },
             });

@@ -5,7 +5,7 @@ use crate::experts::{Experts, ExpertsError, Present};
 use crate::kernels::math::{add_weighted, sigmoid};
 use crate::kernels::{Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
 use crate::layer_inputs::LayerInputs;
-use crate::model::{DenseWeights, FeedForward, Model, SharedWeights};
+use crate::model::{DenseWeights, LayerFeedForward, Model, SharedWeights};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
 use crate::swiglu::gate_and_up;
@@ -135,12 +135,12 @@ impl MoeWork {
 }
 
 /// Each row's token and its place.
-pub(crate) type Places<'a> = &'a dyn Fn(usize) -> TokenPlace;
+pub(crate) type TokenPlaces<'a> = &'a dyn Fn(usize) -> TokenPlace;
 
 /// Who watches a pass, or interferes with it.
 pub(crate) struct Watch<'a> {
     /// Where routing is noted down.
-    pub(crate) log: Option<(&'a mut ActivationLog, Places<'a>)>,
+    pub(crate) log: Option<(&'a mut ActivationLog, TokenPlaces<'a>)>,
     /// Experts whose results are left out.
     pub(crate) left_out: &'a [ExpertSlot],
 }
@@ -160,12 +160,12 @@ pub(crate) fn feed_forward(
 ) -> Result<(), ExpertsError> {
     let (data, tokens) = (x.data(), x.tokens());
     match &model.layers[number].feed_forward {
-        FeedForward::Dense(weights) => {
+        LayerFeedForward::Dense(weights) => {
             work.tokens.fill(pool, x.width(), weights.forms(), token_tiles, |row| Vector::of(data, tokens, 0, row));
             work.dense(pool, kernels, weights, token_tiles, out);
             Ok(())
         }
-        FeedForward::Moe { router, shared } => {
+        LayerFeedForward::Moe { router, shared } => {
             let router = router.view();
             let forms = router.forms().or(model.expert_forms).or(shared.as_ref().map(SharedWeights::forms).unwrap_or_default());
             work.tokens.fill(pool, x.width(), forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
@@ -199,7 +199,8 @@ pub(crate) fn predict(
     (x, token_tiles): (&Rows, &[Tile]),
     work: &mut MoeWork,
 ) {
-    let [FeedForward::Moe { .. }, FeedForward::Moe { router, .. }] = [number, number + 1].map(|layer| &model.layers[layer].feed_forward)
+    let [LayerFeedForward::Moe { .. }, LayerFeedForward::Moe { router, .. }] =
+        [number, number + 1].map(|layer| &model.layers[layer].feed_forward)
     else {
         return;
     };

@@ -48,7 +48,7 @@ pub const fn row_bytes(hidden_size: usize) -> usize {
 /// Bytes that are not what they should be on an execute stream.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("malformed execute {0}")]
-pub struct Malformed(pub &'static str);
+pub struct MalformedExecute(pub &'static str);
 
 /// The head of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -69,13 +69,13 @@ pub struct RequestHead {
 
 impl RequestHead {
     /// Whether it only tells of experts that will probably be asked for; hashes follow, and no answer.
-    pub fn foretells(&self) -> bool {
+    pub fn is_hint(&self) -> bool {
         self.rows == 0
     }
 
     /// Bytes that follow the head.
     pub fn body_bytes(&self) -> usize {
-        if self.foretells() {
+        if self.is_hint() {
             return usize::from(self.experts) * 32;
         }
         usize::from(self.rows) * row_bytes(self.hidden_size as usize) + usize::from(self.experts) * (32 + 2) + self.uses as usize * 2
@@ -94,7 +94,7 @@ impl RequestHead {
     }
 
     /// Reads a head; refuses one that asks for more than any limit.
-    pub fn from_bytes(bytes: &[u8; REQUEST_HEAD_BYTES]) -> Result<Self, Malformed> {
+    pub fn from_bytes(bytes: &[u8; REQUEST_HEAD_BYTES]) -> Result<Self, MalformedExecute> {
         let mut rest = &bytes[..];
         let head = Self {
             number: u64::from_le_bytes(take(&mut rest)?),
@@ -106,13 +106,13 @@ impl RequestHead {
         };
         let (hidden, rows, experts, uses) =
             (head.hidden_size as usize, usize::from(head.rows), usize::from(head.experts), head.uses as usize);
-        let foretells = (hidden, rows, uses) == (0, 0, 0) && (1..=EXPERTS_MAX).contains(&experts);
+        let is_hint = (hidden, rows, uses) == (0, 0, 0) && (1..=EXPERTS_MAX).contains(&experts);
         let fine = (1..=HIDDEN_MAX).contains(&hidden)
             && (1..=ROWS_MAX).contains(&rows)
             && (1..=EXPERTS_MAX).contains(&experts)
             && (experts..=USES_MAX).contains(&uses)
             && uses * hidden * 4 <= RESULT_BYTES_MAX;
-        if fine || foretells { Ok(head) } else { Err(Malformed("request")) }
+        if fine || is_hint { Ok(head) } else { Err(MalformedExecute("request")) }
     }
 }
 
@@ -120,7 +120,7 @@ impl RequestHead {
 ///
 /// # Panics
 /// With none, or more than [`EXPERTS_MAX`].
-pub fn foretell(experts: &[ContentHash]) -> Vec<u8> {
+pub fn hint(experts: &[ContentHash]) -> Vec<u8> {
     assert!((1..=EXPERTS_MAX).contains(&experts.len()), "within the limit");
     let head = RequestHead { number: 0, nonce: [0; NONCE_BYTES], hidden_size: 0, rows: 0, experts: experts.len() as u16, uses: 0 };
     let mut bytes = head.to_bytes().to_vec();
@@ -128,8 +128,8 @@ pub fn foretell(experts: &[ContentHash]) -> Vec<u8> {
     bytes
 }
 
-/// Reads the hashes that follow a head that [foretells](RequestHead::foretells).
-pub fn foretold(body: &[u8]) -> Vec<ContentHash> {
+/// Reads the hashes that follow a head that [is_hint](RequestHead::is_hint).
+pub fn hinted(body: &[u8]) -> Vec<ContentHash> {
     body.as_chunks::<32>().0.iter().map(|hash| ContentHash::from_bytes(*hash)).collect()
 }
 
@@ -184,14 +184,14 @@ impl ExecuteRequest {
     }
 
     /// Reads the body that belongs to `head`.
-    pub fn from_body(head: &RequestHead, body: &[u8]) -> Result<Self, Malformed> {
-        let malformed = Malformed("request");
+    pub fn from_body(head: &RequestHead, body: &[u8]) -> Result<Self, MalformedExecute> {
+        let malformed = MalformedExecute("request");
         if body.len() != head.body_bytes() {
             return Err(malformed);
         }
         let (rows, mut rest) = body.split_at(usize::from(head.rows) * row_bytes(head.hidden_size as usize));
         if !rows.as_chunks::<GROUP_BYTES>().0.iter().all(is_group) {
-            return Err(Malformed("activations"));
+            return Err(MalformedExecute("activations"));
         }
         let mut heads = Vec::with_capacity(usize::from(head.experts));
         for _ in 0..head.experts {
@@ -288,8 +288,8 @@ impl ExecuteAnswer {
     }
 
     /// Reads an answer's head: which request it is for, and what it says. Whether the length is right, the asker knows.
-    pub fn from_bytes(bytes: &[u8; ANSWER_HEAD_BYTES]) -> Result<(u64, Self), Malformed> {
-        let malformed = Malformed("answer");
+    pub fn from_bytes(bytes: &[u8; ANSWER_HEAD_BYTES]) -> Result<(u64, Self), MalformedExecute> {
+        let malformed = MalformedExecute("answer");
         let mut rest = &bytes[..];
         let number = u64::from_le_bytes(take(&mut rest)?);
         let [kind] = take(&mut rest)?;
@@ -372,8 +372,8 @@ impl Receipt {
     }
 }
 
-fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], Malformed> {
-    let (first, later) = rest.split_first_chunk().ok_or(Malformed("length"))?;
+fn take<const N: usize>(rest: &mut &[u8]) -> Result<[u8; N], MalformedExecute> {
+    let (first, later) = rest.split_first_chunk().ok_or(MalformedExecute("length"))?;
     *rest = later;
     Ok(*first)
 }
@@ -390,8 +390,8 @@ mod tests {
         ExecuteRequest { number: 7, nonce: [9; 16], hidden_size: 40, rows: bytes, tasks: tasks.iter().enumerate().map(task).collect() }
     }
 
-    fn read(bytes: &[u8]) -> Result<ExecuteRequest, Malformed> {
-        let (head, body) = bytes.split_first_chunk().ok_or(Malformed("request"))?;
+    fn read(bytes: &[u8]) -> Result<ExecuteRequest, MalformedExecute> {
+        let (head, body) = bytes.split_first_chunk().ok_or(MalformedExecute("request"))?;
         ExecuteRequest::from_body(&RequestHead::from_bytes(head)?, body)
     }
 
@@ -429,7 +429,7 @@ mod tests {
             if at == 35 && byte == 0x7f {
                 bytes[REQUEST_HEAD_BYTES + 34] = 0x80; // infinite
             }
-            assert_eq!(read(&bytes), Err(Malformed("activations")), "{at}");
+            assert_eq!(read(&bytes), Err(MalformedExecute("activations")), "{at}");
         }
     }
 

@@ -63,7 +63,7 @@ pub enum FetchAnswer {
 /// Bytes that are not a request or an answer: the peer speaks something else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("malformed {0} on a fetch stream")]
-pub struct Malformed(pub &'static str);
+pub struct MalformedFetch(pub &'static str);
 
 impl Request {
     /// The encoding: kind, hash, offset, length.
@@ -83,8 +83,8 @@ impl Request {
     }
 
     /// Reads a request.
-    pub fn from_bytes(bytes: &[u8; REQUEST_BYTES]) -> Result<Self, Malformed> {
-        let malformed = Malformed("request");
+    pub fn from_bytes(bytes: &[u8; REQUEST_BYTES]) -> Result<Self, MalformedFetch> {
+        let malformed = MalformedFetch("request");
         let (hash, rest) = bytes[1..].split_first_chunk::<32>().ok_or(malformed)?;
         let (offset, rest) = rest.split_first_chunk::<8>().ok_or(malformed)?;
         let (length, _) = rest.split_first_chunk::<4>().ok_or(malformed)?;
@@ -120,8 +120,8 @@ impl FetchAnswer {
     }
 
     /// Reads an answer's head.
-    pub fn from_bytes(bytes: &[u8; ANSWER_BYTES]) -> Result<Self, Malformed> {
-        let malformed = Malformed("answer");
+    pub fn from_bytes(bytes: &[u8; ANSWER_BYTES]) -> Result<Self, MalformedFetch> {
+        let malformed = MalformedFetch("answer");
         let (total, rest) = bytes[1..].split_first_chunk::<8>().ok_or(malformed)?;
         let (length, _) = rest.split_first_chunk::<4>().ok_or(malformed)?;
         let (total, length) = (u64::from_le_bytes(*total), u32::from_le_bytes(*length));
@@ -143,10 +143,10 @@ pub struct Listing {
 
 impl Listing {
     /// Reads a listing from a peer; refuses names that nobody should have to type.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Malformed> {
-        let listing: Self = crate::codec::from_bytes(bytes).map_err(|_| Malformed("listing"))?;
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, MalformedFetch> {
+        let listing: Self = crate::codec::from_bytes(bytes).map_err(|_| MalformedFetch("listing"))?;
         let fine = listing.models.len() <= LISTING_MODELS_MAX && listing.models.iter().all(|(name, _)| is_model_name(name));
-        if fine { Ok(listing) } else { Err(Malformed("listing")) }
+        if fine { Ok(listing) } else { Err(MalformedFetch("listing")) }
     }
 }
 

@@ -49,7 +49,7 @@ pub struct QueryAnswer {
 /// Bytes that are no question, or no answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("malformed {0} on a query stream")]
-pub struct Malformed(pub &'static str);
+pub struct MalformedQuery(pub &'static str);
 
 impl Query {
     /// The frame.
@@ -58,10 +58,10 @@ impl Query {
     }
 
     /// Reads what follows the length.
-    pub fn from_body(body: &[u8]) -> Result<Self, Malformed> {
-        let query: Self = crate::codec::from_bytes(body).map_err(|_| Malformed("question"))?;
+    pub fn from_body(body: &[u8]) -> Result<Self, MalformedQuery> {
+        let query: Self = crate::codec::from_bytes(body).map_err(|_| MalformedQuery("question"))?;
         let fine = body.len() <= QUERY_BYTES_MAX && is_domain_name(&query.domain) && query.top <= TOP_MAX;
-        if fine { Ok(query) } else { Err(Malformed("question")) }
+        if fine { Ok(query) } else { Err(MalformedQuery("question")) }
     }
 }
 
@@ -76,15 +76,15 @@ impl QueryAnswer {
     }
 
     /// Reads what follows the length.
-    pub fn from_body(body: &[u8]) -> Result<Self, Malformed> {
-        let answer: Self = crate::codec::from_bytes(body).map_err(|_| Malformed("answer"))?;
+    pub fn from_body(body: &[u8]) -> Result<Self, MalformedQuery> {
+        let answer: Self = crate::codec::from_bytes(body).map_err(|_| MalformedQuery("answer"))?;
         let fine = body.len() <= ANSWER_BYTES_MAX
             && answer.domains.len() <= crate::profile::DOMAINS_MAX
             && answer.domains.iter().all(|name| is_domain_name(name))
             && answer.experts.len() <= TOP_MAX as usize
             && answer.heads.len() <= HEADS_MAX
             && answer.attestations.len() <= ATTESTATIONS_MAX;
-        if fine { Ok(answer) } else { Err(Malformed("answer")) }
+        if fine { Ok(answer) } else { Err(MalformedQuery("answer")) }
     }
 }
 

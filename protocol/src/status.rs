@@ -4,7 +4,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::hash::ModelId;
-use crate::message::{LISTING_MODELS_MAX, Malformed, is_model_name};
+use crate::message::{LISTING_MODELS_MAX, MalformedFetch, is_model_name};
 
 /// Most bytes of an encoded status.
 pub const STATUS_BYTES_MAX: u64 = 64 << 10;
@@ -52,8 +52,8 @@ impl Status {
     }
 
     /// Reads what a peer says; refuses what could not be shown on a terminal.
-    pub fn from_bytes(bytes: &[u8]) -> Result<Self, Malformed> {
-        let malformed = Malformed("status");
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, MalformedFetch> {
+        let malformed = MalformedFetch("status");
         if bytes.len() as u64 > STATUS_BYTES_MAX {
             return Err(malformed);
         }

@@ -193,11 +193,11 @@ fn each_file(dir: &Path, change: impl Fn(&mut Vec<u8>)) {
 /// A disk on which the n-th call fails: once, or that one and all after it.
 pub(crate) struct FaultyDisk {
     pub(crate) countdown: Arc<AtomicI64>,
-    pub(crate) fault: Fault,
+    pub(crate) fault: InjectedFault,
 }
 
 #[derive(Clone, Copy)]
-pub(crate) struct Fault {
+pub(crate) struct InjectedFault {
     pub(crate) kind: io::ErrorKind,
     pub(crate) sticky: bool,
     pub(crate) short_write: bool,
@@ -206,10 +206,10 @@ pub(crate) struct Fault {
 struct FaultyFile {
     inner: Box<dyn DiskFile>,
     countdown: Arc<AtomicI64>,
-    fault: Fault,
+    fault: InjectedFault,
 }
 
-fn strike(countdown: &AtomicI64, fault: Fault) -> io::Result<()> {
+fn strike(countdown: &AtomicI64, fault: InjectedFault) -> io::Result<()> {
     let left = countdown.fetch_sub(1, Ordering::SeqCst);
     if left == 0 || (left < 0 && fault.sticky) { Err(fault.kind.into()) } else { Ok(()) }
 }
@@ -386,11 +386,11 @@ fn workload(store: &BlobStore, told: &mut Told) -> Result<(), StoreError> {
 #[test]
 fn survives_a_failure_of_every_single_call() {
     let faults = [
-        Fault { kind: io::ErrorKind::Other, sticky: false, short_write: false },
-        Fault { kind: io::ErrorKind::Other, sticky: true, short_write: false },
-        Fault { kind: io::ErrorKind::StorageFull, sticky: false, short_write: true },
-        Fault { kind: io::ErrorKind::StorageFull, sticky: true, short_write: true },
-        Fault { kind: io::ErrorKind::Interrupted, sticky: false, short_write: false },
+        InjectedFault { kind: io::ErrorKind::Other, sticky: false, short_write: false },
+        InjectedFault { kind: io::ErrorKind::Other, sticky: true, short_write: false },
+        InjectedFault { kind: io::ErrorKind::StorageFull, sticky: false, short_write: true },
+        InjectedFault { kind: io::ErrorKind::StorageFull, sticky: true, short_write: true },
+        InjectedFault { kind: io::ErrorKind::Interrupted, sticky: false, short_write: false },
     ];
     for fault in faults {
         for n in 0.. {

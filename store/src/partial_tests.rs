@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicI64;
 use protocol::group_hashes::GROUP_BYTES;
 
 use super::*;
-use crate::blob_store::tests::{Fault, FaultyDisk, NOW, PLENTY, files, open};
+use crate::blob_store::tests::{FaultyDisk, InjectedFault, NOW, PLENTY, files, open};
 
 fn blob(groups: u64) -> (Vec<u8>, GroupHashes) {
     let bytes: Vec<_> = (0..groups * GROUP_BYTES - 100).map(|at| (at * 7 + at / 1000) as u8).collect();
@@ -182,7 +182,7 @@ fn a_failure_of_every_single_call_loses_nothing_that_was_acknowledged() {
         for n in 0.. {
             let dir = tempfile::tempdir().expect("a temporary directory");
             let countdown = Arc::new(AtomicI64::new(n));
-            let fault = Fault { kind: io::ErrorKind::Other, sticky, short_write: true };
+            let fault = InjectedFault { kind: io::ErrorKind::Other, sticky, short_write: true };
             let disk = FaultyDisk { countdown: Arc::clone(&countdown), fault };
             let done = match BlobStore::open(Box::new(disk), dir.path(), PLENTY) {
                 Ok(store) => arrive(&Arc::new(store)).is_ok(),

@@ -116,7 +116,7 @@ async fn serve(state: State, mut stream: Stream) -> std::io::Result<()> {
         let head = RequestHead::from_bytes(&head).map_err(std::io::Error::other)?;
         let mut body = vec![0; head.body_bytes()];
         stream.read_exact(&mut body).await?;
-        if head.foretells() {
+        if head.is_hint() {
             continue;
         }
         let request = ExecuteRequest::from_body(&head, &body).map_err(std::io::Error::other)?;

@@ -10,7 +10,7 @@ use inference::media::picture::{decode_frames, decode_picture, sample};
 use inference::media::sound::decode_sound;
 use inference::media::spectrum::spectrum;
 use inference::tokenizer::Tokenizer;
-use protocol::exchange::wire::{CHANGES_MAX, HEAD_BYTES, Head};
+use protocol::exchange::wire::{CHANGES_MAX, HEAD_BYTES, MessageHead};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider, Urgency};
 use protocol::execute::{self, ExecuteAnswer, ExecuteRequest, Receipt, ReceiptResult, RequestHead, Task, row_bytes};
 use protocol::expert_blob::ExpertShape;
@@ -124,7 +124,8 @@ fn no_parser_of_binary_input_panics() {
     let asked = ToProvider::Group { id, urgency: Urgency::Soon, blob, group: 3 };
     feed("exchange request", &asked.to_bytes(), inputs(100_000), |bytes| {
         let Some((head, body)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return };
-        if let Ok(read) = Head::of_request(head).and_then(|head| ToProvider::from_body(head, &body[..body.len().min(head.length as usize)]))
+        if let Ok(read) =
+            MessageHead::of_request(head).and_then(|head| ToProvider::from_body(head, &body[..body.len().min(head.length as usize)]))
         {
             assert!(bytes.starts_with(&read.to_bytes()), "canonical");
         }
@@ -138,8 +139,8 @@ fn no_parser_of_binary_input_panics() {
     for answer in answers {
         feed("exchange answer", &answer.to_bytes(), inputs(25_000), |bytes| {
             let Some((head, body)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return };
-            let body = |head: Head| body[..body.len().min(head.length as usize)].to_vec();
-            drop(Head::of_answer(head).map(|head| FromProvider::from_body(head, body(head))));
+            let body = |head: MessageHead| body[..body.len().min(head.length as usize)].to_vec();
+            drop(MessageHead::of_answer(head).map(|head| FromProvider::from_body(head, body(head))));
         });
     }
     let shape = manifest.text().expert_shape(manifest.usual_precision());
@@ -156,8 +157,8 @@ fn no_parser_of_requests_panics() {
         let Some((head, body)) = bytes.split_first_chunk() else { return };
         if let Ok(head) = RequestHead::from_bytes(head) {
             let body = &body[..body.len().min(head.body_bytes())];
-            if head.foretells() {
-                drop(execute::foretold(body));
+            if head.is_hint() {
+                drop(execute::hinted(body));
             } else {
                 drop(ExecuteRequest::from_body(&head, body));
             }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::swarm::{NetworkBehaviour, SwarmEvent};
 use libp2p::{Stream, StreamProtocol, identify, kad, noise, tcp, yamux};
-use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head, Kind};
+use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, MessageHead, MessageKind};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider};
 use protocol::group_hashes::{GROUP_BYTES, group_length, group_offset};
 use protocol::message::{FETCH_PROTOCOL, FetchAnswer, REQUEST_BYTES, Request, STREAM_ACK, Subject};
@@ -134,7 +134,7 @@ async fn exchange(truth: Truth, mut stream: Stream) -> std::io::Result<()> {
     loop {
         let mut head = [0; HEAD_BYTES];
         stream.read_exact(&mut head).await?;
-        let head = Head::of_request(&head).map_err(std::io::Error::other)?;
+        let head = MessageHead::of_request(&head).map_err(std::io::Error::other)?;
         let mut body = vec![0; head.length as usize];
         stream.read_exact(&mut body).await?;
         let Some(answer) = answer(&truth, ToProvider::from_body(head, &body).map_err(std::io::Error::other)?)? else { return Ok(()) };
@@ -174,7 +174,7 @@ fn lie(truth: &Truth, id: u32, blob: ContentHash, group: u32) -> std::io::Result
     match truth.lie {
         Lie::FlippedBit => bytes[100] ^= 4,
         Lie::WrongLength => bytes.push(0),
-        Lie::HugeLength => return Ok(Some(Head { kind: Kind::Group, id, length: u32::MAX }.to_bytes().to_vec())),
+        Lie::HugeLength => return Ok(Some(MessageHead { kind: MessageKind::Group, id, length: u32::MAX }.to_bytes().to_vec())),
         Lie::AnotherExpert => {
             let other = truth.experts.iter().find(|&&other| other != blob).expect("there are several");
             bytes = part(&read(truth, *other)?, group);

@@ -7,7 +7,7 @@ use inference::engine::{Engine, Overlay, Piece, Position, Want};
 use inference::media::limits::MediaLimits;
 use inference::media::patches::{of_frames, of_picture};
 use inference::media::picture::{decode_frames, decode_picture, sample};
-use inference::media::prompt::{Layout, Medium, Source, lay_out};
+use inference::media::prompt::{Layout, Medium, RowSource, lay_out};
 use inference::media::resize::{Picture, resize, target_size};
 use inference::media::sound::decode_sound;
 use inference::media::spectrum::spectrum;
@@ -184,9 +184,9 @@ impl Prompt {
         engine.pass(&mut [piece], span, want).expect("it runs");
     }
 
-    fn tower_rows(&self, medium: usize, source: Source) -> &TowerRows {
+    fn tower_rows(&self, medium: usize, source: RowSource) -> &TowerRows {
         let (seen, heard) = &self.rows[medium];
-        if source == Source::Vision { seen } else { heard }
+        if source == RowSource::Vision { seen } else { heard }
     }
 }
 
@@ -352,6 +352,10 @@ fn every_format_says_the_same() {
     }
     let original = sound("short.wav");
     assert_eq!(sound("short.flac"), original);
+    let mut piped = media("short.wav");
+    piped[4..8].fill(0xff);
+    piped[40..44].fill(0xff);
+    assert_eq!(decode_sound(&piped, &limits).expect("it was written into a pipe"), original);
     for name in ["short.ogg", "short.mp3", "short_48k_4ch.wav"] {
         let found = sound(name);
         let (power, length) =

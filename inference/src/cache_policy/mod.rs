@@ -22,7 +22,7 @@ pub use lru::Lru;
 pub use s3_fifo::S3Fifo;
 pub use simulate::{Hits, belady, simulate};
 pub use synthetic::{Skew, SyntheticRouting, synthetic};
-pub use trace::{EXPERTS_MAX, LAYERS_MAX, Step, Trace, TraceError, TraceFault};
+pub use trace::{EXPERTS_MAX, LAYERS_MAX, Trace, TraceError, TraceFault, TraceStep};
 
 /// Keeps account of which slots are in memory and chooses the one that leaves.
 ///

@@ -24,7 +24,7 @@ pub struct Trace {
 
 /// The experts that one layer used together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Step<'a> {
+pub struct TraceStep<'a> {
     /// The layer.
     pub layer: u32,
     /// The experts, ascending.
@@ -70,11 +70,11 @@ impl Trace {
     }
 
     /// The steps, in order.
-    pub fn steps(&self) -> impl DoubleEndedIterator<Item = Step<'_>> + ExactSizeIterator {
+    pub fn steps(&self) -> impl DoubleEndedIterator<Item = TraceStep<'_>> + ExactSizeIterator {
         (0..self.steps.len()).map(|index| {
             let (layer, end) = self.steps[index];
             let start = if index == 0 { 0 } else { self.steps[index - 1].1 };
-            Step { layer, experts: &self.used[start..end] }
+            TraceStep { layer, experts: &self.used[start..end] }
         })
     }
 

@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use families::{Family, ParsedConfig, Preprocessors, parse_config};
 use header::TensorEntry;
-use names::{Names, Projection, Role};
+use names::{Names, Projection, TensorUse};
 
 /// One thing that is wrong with a checkpoint.
 #[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -297,23 +297,23 @@ impl Collector {
         };
         let mut plane = 0;
         let expected: Vec<u64> = match role {
-            Role::Skipped(part) => {
+            TensorUse::Skipped(part) => {
                 let count = self.skipped.entry(part).or_default();
                 *count = (count.0 + 1, count.1 + (entry.range.end - entry.range.start));
                 return;
             }
-            Role::Unexpected => return self.problem(name, "unexpected: a model of this configuration has no such tensor"),
-            Role::Trunk(part, index) => self.parts[part].shapes[index].1.clone(),
-            Role::Expert(slot, projection) => {
+            TensorUse::Unexpected => return self.problem(name, "unexpected: a model of this configuration has no such tensor"),
+            TensorUse::Trunk(part, index) => self.parts[part].shapes[index].1.clone(),
+            TensorUse::Expert(slot, projection) => {
                 let (hidden, middle, _) = sides(slot.part);
                 if projection == Projection::Down { vec![hidden, middle] } else { vec![middle, hidden] }
             }
-            Role::FusedGateUp(part, _) | Role::FusedDown(part, _) => {
+            TensorUse::FusedGateUp(part, _) | TensorUse::FusedDown(part, _) => {
                 let (hidden, middle, experts) = sides(part);
                 plane = hidden * middle;
-                if matches!(role, Role::FusedDown(..)) { vec![experts, hidden, middle] } else { vec![experts, 2 * middle, hidden] }
+                if matches!(role, TensorUse::FusedDown(..)) { vec![experts, hidden, middle] } else { vec![experts, 2 * middle, hidden] }
             }
-            Role::TiedHead => {
+            TensorUse::TiedHead => {
                 let decoder = self.decoder(PartKind::Text);
                 vec![u64::from(decoder.vocab_size), u64::from(decoder.hidden_size)]
             }
@@ -334,23 +334,23 @@ impl Collector {
         let plane = plane * precision.matrix_bytes(1, 1) as u64;
         let whole = source(0, entry.range.end - entry.range.start);
         match role {
-            Role::Trunk(part, index) => self.parts[part].trunk[index] = Some(whole),
-            Role::TiedHead => self.tied_head = Some(whole),
-            Role::Expert(slot, projection) => self.expert(slot, projection, whole),
-            Role::FusedGateUp(part, layer) => {
+            TensorUse::Trunk(part, index) => self.parts[part].trunk[index] = Some(whole),
+            TensorUse::TiedHead => self.tied_head = Some(whole),
+            TensorUse::Expert(slot, projection) => self.expert(slot, projection, whole),
+            TensorUse::FusedGateUp(part, layer) => {
                 for expert in 0..self.decoder(part).experts() {
                     let (slot, at) = (ExpertSlot { part, layer, expert }, 2 * plane * u64::from(expert));
                     self.expert(slot, Projection::Gate, source(at, plane));
                     self.expert(slot, Projection::Up, source(at + plane, plane));
                 }
             }
-            Role::FusedDown(part, layer) => {
+            TensorUse::FusedDown(part, layer) => {
                 for expert in 0..self.decoder(part).experts() {
                     let at = plane * u64::from(expert);
                     self.expert(ExpertSlot { part, layer, expert }, Projection::Down, source(at, plane));
                 }
             }
-            Role::Skipped(_) | Role::Unexpected => {}
+            TensorUse::Skipped(_) | TensorUse::Unexpected => {}
         }
     }
 

@@ -22,7 +22,7 @@ pub enum Projection {
 
 /// What a tensor is for.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Role {
+pub enum TensorUse {
     /// The n-th tensor of the n-th part's [`tensors`](PartConfig::tensors).
     Trunk(usize, usize),
     /// One matrix of one expert: transformers 4 and every published checkpoint.
@@ -71,33 +71,33 @@ impl Names {
     }
 
     /// Returns what `name` is for.
-    pub fn role(&self, name: &str) -> Role {
+    pub fn role(&self, name: &str) -> TensorUse {
         let (kind, name) = match (self.family.name)(name) {
             Name::Usual(part, name) => (part, name.into_owned()),
-            Name::Skipped(part) => return Role::Skipped(part),
-            Name::Unexpected => return Role::Unexpected,
+            Name::Skipped(part) => return TensorUse::Skipped(part),
+            Name::Unexpected => return TensorUse::Unexpected,
         };
         // The configuration says that the part is not used.
-        let Some(part) = self.parts.iter().find(|part| part.kind() == kind) else { return Role::Skipped(kind.name()) };
+        let Some(part) = self.parts.iter().find(|part| part.kind() == kind) else { return TensorUse::Skipped(kind.name()) };
         let key = (kind, name);
         if let Some(&(number, index)) = self.trunk.get(&key) {
-            return Role::Trunk(number, index);
+            return TensorUse::Trunk(number, index);
         }
         let (kind, name) = key;
-        let Some(decoder) = part.decoder() else { return Role::Unexpected };
+        let Some(decoder) = part.decoder() else { return TensorUse::Unexpected };
         if name == "lm_head.weight" && decoder.head == Head::Embedding {
-            return Role::TiedHead;
+            return TensorUse::TiedHead;
         }
-        expert_role(kind, decoder, &name).unwrap_or(Role::Unexpected)
+        expert_role(kind, decoder, &name).unwrap_or(TensorUse::Unexpected)
     }
 }
 
-fn expert_role(part: PartKind, decoder: &Decoder, name: &str) -> Option<Role> {
+fn expert_role(part: PartKind, decoder: &Decoder, name: &str) -> Option<TensorUse> {
     let (layer, rest) = name.strip_prefix("model.layers.")?.split_once(".mlp.experts.")?;
     let layer = number(layer).filter(|&layer| decoder.is_moe(layer))?;
     match rest {
-        "gate_up_proj" => return Some(Role::FusedGateUp(part, layer)),
-        "down_proj" => return Some(Role::FusedDown(part, layer)),
+        "gate_up_proj" => return Some(TensorUse::FusedGateUp(part, layer)),
+        "down_proj" => return Some(TensorUse::FusedDown(part, layer)),
         _ => {}
     }
     let (expert, projection) = rest.split_once('.')?;
@@ -108,7 +108,7 @@ fn expert_role(part: PartKind, decoder: &Decoder, name: &str) -> Option<Role> {
         "down_proj.weight" => Projection::Down,
         _ => return None,
     };
-    Some(Role::Expert(ExpertSlot { part, layer, expert }, projection))
+    Some(TensorUse::Expert(ExpertSlot { part, layer, expert }, projection))
 }
 
 /// A decimal number without sign or leading zeros: `01` would be a second name for the same tensor.

@@ -36,14 +36,14 @@ pub enum Medium {
 
 /// Which tower makes a row.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Source {
+pub enum RowSource {
     /// Eyes.
     Vision,
     /// Ears.
     Audio,
 }
 
-impl Source {
+impl RowSource {
     /// What its rows stand for.
     pub fn modality(self) -> Modality {
         match self {
@@ -59,7 +59,7 @@ pub struct Run {
     /// Which medium.
     pub medium: usize,
     /// Which tower.
-    pub source: Source,
+    pub source: RowSource,
     /// Of that tower's rows.
     pub rows: Range<usize>,
     /// The first place.
@@ -232,7 +232,7 @@ impl Writer<'_> {
         self.next += 1.0;
     }
 
-    fn row(&mut self, token: u32, position: Position, (medium, source, row): (usize, Source, usize)) {
+    fn row(&mut self, token: u32, position: Position, (medium, source, row): (usize, RowSource, usize)) {
         let first = self.layout.tokens.len();
         self.layout.tokens.push(token);
         self.layout.positions.push(position);
@@ -249,7 +249,7 @@ impl Writer<'_> {
             Medium::Sound { rows } => {
                 let token = self.audio.expect("checked above").token;
                 for row in 0..rows {
-                    self.row(token, Position::all(self.next), (number, Source::Audio, row));
+                    self.row(token, Position::all(self.next), (number, RowSource::Audio, row));
                     self.next += 1.0;
                 }
             }
@@ -259,7 +259,7 @@ impl Writer<'_> {
                 let mut farthest = self.next;
                 for (row, position) in seen.enumerate() {
                     farthest = farthest.max(position.farthest());
-                    self.row(token, position, (number, Source::Vision, row));
+                    self.row(token, position, (number, RowSource::Vision, row));
                 }
                 self.next = farthest + 1.0;
             }
@@ -272,7 +272,7 @@ impl Writer<'_> {
                         let mut farthest = self.next;
                         for (row, position) in seen(self.next, grid, time).enumerate() {
                             farthest = farthest.max(position.farthest());
-                            self.row(token, position, (number, Source::Vision, row));
+                            self.row(token, position, (number, RowSource::Vision, row));
                         }
                         self.next = farthest + 1.0;
                     }
@@ -299,11 +299,11 @@ impl Writer<'_> {
             };
             if picture_first {
                 let (row, position) = pictures.next().expect("it was looked at");
-                self.row(vision.video_token, position, (number, Source::Vision, row));
+                self.row(vision.video_token, position, (number, RowSource::Vision, row));
                 last = position.farthest();
             } else {
                 last = start + heard as f32;
-                self.row(audio.token, Position::all(last), (number, Source::Audio, heard));
+                self.row(audio.token, Position::all(last), (number, RowSource::Audio, heard));
                 heard += 1;
             }
         }

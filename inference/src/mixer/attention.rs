@@ -54,7 +54,7 @@ impl Heads {
 
 /// What a task does: some tokens of one sequence, for one key and value head, over some pieces.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Task {
+pub(crate) struct AttentionTask {
     share: usize,
     /// Rows of the batch.
     first: usize,
@@ -69,7 +69,7 @@ pub(crate) struct Task {
 }
 
 /// Divides a batch into tasks. Where there are few tokens and many keys, each piece is a task of its own.
-pub(crate) fn plan(shares: &[Share<'_>], heads: Heads, tasks: &mut Vec<Task>) {
+pub(crate) fn plan(shares: &[Share<'_>], heads: Heads, tasks: &mut Vec<AttentionTask>) {
     tasks.clear();
     let mut place = 0;
     for (number, share) in shares.iter().enumerate() {
@@ -80,7 +80,7 @@ pub(crate) fn plan(shares: &[Share<'_>], heads: Heads, tasks: &mut Vec<Task>) {
             for kv_head in 0..heads.kv_heads {
                 for piece in 0..if apart { pieces } else { 1 } {
                     let (pieces_from, pieces_to) = if apart { (piece, piece + 1) } else { (0, pieces) };
-                    tasks.push(Task { share: number, first: share.first + first, tokens, kv_head, pieces_from, pieces_to, place });
+                    tasks.push(AttentionTask { share: number, first: share.first + first, tokens, kv_head, pieces_from, pieces_to, place });
                     place += tokens * heads.group();
                 }
             }
@@ -89,7 +89,7 @@ pub(crate) fn plan(shares: &[Share<'_>], heads: Heads, tasks: &mut Vec<Task>) {
 }
 
 /// Numbers that the partial results of `tasks` take.
-pub(crate) fn partial_numbers(tasks: &[Task], heads: Heads) -> usize {
+pub(crate) fn partial_numbers(tasks: &[AttentionTask], heads: Heads) -> usize {
     tasks.last().map_or(0, |task| task.place + task.tokens * heads.group()) * heads.partial()
 }
 
@@ -140,7 +140,7 @@ pub(crate) fn attend(
     heads: Heads,
     layer: usize,
     shares: &[Share<'_>],
-    tasks: &[Task],
+    tasks: &[AttentionTask],
     (queries, stride): (&[f32], usize),
     partials: &mut [f32],
     scratch: &mut [Scratch],
@@ -178,12 +178,12 @@ pub(crate) fn attend(
     let partials = &*partials;
     let width = heads.query_width();
     let per_row = |row: usize, out: &mut [f32]| {
-        let mine = |task: &&Task| (task.first..task.first + task.tokens).contains(&row);
+        let mine = |task: &&AttentionTask| (task.first..task.first + task.tokens).contains(&row);
         let start = tasks.partition_point(|task| task.first + task.tokens <= row);
         for (kv_head, out) in out.chunks_exact_mut(heads.group() * heads.head_dim).enumerate() {
             let pieces = tasks[start..].iter().take_while(mine).filter(|task| task.kv_head == kv_head);
             for (head, out) in out.chunks_exact_mut(heads.head_dim).enumerate() {
-                let place = |task: &Task| (task.place + (row - task.first) * heads.group() + head) * partial;
+                let place = |task: &AttentionTask| (task.place + (row - task.first) * heads.group() + head) * partial;
                 finish(pieces.clone().map(|task| &partials[place(task)..][..partial]), heads.padded(), out);
             }
         }
@@ -199,7 +199,7 @@ fn one_piece(
     heads: Heads,
     cache: &KvCache,
     layer: usize,
-    task: Task,
+    task: AttentionTask,
     (piece, next): (usize, Option<Stored<'_>>),
     past: usize,
     scratch: &mut Scratch,

@@ -5,7 +5,7 @@ use protocol::decoder::{Gqa, QkNorm, QkvBias};
 use protocol::tensors::LayerTensor;
 
 use super::attention::{self, Heads};
-use super::rope::{Position, Rope, Rotation};
+use super::rope::{Position, RopeFrequencies, Rotation};
 use super::{MixerInput, Share};
 use crate::kernels::math::{add, rms_scale};
 use crate::kernels::{Forms, Operand, Rows, Vector, project};
@@ -66,11 +66,11 @@ impl GqaWeights {
 pub(crate) struct GqaWork {
     heads: Heads,
     eps: f32,
-    rope: Rope,
+    rope: RopeFrequencies,
     qkv: Rows,
     operand: Operand,
     rotations: Vec<Rotation>,
-    tasks: Vec<attention::Task>,
+    tasks: Vec<attention::AttentionTask>,
     turned: Vec<f32>, // (rows, heads × head_dim + kv_heads × head_dim): queries and keys with their positions
     mixed: Vec<f32>,  // (rows, heads × head_dim)
     partials: Vec<f32>,
@@ -129,7 +129,7 @@ impl GqaWork {
         Self {
             heads,
             eps: decoder.runs[0].norm.eps() as f32,
-            rope: Rope::new(decoder.attention()),
+            rope: RopeFrequencies::new(decoder.attention()),
             qkv: Rows::with_capacity(rows, sizes.qkv()),
             operand: Operand::with_capacity(rows, sizes.widest(), sizes.forms),
             rotations: vec![Rotation::default(); rows],

@@ -41,7 +41,7 @@ enum Axis {
 
 /// The frequencies of a model, each with the axis it measures.
 #[derive(Debug)]
-pub(crate) struct Rope {
+pub(crate) struct RopeFrequencies {
     frequencies: Vec<(f32, Axis)>, // head_dim / 2
 }
 
@@ -51,7 +51,7 @@ pub(crate) struct Rotation {
     pairs: Vec<(f32, f32)>, // head_dim / 2
 }
 
-impl Rope {
+impl RopeFrequencies {
     pub(crate) fn new(attention: &Gqa) -> Self {
         let base = attention.rope.base() as f32;
         let frequency = |i: u32| 1.0 / libm::powf(base, (2 * i) as f32 / attention.head_dim as f32);
@@ -99,7 +99,7 @@ mod tests {
         Gqa { heads: 1, kv_heads: 1, head_dim, rope, qk_norm: QkNorm::None, bias: QkvBias::None }
     }
 
-    fn rotation(rope: &Rope, position: Position) -> Rotation {
+    fn rotation(rope: &RopeFrequencies, position: Position) -> Rotation {
         let mut rotation = Rotation::default();
         rope.at(position, &mut rotation);
         rotation
@@ -107,8 +107,8 @@ mod tests {
 
     #[test]
     fn for_text_mrope_is_rope_bit_for_bit() {
-        let plain = Rope::new(&attention(8, decoder::Rope::Plain { base: 1e6 }));
-        let sections = Rope::new(&attention(8, decoder::Rope::Interleaved { base: 1e6, sections: [2, 1, 1] }));
+        let plain = RopeFrequencies::new(&attention(8, decoder::Rope::Plain { base: 1e6 }));
+        let sections = RopeFrequencies::new(&attention(8, decoder::Rope::Interleaved { base: 1e6, sections: [2, 1, 1] }));
         for n in [0, 1, 7, 1000, 30_000] {
             let (a, b) = (rotation(&plain, Position::of_text(n)), rotation(&sections, Position::of_text(n)));
             assert_eq!(a.pairs, b.pairs);
@@ -118,7 +118,7 @@ mod tests {
     #[test]
     fn axes_are_interleaved_as_published() {
         // mrope_section [24, 20, 20] over 64 pairs: height 1, 4 … 58, width 2, 5 … 59, time the rest.
-        let rope = Rope::new(&attention(128, decoder::Rope::Interleaved { base: 1e6, sections: [24, 20, 20] }));
+        let rope = RopeFrequencies::new(&attention(128, decoder::Rope::Interleaved { base: 1e6, sections: [24, 20, 20] }));
         for (i, (_, axis)) in rope.frequencies.iter().enumerate() {
             let expected = match i % 3 {
                 1 if i < 60 => "Height",

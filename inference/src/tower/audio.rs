@@ -8,7 +8,7 @@ use protocol::{ModelManifest, PartKind};
 
 use super::attention::{TowerHeads, attend};
 use super::linear::{LayerNorm, Linear, LinearWork, gelu};
-use super::{TowerRows, Watch, reader};
+use super::{TowerRows, TowerWatch, reader};
 use crate::kernels::math::add;
 use crate::machine::Machine;
 use crate::weights::{LoadError, ReadTensor, TrunkReader};
@@ -71,7 +71,7 @@ impl AudioTower {
     }
 
     /// Makes rows of a clip's spectrum, (bands, frames). `watch` is told steps by name.
-    pub fn run(&self, machine: &Machine, spectrum: &[f32], mut watch: Watch<'_>) -> TowerRows {
+    pub fn run(&self, machine: &Machine, spectrum: &[f32], mut watch: TowerWatch<'_>) -> TowerRows {
         let (bands, hidden, chunk) = (self.shape.bands as usize, self.shape.hidden_size as usize, self.shape.chunk as usize);
         let heads = TowerHeads { heads: self.shape.heads as usize, head_dim: hidden / self.shape.heads as usize };
         let frames = spectrum.len() / bands;

@@ -37,4 +37,4 @@ impl TowerRows {
 }
 
 /// What a tower looked like on its way, for comparison with another implementation.
-pub type Watch<'a> = Option<&'a mut dyn FnMut(&str, &[f32])>;
+pub type TowerWatch<'a> = Option<&'a mut dyn FnMut(&str, &[f32])>;

@@ -8,7 +8,7 @@ use protocol::{ModelManifest, PartKind};
 
 use super::attention::{TowerHeads, attend};
 use super::linear::{LayerNorm, Linear, LinearWork, gelu, gelu_tanh};
-use super::{TowerRows, Watch, reader};
+use super::{TowerRows, TowerWatch, reader};
 use crate::kernels::math::add;
 use crate::machine::Machine;
 use crate::weights::{LoadError, ReadTensor, TrunkReader, Weight};
@@ -82,7 +82,7 @@ impl VisionTower {
     }
 
     /// Makes rows of patches. `watch` is told steps by name.
-    pub fn run(&self, machine: &Machine, patches: &Patches, mut watch: Watch<'_>) -> TowerRows {
+    pub fn run(&self, machine: &Machine, patches: &Patches, mut watch: TowerWatch<'_>) -> TowerRows {
         let hidden = self.shape.hidden_size as usize;
         let heads = TowerHeads { heads: self.shape.heads as usize, head_dim: hidden / self.shape.heads as usize };
         let [time, height, width] = patches.grid;

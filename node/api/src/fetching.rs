@@ -14,7 +14,7 @@ use protocol::ticket::Ticket;
 use runtime::data_dir::LocalModel;
 use runtime::federation::Federation;
 use runtime::models::pulled_json;
-use runtime::pulling::{self, Introduced, Part, introduce, learn};
+use runtime::pulling::{self, Introduced, PullScope, introduce, learn};
 use serde_json::{Value, json};
 use tokio::sync::{mpsc, watch};
 use tokio::task::spawn_blocking;
@@ -88,7 +88,7 @@ async fn join_by(api: &Api, ticket: &Ticket) -> Result<Value, ApiError> {
 struct Pull {
     model: String,
     name: Option<String>,
-    part: Part,
+    part: PullScope,
 }
 
 impl Pull {
@@ -96,10 +96,10 @@ impl Pull {
         let model = fields.text("model")?.ok_or_else(|| ApiError::invalid("model is missing").param("model"))?;
         let (name, trunk, domain) = (fields.text("name")?, fields.flag("trunk")?, fields.text("domain")?);
         let part = match (trunk, domain, fields.count("experts_bytes", (0, u64::MAX))?) {
-            (false, Some(domain), bytes_max) => Part::Domain(domain, bytes_max),
-            (false, None, Some(bytes_max)) => Part::Rarest(bytes_max),
-            (false, None, None) => Part::All,
-            (true, None, None) => Part::Trunk,
+            (false, Some(domain), bytes_max) => PullScope::Domain(domain, bytes_max),
+            (false, None, Some(bytes_max)) => PullScope::Rarest(bytes_max),
+            (false, None, None) => PullScope::All,
+            (true, None, None) => PullScope::Trunk,
             (true, ..) => return Err(ApiError::invalid("trunk goes with neither experts_bytes nor domain").param("trunk")),
         };
         fields.none_left()?;

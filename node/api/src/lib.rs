@@ -28,9 +28,9 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use inference::media::limits::MediaLimits;
-use net::fetcher::Rates;
+use net::fetcher::PeerRates;
 use net::network::Network;
-use net::progress::Progress;
+use net::progress::SharedTransfer;
 use net::status::Account;
 use runtime::data_dir::LocalModel;
 use runtime::federation::PeerOptions;
@@ -57,7 +57,7 @@ pub struct Api {
     /// The closed group that the node is in, by its fingerprint.
     pub group: Option<String>,
     /// How fast peers have sent, and what is on its way.
-    pub rates: Rates,
+    pub rates: PeerRates,
     pub transfers: Transfers,
     pub intake: Intake,
     /// How much of pictures, videos and sounds is taken.
@@ -72,18 +72,18 @@ pub struct Api {
 
 /// What is on its way: for answers, and for those who pull.
 #[derive(Clone, Default, Debug)]
-pub struct Transfers(Arc<Mutex<Vec<Progress>>>);
+pub struct Transfers(Arc<Mutex<Vec<SharedTransfer>>>);
 
 impl Transfers {
-    pub fn new(first: Progress) -> Self {
+    pub fn new(first: SharedTransfer) -> Self {
         Self(Arc::new(Mutex::new(vec![first])))
     }
 
-    fn add(&self, progress: Progress) {
+    fn add(&self, progress: SharedTransfer) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).push(progress);
     }
 
-    fn remove(&self, progress: &Progress) {
+    fn remove(&self, progress: &SharedTransfer) {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).retain(|known| !Arc::ptr_eq(known, progress));
     }
 

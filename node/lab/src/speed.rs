@@ -239,7 +239,7 @@ impl DecodeRun {
 
     fn json(&self) -> Value {
         let ExpertUse { bytes_read, prefetched, prefetched_used, .. } = self.experts;
-        json!({"tokens_per_second": self.speed, "logged": self.logged, "hits": self.hits(), "bytes_read": bytes_read, "foreseen": prefetched, "foreseen_used": prefetched_used})
+        json!({"tokens_per_second": self.speed, "logged": self.logged, "hits": self.hits(), "bytes_read": bytes_read, "prefetched": prefetched, "prefetched_used": prefetched_used})
     }
 }
 

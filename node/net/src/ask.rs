@@ -30,16 +30,16 @@ pub enum Answered {
 
 /// Asks `peer` for all of `subject`, which has at most `bytes_max` bytes.
 pub async fn ask(peer: PeerId, streams: libp2p_stream::Control, subject: Subject, bytes_max: u64) -> Answered {
-    match Asking::open(peer, streams).await {
+    match AskStream::open(peer, streams).await {
         Ok(mut asking) => asking.ask(subject, bytes_max).await.unwrap_or_else(Answered::Broken),
         Err(error) => Answered::Broken(error),
     }
 }
 
 /// A stream on which one thing after the other may be asked for.
-pub struct Asking(Stream);
+pub struct AskStream(Stream);
 
-impl Asking {
+impl AskStream {
     /// Opens it.
     pub async fn open(peer: PeerId, streams: libp2p_stream::Control) -> io::Result<Self> {
         stream::open(peer, streams, FETCH_PROTOCOL, stream::acknowledged).await.map(|(stream, ())| Self(stream))

@@ -50,7 +50,7 @@ pub(crate) struct Work {
 }
 
 /// What became of it.
-pub(crate) struct Done {
+pub(crate) struct Assembled {
     pub peer: PeerId,
     pub hash: ContentHash,
     pub(crate) serial: u64,
@@ -130,7 +130,7 @@ fn lock(memory: &Mutex<InMemory>) -> MutexGuard<'_, InMemory> {
 
 impl Work {
     /// Verifies the group and keeps it if it is right.
-    pub(crate) fn run(self) -> Done {
+    pub(crate) fn run(self) -> Assembled {
         let Self { assembly, peer, hash, serial, check, bytes } = self;
         // A fault here fails this blob, not the thread that all fetches need.
         let taken = threads::caught("verifying a group", || assembly.take(&check, &bytes));
@@ -138,12 +138,12 @@ impl Work {
             let (action, path) = ("keep a group of", hash.to_string());
             Err(StoreError::Io { action, path, source: std::io::Error::other(failure) })
         });
-        Done { peer, hash, serial, check, right }
+        Assembled { peer, hash, serial, check, right }
     }
 }
 
 /// Starts the threads that verify; they end when the queue is dropped.
-pub(crate) fn start_verifiers(done: &mpsc::Sender<Done>) -> std_mpsc::SyncSender<Work> {
+pub(crate) fn start_verifiers(done: &mpsc::Sender<Assembled>) -> std_mpsc::SyncSender<Work> {
     let (queue, works) = std_mpsc::sync_channel::<Work>(WORK_MAX);
     let works = Arc::new(Mutex::new(works));
     for _ in 0..VERIFIERS {

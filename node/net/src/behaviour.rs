@@ -10,7 +10,7 @@ use super::crowding;
 use super::finder::{Table, table};
 use super::friends::Friends;
 use super::gossip;
-use super::network::{Relay, Role};
+use super::network::{NodeRole, Relay};
 use super::relaying::relay_limits;
 
 /// Dials under way. How many handshakes come in is bounded in `handshakes`, and how many connections in `crowding`.
@@ -23,7 +23,7 @@ const ESTABLISHED_PER_PEER_MAX: u32 = 3;
 pub(super) struct Behaviour {
     pub(super) limits: connection_limits::Behaviour,
     pub(super) memory: memory_connection_limits::Behaviour,
-    pub(super) crowding: crowding::Behaviour,
+    pub(super) crowding: crowding::CrowdLimits,
     pub(super) blocked: allow_block_list::Behaviour<allow_block_list::BlockedPeers>,
     pub(super) identify: identify::Behaviour,
     pub(super) ping: ping::Behaviour,
@@ -31,7 +31,7 @@ pub(super) struct Behaviour {
     pub(super) stream: libp2p_stream::Behaviour,
     pub(super) kad: Table,
     /// Records, among hosts.
-    pub(super) gossip: Toggle<gossip::Behaviour>,
+    pub(super) gossip: Toggle<gossip::GossipBehaviour>,
     /// Asks others whether this node can be reached.
     pub(super) autonat: Toggle<autonat::v2::client::Behaviour>,
     /// Answers others that question.
@@ -46,7 +46,7 @@ pub(super) struct Choices<'a> {
     pub(super) mdns: bool,
     /// Bytes of memory beyond which the process makes no more connections.
     pub(super) memory_max: u64,
-    pub(super) role: &'a Role,
+    pub(super) role: &'a NodeRole,
     /// Peers whose places others cannot take.
     pub(super) friends: &'a Friends,
 }
@@ -62,13 +62,13 @@ impl Behaviour {
         let agent = concat!("confrere/", env!("CARGO_PKG_VERSION")).to_owned();
         let identify = identify::Config::new("/confrere/1".to_owned(), keypair.public()).with_agent_version(agent);
         let (hosts, relays) = match choices.role {
-            Role::Guest => (false, false),
-            Role::Host { relay, .. } => (true, *relay == Relay::Yes),
+            NodeRole::Guest => (false, false),
+            NodeRole::Host { relay, .. } => (true, *relay == Relay::Yes),
         };
         Ok(Self {
             limits: connection_limits::Behaviour::new(limits),
             memory: memory_connection_limits::Behaviour::with_max_bytes(choices.memory_max as usize),
-            crowding: crowding::Behaviour::new(choices.friends.clone()),
+            crowding: crowding::CrowdLimits::new(choices.friends.clone()),
             blocked: allow_block_list::Behaviour::default(),
             identify: identify::Behaviour::new(identify),
             ping: ping::Behaviour::default(),

@@ -52,7 +52,7 @@ impl Rate {
 
 /// Refuses a neighbourhood that is too many, and an address that is too fast. When strangers have all places, the one that asked for
 /// nothing longest makes room for a newcomer; friends have places that strangers cannot take.
-pub(super) struct Behaviour {
+pub(super) struct CrowdLimits {
     friends: Friends,
     established: HashMap<ConnectionId, Inbound>,
     /// Connections that make room.
@@ -95,7 +95,7 @@ impl fmt::Display for Refused {
 
 impl std::error::Error for Refused {}
 
-impl Behaviour {
+impl CrowdLimits {
     pub(super) fn new(friends: Friends) -> Self {
         Self { friends, established: HashMap::new(), leaving: VecDeque::new(), attempts: HashMap::new(), told: None }
     }
@@ -160,7 +160,7 @@ impl Behaviour {
     }
 }
 
-impl NetworkBehaviour for Behaviour {
+impl NetworkBehaviour for CrowdLimits {
     type ConnectionHandler = dummy::ConnectionHandler;
     type ToSwarm = Infallible;
 
@@ -237,15 +237,15 @@ mod tests {
     }
 
     /// A behaviour whose friends are these.
-    fn crowding(friends: &[PeerId]) -> (Behaviour, tempfile::TempDir) {
+    fn crowding(friends: &[PeerId]) -> (CrowdLimits, tempfile::TempDir) {
         let dir = tempfile::tempdir().expect("a directory");
         let files = RecordFiles::new(Files::of(dir.path()));
         let records =
             SharedRecords::load(files, NodeKey::from_secret(&[9; 32]).id(), BTreeSet::new(), BTreeSet::new()).expect("no records yet");
-        (Behaviour::new(Friends::new(friends.iter().copied(), records)), dir)
+        (CrowdLimits::new(Friends::new(friends.iter().copied(), records)), dir)
     }
 
-    fn establish(crowding: &mut Behaviour, number: usize, from: &str, now: Instant) -> Result<PeerId, Refused> {
+    fn establish(crowding: &mut CrowdLimits, number: usize, from: &str, now: Instant) -> Result<PeerId, Refused> {
         let peer = PeerId::random();
         crowding.establish(ConnectionId::new_unchecked(number), peer, Some(ip(from)), now).map(|()| peer)
     }

@@ -42,7 +42,7 @@ const REFUSALS: SlotLimits = SlotLimits { strangers: 8, friends: 8, of_one: 1 };
 /// Requests that wait for the thread that computes.
 const QUEUE_MAX: usize = 16;
 /// Experts that wait to be read ahead.
-const FORETOLD_MAX: usize = 64;
+const HINTS_MAX: usize = 64;
 /// Shapes of experts that memory to compute is kept for.
 const SHAPES_MAX: usize = 8;
 /// Bytes of requests and results under way, of all peers: this, or a quarter of what experts may take, but never less than a request.
@@ -77,7 +77,7 @@ struct Work {
 #[derive(Clone)]
 struct Desk {
     queue: std_mpsc::SyncSender<Work>,
-    foretold: std_mpsc::SyncSender<ContentHash>,
+    hints: std_mpsc::SyncSender<ContentHash>,
     under_way: ByteBudget,
 }
 
@@ -89,7 +89,7 @@ pub fn start(models: Arc<dyn OwnModels>, options: ExecutorOptions, network: &Net
     let works_for = options.works_for.clone();
     let under_way = (options.bytes_max / 4).min(UNDER_WAY_BYTES_MAX as u64) as usize;
     let experts = Arc::new(HotExperts::new(models, options.memory.clone()));
-    let (foretold, ahead) = std_mpsc::sync_channel(FORETOLD_MAX);
+    let (hints, ahead) = std_mpsc::sync_channel(HINTS_MAX);
     let reading = Arc::clone(&experts);
     threads::start("executor-reader", ahead, move || {
         let reading = Arc::clone(&reading);
@@ -100,7 +100,7 @@ pub fn start(models: Arc<dyn OwnModels>, options: ExecutorOptions, network: &Net
         let mut worker = Worker { experts: Arc::clone(&experts), runners: HashMap::new(), options: Arc::clone(&options) };
         move |work| worker.work(work)
     });
-    let desk = Desk { queue, foretold, under_way: ByteBudget::new(under_way.max(UNDER_WAY_BYTES_MIN)) };
+    let desk = Desk { queue, hints, under_way: ByteBudget::new(under_way.max(UNDER_WAY_BYTES_MIN)) };
     let slots = StreamSlots::new("an execute stream", STREAMS, network.friends.clone());
     let refusals = StreamSlots::new("an execute stream of a peer that this node does not work for", REFUSALS, network.friends.clone());
     tokio::spawn(async move {
@@ -155,17 +155,17 @@ async fn serve(mut stream: Stream, peer: PeerId, desk: &Desk, slot: &StreamSlot)
         let held = desk.under_way.take(peer, body_bytes + head.uses as usize * head.hidden_size as usize * 4);
         if held.is_none() {
             skip(&mut stream, body_bytes).await?;
-            if !head.foretells() {
+            if !head.is_hint() {
                 write(&mut stream, &ExecuteAnswer::Refused(Refusal::Busy).to_bytes(number), &[]).await?;
             }
             continue;
         }
         let mut body = vec![0; body_bytes];
         timeout(TRANSFER_TIMEOUT, stream.read_exact(&mut body)).await??;
-        if head.foretells() {
+        if head.is_hint() {
             // What does not fit into the queue is read when it is asked for.
-            for hash in execute::foretold(&body) {
-                let _ = desk.foretold.try_send(hash);
+            for hash in execute::hinted(&body) {
+                let _ = desk.hints.try_send(hash);
             }
             continue;
         }

@@ -20,10 +20,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use crate::assembly::{Assembly, Done, WORK_MAX, Work, start_verifiers};
-use crate::link::{Heard, Link, What};
+use crate::assembly::{Assembled, Assembly, WORK_MAX, Work, start_verifiers};
+use crate::link::{Heard, Link, LinkEvent};
 use crate::network::Network;
-use crate::progress::{Listed, Progress, Transfer};
+use crate::progress::{Listed, SharedTransfer, Transfer};
 use crate::wanted::Wanted;
 
 const HEARD_MAX: usize = 16;
@@ -59,13 +59,13 @@ pub struct Fetched {
 
 /// Something to fetch and what to call it in an error.
 #[derive(Clone, Debug)]
-pub struct Want {
+pub struct FetchItem {
     pub wanted: Wanted,
     pub name: String,
 }
 
 /// How fast peers have sent, in bytes a second, as last seen; shared with the address book.
-pub type Rates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
+pub type PeerRates = Arc<Mutex<BTreeMap<PeerId, u64>>>;
 
 /// Fetches from the peers of one network.
 pub struct Fetcher {
@@ -77,7 +77,7 @@ pub struct Fetcher {
     next_link: u64,
     pub(super) heard: (mpsc::Sender<Heard>, mpsc::Receiver<Heard>),
     work: std_mpsc::SyncSender<Work>,
-    done: mpsc::Receiver<Done>,
+    done: mpsc::Receiver<Assembled>,
     prepared: (mpsc::Sender<Prepared>, mpsc::Receiver<Prepared>),
     finished: (mpsc::Sender<Finished>, mpsc::Receiver<Finished>),
     finishing: Arc<Semaphore>,
@@ -87,8 +87,8 @@ pub struct Fetcher {
     /// What had come when a fetch was broken off; the oldest goes first.
     kept: VecDeque<(ContentHash, Arc<Assembly>)>,
     pub(super) arrived: Arc<AtomicU64>, // bytes of blobs from all peers, as they come
-    rates: Rates,
-    progress: Progress,
+    rates: PeerRates,
+    progress: SharedTransfer,
     round: u64,
     /// Peers whose streams broke since they last brought something: asked after a pause.
     pub(super) unsteady: HashMap<PeerId, Unsteady>,
@@ -117,7 +117,7 @@ struct Finished {
 
 /// The state of one call.
 pub(super) struct Round {
-    pub(super) wants: Vec<Want>,
+    pub(super) wants: Vec<FetchItem>,
     pub(super) by_hash: HashMap<ContentHash, Vec<usize>>,
     senders: HashMap<ContentHash, PeerId>,
     ready: VecDeque<Fetched>,
@@ -128,7 +128,7 @@ pub(super) struct Round {
 }
 
 impl Round {
-    pub(super) fn new(wants: Vec<Want>, by_hash: HashMap<ContentHash, Vec<usize>>, arrived: u64) -> Self {
+    pub(super) fn new(wants: Vec<FetchItem>, by_hash: HashMap<ContentHash, Vec<usize>>, arrived: u64) -> Self {
         Self {
             left: by_hash.len(),
             by_hash,
@@ -144,7 +144,7 @@ impl Round {
 
 enum Next {
     Tick,
-    Done(Done),
+    Done(Assembled),
     Prepared(Prepared),
     Finished(Finished),
     Heard(Heard),
@@ -155,7 +155,7 @@ enum Next {
 
 impl Fetcher {
     /// A fetcher that gives up after `timeout` without progress, and notes how fast peers are in `rates`.
-    pub fn new(network: Network, timeout: Duration, rates: Rates) -> Self {
+    pub fn new(network: Network, timeout: Duration, rates: PeerRates) -> Self {
         let (done_sender, done) = mpsc::channel(WORK_MAX);
         Self {
             network,
@@ -175,7 +175,7 @@ impl Fetcher {
             kept: VecDeque::new(),
             arrived: Arc::default(),
             rates,
-            progress: Progress::default(),
+            progress: SharedTransfer::default(),
             round: 0,
             unsteady: HashMap::new(),
             liars: BTreeMap::new(),
@@ -196,7 +196,7 @@ impl Fetcher {
     }
 
     /// Fetches everything in `wants` and sends each to `results` as it comes.
-    pub async fn fetch(&mut self, wants: Vec<Want>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
+    pub async fn fetch(&mut self, wants: Vec<FetchItem>, results: &mpsc::Sender<Fetched>) -> Result<(), Failure> {
         self.abandon();
         let mut by_hash: HashMap<_, Vec<_>> = HashMap::new();
         for (index, want) in wants.iter().enumerate() {
@@ -215,11 +215,11 @@ impl Fetcher {
     }
 
     /// Where it is told what is on its way.
-    pub fn progress(&self) -> Progress {
+    pub fn progress(&self) -> SharedTransfer {
         Arc::clone(&self.progress)
     }
 
-    fn list(&self, wants: &[Want], by_hash: &HashMap<ContentHash, Vec<usize>>) -> Listed {
+    fn list(&self, wants: &[FetchItem], by_hash: &HashMap<ContentHash, Vec<usize>>) -> Listed {
         let first = wants.first().map_or_else(String::new, |want| want.name.clone());
         let more = by_hash.len().saturating_sub(1);
         let transfer = Transfer {
@@ -322,8 +322,8 @@ impl Fetcher {
         self.check_hope(round)
     }
 
-    fn on_done(&mut self, round: &mut Round, done: Done) -> Result<(), Failure> {
-        let Done { peer, hash, serial, check, right } = done;
+    fn on_done(&mut self, round: &mut Round, done: Assembled) -> Result<(), Failure> {
+        let Assembled { peer, hash, serial, check, right } = done;
         match right {
             Ok(true) => {
                 self.unsteady.remove(&peer);
@@ -354,24 +354,24 @@ impl Fetcher {
         let Heard { peer, link: number, what } = heard;
         let Some(link) = self.links.get(&peer).filter(|link| link.number == number) else { return Ok(()) };
         match what {
-            What::Up(requests_max) => {
+            LinkEvent::Up(requests_max) => {
                 if self.network.is_doubted(peer) {
                     self.tell(round, DownloadEvent::Doubted { peer })?;
                 }
                 self.tell(round, DownloadEvent::PeerUp { peer, requests_max })
             }
-            What::Said(message) => {
+            LinkEvent::Said(message) => {
                 let bytes = link.received();
                 self.tell(round, DownloadEvent::Progress { peer, bytes })?;
                 self.tell(round, DownloadEvent::Received { peer, message })
             }
-            What::Ended(reason) => {
+            LinkEvent::Ended(reason) => {
                 debug!(%peer, reason, "stream broke");
                 round.last_break = Some(reason);
                 self.hang_up(peer);
                 self.tell(round, DownloadEvent::PeerDown { peer })
             }
-            What::Malformed(malformed) => {
+            LinkEvent::Malformed(malformed) => {
                 self.note_liar(peer, format!("sent a {malformed}"));
                 self.tell(round, DownloadEvent::PeerDown { peer })
             }

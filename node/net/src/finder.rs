@@ -12,7 +12,7 @@ use libp2p::{Multiaddr, PeerId, StreamProtocol};
 use protocol::ModelId;
 use tokio::time::Instant;
 
-use super::network::Role;
+use super::network::NodeRole;
 
 pub(super) const KAD_PROTOCOL: StreamProtocol = StreamProtocol::new("/confrere/kad/1");
 /// Models that a host tells others of, and that it lets one peer tell it of.
@@ -34,7 +34,7 @@ const TELL_PAUSE: Duration = Duration::from_secs(3);
 pub(super) type Table = kad::Behaviour<MemoryStore>;
 
 /// An empty table. Only hosts answer what others ask.
-pub(super) fn table(local: PeerId, role: &Role) -> Table {
+pub(super) fn table(local: PeerId, role: &NodeRole) -> Table {
     let limits = MemoryStoreConfig {
         max_records: 0,
         max_value_bytes: 0,
@@ -54,8 +54,8 @@ pub(super) fn table(local: PeerId, role: &Role) -> Table {
         .set_caching(kad::Caching::Disabled);
     let mut table = Table::with_config(local, MemoryStore::with_config(local, limits), config);
     table.set_mode(Some(match role {
-        Role::Guest => kad::Mode::Client,
-        Role::Host { .. } => kad::Mode::Server,
+        NodeRole::Guest => kad::Mode::Client,
+        NodeRole::Host { .. } => kad::Mode::Server,
     }));
     table
 }
@@ -85,10 +85,10 @@ pub(super) struct Search {
 }
 
 impl Finder {
-    pub(super) fn new(role: &Role) -> Self {
+    pub(super) fn new(role: &NodeRole) -> Self {
         let telling = match role {
-            Role::Guest => Vec::new(),
-            Role::Host { models, .. } => models.iter().take(MODELS_PER_PEER_MAX).map(|&model| key(model)).collect(),
+            NodeRole::Guest => Vec::new(),
+            NodeRole::Host { models, .. } => models.iter().take(MODELS_PER_PEER_MAX).map(|&model| key(model)).collect(),
         };
         Self { telling, tell_at: None, told_at: None, search: None, hosts: HashSet::new(), tellers: HashMap::new() }
     }
@@ -142,7 +142,7 @@ mod tests {
 
     #[test]
     fn a_peer_tells_of_so_many_models_and_no_more() {
-        let mut finder = Finder::new(&Role::Guest);
+        let mut finder = Finder::new(&NodeRole::Guest);
         let peer = PeerId::random();
         (0..MODELS_PER_PEER_MAX as u64).for_each(|i| assert!(finder.admit(&record(peer, i, 32))));
         assert!(!finder.admit(&record(peer, 1000, 32)));
@@ -153,7 +153,7 @@ mod tests {
 
     #[test]
     fn so_many_peers_tell_and_no_more() {
-        let mut finder = Finder::new(&Role::Guest);
+        let mut finder = Finder::new(&NodeRole::Guest);
         let first = PeerId::random();
         assert!(finder.admit(&record(first, 0, 32)));
         (1..TELLERS_MAX).for_each(|_| assert!(finder.admit(&record(PeerId::random(), 0, 32))));
@@ -164,7 +164,7 @@ mod tests {
     #[test]
     fn a_host_tells_of_so_many_models_and_no_more() {
         let model = |i: u32| ModelId(protocol::ContentHash::of(&i.to_le_bytes()));
-        let role = Role::Host { models: (0..100).map(model).collect(), relay: super::super::network::Relay::No };
+        let role = NodeRole::Host { models: (0..100).map(model).collect(), relay: super::super::network::Relay::No };
         assert_eq!(Finder::new(&role).telling.len(), MODELS_PER_PEER_MAX);
     }
 }

@@ -23,7 +23,7 @@ pub(super) const GRAYLIST: f64 = -400.0;
 const FORGERY_DECAY: f64 = 0.99;
 
 /// Gossip about records, and about nothing else: peers' other topics are not even remembered.
-pub(super) type Behaviour = libp2p::gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>;
+pub(super) type GossipBehaviour = libp2p::gossipsub::Behaviour<IdentityTransform, WhitelistSubscriptionFilter>;
 
 /// The topic of a kind of record.
 pub(super) fn topic(kind: RecordKind) -> IdentTopic {
@@ -39,7 +39,7 @@ pub(super) fn kind(hash: &TopicHash) -> Option<RecordKind> {
 }
 
 /// A node's part in the gossip, with all topics joined.
-pub(super) fn behaviour() -> Result<Behaviour, std::io::Error> {
+pub(super) fn behaviour() -> Result<GossipBehaviour, std::io::Error> {
     let config = ConfigBuilder::default()
         // Records are signed by themselves, and the same record is the same message whoever hands it on.
         .validation_mode(ValidationMode::Anonymous)
@@ -53,7 +53,7 @@ pub(super) fn behaviour() -> Result<Behaviour, std::io::Error> {
         .build()
         .map_err(std::io::Error::other)?;
     let ours = WhitelistSubscriptionFilter(RecordKind::ALL.into_iter().map(|kind| topic(kind).hash()).collect());
-    let created = Behaviour::new_with_subscription_filter(MessageAuthenticity::Anonymous, config, ours);
+    let created = GossipBehaviour::new_with_subscription_filter(MessageAuthenticity::Anonymous, config, ours);
     let mut behaviour = created.map_err(std::io::Error::other)?;
     let of_topic = TopicScoreParams {
         topic_weight: 1.0,

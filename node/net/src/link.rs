@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use futures::io::{ReadHalf, WriteHalf};
 use futures::{AsyncReadExt, AsyncWriteExt};
 use libp2p::{PeerId, Stream};
-use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head, Kind, Malformed};
+use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, MalformedExchange, MessageHead, MessageKind};
 use protocol::exchange::{FromProvider, ToProvider};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -28,19 +28,19 @@ pub(crate) struct Heard {
     pub peer: PeerId,
     /// Which of the peer's links: an older one may still speak when there is a newer.
     pub link: u64,
-    pub what: What,
+    pub what: LinkEvent,
 }
 
 /// What there is to tell.
 #[derive(Debug)]
-pub enum What {
+pub enum LinkEvent {
     /// The peer has taken the stream on, and takes so many requests.
     Up(u32),
     Said(FromProvider<Vec<u8>>),
     /// The stream has ended, with the reason.
     Ended(String),
     /// The peer said what is no message.
-    Malformed(Malformed),
+    Malformed(MalformedExchange),
 }
 
 /// A running link; it ends when this is dropped.
@@ -67,11 +67,11 @@ impl Link {
             let tell = |what| heard.send(Heard { peer, link: number, what });
             let end = match stream::open(peer, streams, EXCHANGE_PROTOCOL, greeting).await {
                 Ok((stream, requests_max)) => {
-                    let _ = tell(What::Up(requests_max)).await;
+                    let _ = tell(LinkEvent::Up(requests_max)).await;
                     let (reader, writer) = stream.split();
                     tokio::select! {
-                        end = read(reader, &counts, |message| tell(What::Said(message))) => end,
-                        end = write(writer, queue) => What::Ended(end.err().map_or_else(|| "closed".to_owned(), |error| error.to_string())),
+                        end = read(reader, &counts, |message| tell(LinkEvent::Said(message))) => end,
+                        end = write(writer, queue) => LinkEvent::Ended(end.err().map_or_else(|| "closed".to_owned(), |error| error.to_string())),
                     }
                 }
                 Err(end) => end,
@@ -104,22 +104,22 @@ struct Counts {
     arrived: Arc<AtomicU64>,
 }
 
-impl From<io::Error> for What {
+impl From<io::Error> for LinkEvent {
     fn from(error: io::Error) -> Self {
         Self::Ended(error.to_string())
     }
 }
 
 /// How many requests the peer takes.
-async fn greeting(stream: &mut Stream) -> Result<u32, What> {
+async fn greeting(stream: &mut Stream) -> Result<u32, LinkEvent> {
     let mut head = [0; HEAD_BYTES];
     stream.read_exact(&mut head).await?;
-    let head = Head::of_answer(&head).map_err(What::Malformed)?;
+    let head = MessageHead::of_answer(&head).map_err(LinkEvent::Malformed)?;
     let mut body = vec![0; head.length as usize]; // within the limit of its kind
     stream.read_exact(&mut body).await?;
-    match FromProvider::from_body(head, body).map_err(What::Malformed)? {
+    match FromProvider::from_body(head, body).map_err(LinkEvent::Malformed)? {
         FromProvider::Hello { requests_max } => Ok(requests_max),
-        _ => Err(What::Malformed(Malformed("greeting"))),
+        _ => Err(LinkEvent::Malformed(MalformedExchange("greeting"))),
     }
 }
 
@@ -128,29 +128,29 @@ async fn read<F: Future<Output = Result<(), mpsc::error::SendError<Heard>>>>(
     mut reader: ReadHalf<Stream>,
     counts: &Counts,
     tell: impl Fn(FromProvider<Vec<u8>>) -> F,
-) -> What {
+) -> LinkEvent {
     loop {
         match read_message(&mut reader, counts).await {
             Ok(Ok(message)) => {
                 if tell(message).await.is_err() {
-                    return What::Ended("nobody listens".to_owned());
+                    return LinkEvent::Ended("nobody listens".to_owned());
                 }
             }
-            Ok(Err(malformed)) => return What::Malformed(malformed),
-            Err(error) => return What::Ended(error.to_string()),
+            Ok(Err(malformed)) => return LinkEvent::Malformed(malformed),
+            Err(error) => return LinkEvent::Ended(error.to_string()),
         }
     }
 }
 
-async fn read_message(reader: &mut ReadHalf<Stream>, counts: &Counts) -> io::Result<Result<FromProvider<Vec<u8>>, Malformed>> {
+async fn read_message(reader: &mut ReadHalf<Stream>, counts: &Counts) -> io::Result<Result<FromProvider<Vec<u8>>, MalformedExchange>> {
     let mut head = [0; HEAD_BYTES];
     reader.read_exact(&mut head).await?;
     counts.here.fetch_add(HEAD_BYTES as u64, Ordering::Relaxed);
-    let head = match Head::of_answer(&head) {
+    let head = match MessageHead::of_answer(&head) {
         Ok(head) => head,
         Err(malformed) => return Ok(Err(malformed)),
     };
-    let of_blob = matches!(head.kind, Kind::Group | Kind::Hashes);
+    let of_blob = matches!(head.kind, MessageKind::Group | MessageKind::Hashes);
     let mut body = vec![0; head.length as usize]; // within the limit of its kind
     for piece in body.chunks_mut(PIECE_BYTES) {
         reader.read_exact(piece).await?;

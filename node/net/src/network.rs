@@ -32,7 +32,7 @@ pub struct NetworkOptions<'a> {
     pub group: Option<GroupKey>,
     /// Bytes of memory beyond which the process makes no more connections.
     pub memory_max: u64,
-    pub role: Role,
+    pub role: NodeRole,
     /// What peers have signed and what is thought of them.
     pub records: SharedRecords,
     /// Peers that the user named, besides `peers`.
@@ -41,7 +41,7 @@ pub struct NetworkOptions<'a> {
 
 /// What a node is to others.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Role {
+pub enum NodeRole {
     /// Asks, and goes again.
     Guest,
     /// Serves these models, and tells where others are.
@@ -55,7 +55,7 @@ pub enum Relay {
     No,
 }
 
-pub use super::peers::{Met, Peers, Source};
+pub use super::peers::{AddressSource, Met, Peers};
 
 /// A handle on the running network. When the last one is dropped, the network ends.
 #[derive(Clone)]
@@ -114,7 +114,7 @@ impl Network {
         self.commands.send(Command::Tell(kind, bytes, told)).await.is_ok() && wait.await.unwrap_or(false)
     }
 
-    /// Ends all connections in order, so that peers turn to others at once; returns when they are ended, or after [`LEAVE_PATIENCE`].
+    /// Ends all connections in order, so that peers turn to others at once; returns when they are ended, or after half a second.
     pub async fn leave(&self) {
         let (left, wait) = oneshot::channel();
         if self.commands.send(Command::Leave(left)).await.is_ok() {

@@ -30,14 +30,14 @@ pub struct Peers {
 pub struct Met {
     /// With the peer's id.
     pub address: Multiaddr,
-    pub source: Source,
+    pub source: AddressSource,
     /// Whether it says that it serves.
     pub serves: bool,
 }
 
 /// How an address came to us.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Source {
+pub enum AddressSource {
     /// The user named it.
     Named,
     /// It was in the address book.
@@ -48,13 +48,13 @@ pub enum Source {
     Local,
 }
 
-impl Source {
+impl AddressSource {
     pub fn parse(text: &str) -> Option<Self> {
         [Self::Named, Self::Book, Self::Found, Self::Local].into_iter().find(|source| source.to_string() == text)
     }
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for AddressSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Named => "named",

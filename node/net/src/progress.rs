@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde_json::{Value, json};
 
 /// Shared with whoever looks.
-pub type Progress = Arc<Mutex<Option<Transfer>>>;
+pub type SharedTransfer = Arc<Mutex<Option<Transfer>>>;
 
 /// One call's worth of blobs on their way.
 #[derive(Clone, Debug)]
@@ -32,7 +32,7 @@ impl Transfer {
 }
 
 /// Takes a transfer off the list, however it ends.
-pub(super) struct Listed(Progress);
+pub(super) struct Listed(SharedTransfer);
 
 impl Drop for Listed {
     fn drop(&mut self) {
@@ -42,7 +42,7 @@ impl Drop for Listed {
 
 impl Listed {
     /// Puts a transfer on the list.
-    pub(super) fn new(progress: &Progress, transfer: Transfer) -> Self {
+    pub(super) fn new(progress: &SharedTransfer, transfer: Transfer) -> Self {
         *progress.lock().unwrap_or_else(PoisonError::into_inner) = Some(transfer);
         Self(Arc::clone(progress))
     }

@@ -11,7 +11,7 @@ use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream, StreamProtocol};
 use protocol::message::STREAM_ACK;
 use protocol::query::{ANSWER_BYTES_MAX, QUERY_BYTES_MAX, QUERY_PROTOCOL, Query, QueryAnswer};
-use protocol::record::rate::{Allowance, Rates};
+use protocol::record::rate::{Allowance, RateLimits};
 use tokio::time::timeout;
 use tracing::debug;
 
@@ -32,7 +32,7 @@ pub fn start(network: &Network, answer: impl Fn(&Query) -> QueryAnswer + Send + 
     let accepted = network.streams.clone().accept(StreamProtocol::new(QUERY_PROTOCOL));
     let mut incoming = accepted.map_err(|error| Failure::new(Kind::Other, format!("cannot accept streams: {error}")))?;
     let (answer, slots) = (Arc::new(answer), StreamSlots::new("a question", STREAMS, network.friends.clone()));
-    let rates = Arc::new(Mutex::new(Rates::new(OF_PEER)));
+    let rates = Arc::new(Mutex::new(RateLimits::new(OF_PEER)));
     tokio::spawn(async move {
         while let Some((peer, stream)) = incoming.next().await {
             let Some(slot) = slots.take(peer) else { continue };

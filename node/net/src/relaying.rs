@@ -10,7 +10,7 @@ use libp2p::multiaddr::Protocol;
 use libp2p::{Multiaddr, PeerId, relay};
 use tokio::time::Instant;
 
-use super::network::{Relay, Role};
+use super::network::{NodeRole, Relay};
 
 /// Relays at which a node keeps a place.
 const PLACES_MAX: usize = 2;
@@ -38,7 +38,7 @@ pub(super) fn relay_limits() -> relay::Config {
 
 /// What a node knows of relays and of its own reachability.
 pub(super) struct Relaying {
-    pub(super) standing: Standing,
+    pub(super) standing: RelayState,
     pub(super) in_group: bool,
     /// Whether somebody has found this node reachable.
     pub(super) reachable: bool,
@@ -51,7 +51,7 @@ pub(super) struct Relaying {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum RelayState {
     Guest,
     Host,
     Relay,
@@ -66,11 +66,11 @@ pub(super) enum Ports {
 }
 
 impl Relaying {
-    pub(super) fn new(role: &Role, in_group: bool) -> Self {
+    pub(super) fn new(role: &NodeRole, in_group: bool) -> Self {
         let standing = match role {
-            Role::Guest => Standing::Guest,
-            Role::Host { relay: Relay::No, .. } => Standing::Host,
-            Role::Host { relay: Relay::Yes, .. } => Standing::Relay,
+            NodeRole::Guest => RelayState::Guest,
+            NodeRole::Host { relay: Relay::No, .. } => RelayState::Host,
+            NodeRole::Host { relay: Relay::Yes, .. } => RelayState::Relay,
         };
         let (relays, places) = (BTreeMap::new(), HashMap::new());
         Self { standing, in_group, reachable: false, relays, places, place_at: None, ports: Ports::None, ports_from_start: false }
@@ -99,14 +99,14 @@ impl Relaying {
     /// Says whether the relays know how to call this node back; a host's ports they have seen when it took its place.
     pub(super) fn is_ready_to_punch(&self, now: Instant) -> bool {
         match self.ports {
-            _ if self.standing != Standing::Guest => true,
+            _ if self.standing != RelayState::Guest => true,
             Ports::None | Ports::Opened(_) => self.ports_from_start,
             Ports::Shown(at) => now.duration_since(at) >= SEEN_WAIT,
         }
     }
 
     pub(super) fn wants_places(&self) -> bool {
-        self.standing == Standing::Host && !self.reachable && self.places.len() < PLACES_MAX
+        self.standing == RelayState::Host && !self.reachable && self.places.len() < PLACES_MAX
     }
 }
 
@@ -116,16 +116,16 @@ mod tests {
 
     #[test]
     fn a_group_opens_no_quic_port() {
-        let listen = |in_group| Relaying::new(&Role::Guest, in_group).listen_addresses().len();
+        let listen = |in_group| Relaying::new(&NodeRole::Guest, in_group).listen_addresses().len();
         assert_eq!((listen(true), listen(false)), (1, 2));
     }
 
     #[test]
     fn only_a_host_that_nobody_reaches_takes_places() {
-        let host = |relay| Relaying::new(&Role::Host { models: Vec::new(), relay }, false);
+        let host = |relay| Relaying::new(&NodeRole::Host { models: Vec::new(), relay }, false);
         assert!(host(Relay::No).wants_places());
         assert!(!host(Relay::Yes).wants_places());
-        assert!(!Relaying::new(&Role::Guest, false).wants_places());
+        assert!(!Relaying::new(&NodeRole::Guest, false).wants_places());
         let mut reached = host(Relay::No);
         reached.reachable = true;
         assert!(!reached.wants_places());

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::PeerId;
 use crate::allowed::AllowedPeers;
-use crate::ask::{Answered, Asking};
+use crate::ask::{Answered, AskStream};
 use crate::network::Network;
 use crate::own_models::OwnModels;
 use crate::records::SharedRecords;
@@ -65,7 +65,7 @@ pub async fn ask_all(network: &Network, patience: Duration) -> Vec<Account> {
 }
 
 async fn ask_one(network: &Network, peer: PeerId) -> Option<(Status, Duration)> {
-    let mut asking = Asking::open(peer, network.streams.clone()).await.ok()?;
+    let mut asking = AskStream::open(peer, network.streams.clone()).await.ok()?;
     let mut quickest = Duration::MAX;
     let mut status = None;
     for _ in 0..ANSWERS {

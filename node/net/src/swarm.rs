@@ -24,7 +24,7 @@ use super::address::{ip_of, is_relayed, is_tcp, peer_id, peer_of, with_peer};
 use super::behaviour::{Behaviour, BehaviourEvent, Choices};
 use super::finder::Finder;
 use super::friends::Friends;
-use super::network::{Command, LEAVE_PATIENCE, Met, Network, NetworkOptions, Peers, Source};
+use super::network::{AddressSource, Command, LEAVE_PATIENCE, Met, Network, NetworkOptions, Peers};
 use super::relaying::Relaying;
 use super::transport::transport;
 use crate::records::SharedRecords;
@@ -367,12 +367,12 @@ impl SwarmTask {
         contact.connections.insert(connection, address.clone());
         let dial = self.dials.remove(&connection);
         let source = match &dial {
-            Some(Dial::Wanted(_)) => Some(Source::Named),
-            Some(Dial::Book(_)) => Some(Source::Book),
-            Some(Dial::Found | Dial::Relay) => Some(Source::Found),
-            Some(Dial::Local) => Some(Source::Local),
+            Some(Dial::Wanted(_)) => Some(AddressSource::Named),
+            Some(Dial::Book(_)) => Some(AddressSource::Book),
+            Some(Dial::Found | Dial::Relay) => Some(AddressSource::Found),
+            Some(Dial::Local) => Some(AddressSource::Local),
             // The table dials by itself, too. An address that a NAT opened for this one call is not where a peer is.
-            None if endpoint.is_dialer() && contact.connections.values().all(Option::is_some) => Some(Source::Found),
+            None if endpoint.is_dialer() && contact.connections.values().all(Option::is_some) => Some(AddressSource::Found),
             None => None,
         };
         if let (Some(source), Some(address)) = (source, &address)

@@ -11,7 +11,7 @@ use futures::{AsyncReadExt, AsyncWriteExt, StreamExt};
 use libp2p::{PeerId, Stream, StreamProtocol};
 use protocol::exchange::upload_events::{Sent, UploadAction, UploadEvent};
 use protocol::exchange::uploads::{REQUESTS_MAX, Uploads};
-use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, Head};
+use protocol::exchange::wire::{EXCHANGE_PROTOCOL, HEAD_BYTES, MessageHead};
 use protocol::exchange::{Bitfield, FromProvider, ToProvider};
 use protocol::{ContentHash, ModelId};
 use store::{BlobReader, BlobStore};
@@ -297,7 +297,7 @@ async fn read(mut reader: ReadHalf<Stream>, number: StreamNumber, slot: &StreamS
     loop {
         let mut head = [0; HEAD_BYTES];
         timeout(patience, reader.read_exact(&mut head)).await??;
-        let head = Head::of_request(&head).map_err(io::Error::other)?;
+        let head = MessageHead::of_request(&head).map_err(io::Error::other)?;
         let mut body = vec![0; head.length as usize]; // within the limit of its kind
         timeout(IDLE_TIMEOUT, reader.read_exact(&mut body)).await??;
         let message = ToProvider::from_body(head, &body).map_err(io::Error::other)?;
@@ -342,7 +342,7 @@ async fn write(
 async fn write_message(writer: &mut WriteHalf<Stream>, message: FromProvider<Vec<u8>>) -> io::Result<()> {
     match message {
         FromProvider::Group { id, bytes } => {
-            writer.write_all(&Head::of_group(id, bytes.len() as u32).to_bytes()).await?;
+            writer.write_all(&MessageHead::of_group(id, bytes.len() as u32).to_bytes()).await?;
             writer.write_all(&bytes).await
         }
         other => writer.write_all(&other.to_bytes()).await,

@@ -7,7 +7,7 @@ use base::clock::{instant, interrupted, now_ms};
 use base::failure::{Failure, Kind};
 use inference::engine::Engine;
 use inference::profiler::{ProfileError, Profiler, TRIALS_MAX, Trials};
-use net::fetcher::{Fetched, Want};
+use net::fetcher::{FetchItem, Fetched};
 use net::link::Wanted;
 use net::network::Network;
 use net::query;
@@ -204,7 +204,7 @@ fn opinion(network: &Network, node: &NodeId) -> Opinion {
 
 fn fetch(federation: &Federation, head: &ProfileHead) -> Result<Vec<u8>, Failure> {
     let name = format!("body of the profile by {}", head.head.node);
-    let want = Want { wanted: Wanted::ToldBlob(head.body), name };
+    let want = FetchItem { wanted: Wanted::ToldBlob(head.body), name };
     let (results, mut arrivals) = mpsc::channel::<Fetched>(1);
     federation.fetch_one(want, results, &mut arrivals)
 }

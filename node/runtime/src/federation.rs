@@ -8,11 +8,11 @@ use std::time::Duration;
 use base::clock::{now_ms, unless_interrupted};
 use base::failure::{Failure, Kind};
 use base::output::byte_bar;
-use net::fetcher::{Fetched, Fetcher, Rates, Want};
+use net::fetcher::{FetchItem, Fetched, Fetcher, PeerRates};
 use net::group::GroupKey;
 use net::link::{Sink, Wanted};
-use net::network::{Network, NetworkOptions, Peers, Role};
-use net::progress::Progress;
+use net::network::{Network, NetworkOptions, NodeRole, Peers};
+use net::progress::SharedTransfer;
 use net::status::{self, Account};
 use net::{Multiaddr, PeerId, random};
 use protocol::manifest::MANIFEST_BYTES_MAX;
@@ -72,8 +72,8 @@ struct Acquaintance {
     group: Option<String>,
     /// Who has sent something, by what was fetched.
     useful: Mutex<Vec<Providers>>,
-    rates: Rates,
-    progress: Progress,
+    rates: PeerRates,
+    progress: SharedTransfer,
 }
 
 impl Federation {
@@ -115,7 +115,7 @@ impl Federation {
             mdns: options.mdns,
             group,
             memory_max: network_memory(),
-            role: Role::Guest,
+            role: NodeRole::Guest,
             records,
             friends: options.remote.execute_at.named().collect(),
         })?;
@@ -130,7 +130,7 @@ impl Federation {
 
     /// Works over a network that is there already.
     pub fn over(runtime: &Handle, network: Network, dir: &DataDir, group: Option<String>, options: &PeerOptions) -> Self {
-        let rates = Rates::default();
+        let rates = PeerRates::default();
         let fetcher = Fetcher::new(network.clone(), options.timeout, Arc::clone(&rates));
         let progress = fetcher.progress();
         Self {
@@ -172,7 +172,7 @@ impl Federation {
     }
 
     /// How fast peers have sent, and what is on its way.
-    pub fn figures(&self) -> (Rates, Progress) {
+    pub fn figures(&self) -> (PeerRates, SharedTransfer) {
         self.acquaintance.as_ref().map(|known| (Arc::clone(&known.rates), Arc::clone(&known.progress))).unwrap_or_default()
     }
 
@@ -304,7 +304,7 @@ impl Federation {
     /// Fetches one thing into memory.
     pub(crate) fn fetch_one(
         &self,
-        want: Want,
+        want: FetchItem,
         results: mpsc::Sender<Fetched>,
         arrivals: &mut mpsc::Receiver<Fetched>,
     ) -> Result<Vec<u8>, Failure> {
@@ -341,8 +341,10 @@ impl Federation {
         let total = missing.iter().map(|(blob, _)| blob.length).sum();
         let bar = byte_bar(total, what);
         let sink = Arc::new(Sink(Arc::clone(store)));
-        let wants =
-            missing.iter().map(|(blob, name)| Want { wanted: Wanted::StoredBlob(*blob, Arc::clone(&sink)), name: name.clone() }).collect();
+        let wants = missing
+            .iter()
+            .map(|(blob, name)| FetchItem { wanted: Wanted::StoredBlob(*blob, Arc::clone(&sink)), name: name.clone() })
+            .collect();
         let (results, mut arrivals) = mpsc::channel::<Fetched>(RESULTS_MAX);
         let providers = self.new_providers();
         self.wait(async {

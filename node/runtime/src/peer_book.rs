@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use net::address::{Neighbourhood, ip_of, neighbourhood, peer_of};
-use net::peers::{Peers, Source};
+use net::peers::{AddressSource, Peers};
 use net::{Multiaddr, PeerId};
 
 /// Peers in a book.
@@ -30,7 +30,7 @@ pub struct Entry {
     /// Runs in which it brought bytes that were verified.
     pub served: u32,
     pub silences: u32,
-    pub source: Source,
+    pub source: AddressSource,
     /// As last seen.
     pub bytes_per_second: Option<u64>,
 }
@@ -67,7 +67,7 @@ impl Entry {
             seen_ms: seen_ms.parse().ok()?,
             served: served.parse().ok()?,
             silences: silences.parse().ok()?,
-            source: Source::parse(source)?,
+            source: AddressSource::parse(source)?,
             bytes_per_second: Some(bytes_per_second).filter(|&speed| speed > 0),
         };
         entry.neighbourhood().map(|_| entry)
@@ -182,7 +182,7 @@ mod tests {
     fn entry(ip: &str, served: u32) -> Entry {
         let peer = PeerId::random();
         let address = format!("/ip4/{ip}/tcp/4747/p2p/{peer}").parse().expect("an address");
-        Entry { peer, address, seen_ms: 5, served, silences: 0, source: Source::Named, bytes_per_second: None }
+        Entry { peer, address, seen_ms: 5, served, silences: 0, source: AddressSource::Named, bytes_per_second: None }
     }
 
     fn book(entries: impl IntoIterator<Item = Entry>) -> Book {
@@ -261,12 +261,12 @@ mod tests {
     #[test]
     fn the_useful_come_in_the_silent_go_and_the_dropped_go_at_once() {
         let (useful, idle) = (entry("203.0.113.1", 0), entry("203.0.113.2", 0));
-        let met = |entry: &Entry| (entry.peer, Met { address: entry.address.clone(), source: Source::Found, serves: true });
+        let met = |entry: &Entry| (entry.peer, Met { address: entry.address.clone(), source: AddressSource::Found, serves: true });
         let peers = Peers { met: [met(&useful), met(&idle)].into(), ..Peers::default() };
         let useful_ones = Learned { useful: [useful.peer].into(), rates: [(useful.peer, 9)].into(), ..Learned::default() };
         let (none, mut book) = (Learned::default(), Book::default());
         book.learn(&peers, &useful_ones, 7);
-        let expected = Entry { seen_ms: 7, served: 1, source: Source::Found, bytes_per_second: Some(9), ..useful.clone() };
+        let expected = Entry { seen_ms: 7, served: 1, source: AddressSource::Found, bytes_per_second: Some(9), ..useful.clone() };
         assert_eq!(book.entries(), [&expected]);
         let silent = Peers { met: [met(&idle)].into(), silent: [useful.address.clone()].into(), ..Peers::default() };
         let day_ms = SILENCE_MAX_MS / 7;
@@ -281,6 +281,6 @@ mod tests {
         book.learn(&Peers { dropped: [useful.peer].into(), ..Peers::default() }, &none, 9);
         assert!(book.entries().is_empty());
         book.learn(&peers, &Learned { promising: [idle.peer].into(), ..Learned::default() }, 9);
-        assert_eq!(book.entries(), [&Entry { seen_ms: 9, source: Source::Found, ..idle.clone() }], "a promise is no service");
+        assert_eq!(book.entries(), [&Entry { seen_ms: 9, source: AddressSource::Found, ..idle.clone() }], "a promise is no service");
     }
 }

@@ -4,13 +4,13 @@ use protocol::Decoder;
 
 /// Where experts lie in arrays that have one entry for each of a model's.
 #[derive(Clone, Debug)]
-pub(crate) struct Places {
+pub(crate) struct ExpertIndex {
     /// By layer; none for a dense one.
     first: Vec<Option<usize>>,
     count: usize,
 }
 
-impl Places {
+impl ExpertIndex {
     pub(crate) fn of(decoder: &Decoder) -> Self {
         let mut count = 0;
         let first = (0..decoder.layers())

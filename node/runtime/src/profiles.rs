@@ -35,7 +35,7 @@ pub struct Profile {
 
 /// A step towards a profile.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
-pub enum Step {
+pub enum ProfileStep {
     /// What the following steps are about: a probe set, and an arithmetic.
     Begun(ContentHash, ContentHash),
     Read(Reading),
@@ -50,7 +50,7 @@ pub struct Journal {
 
 impl Journal {
     /// Opens the journal of a model's profile by a probe set; returns the steps in it. What was being written when the power failed is cut off.
-    pub fn open(dir: &DataDir, model: ModelId, probes: ContentHash, arithmetic: ContentHash) -> Result<(Self, Vec<Step>), Failure> {
+    pub fn open(dir: &DataDir, model: ModelId, probes: ContentHash, arithmetic: ContentHash) -> Result<(Self, Vec<ProfileStep>), Failure> {
         let about = ContentHash::of(&[*probes.as_bytes(), *arithmetic.as_bytes()].concat()).to_hex();
         let path = dir.profiles()?.join(format!("{model}.{}.journal", &about[..16]));
         let failed = |action: &str, error: &io::Error| io_failure(action, &path, error);
@@ -74,7 +74,7 @@ impl Journal {
     }
 
     /// Adds a step.
-    pub fn add(&mut self, step: &Step) -> Result<(), Failure> {
+    pub fn add(&mut self, step: &ProfileStep) -> Result<(), Failure> {
         let bytes = protocol::codec::to_bytes(step);
         let mut framed = (bytes.len() as u32).to_le_bytes().to_vec();
         framed.extend(&ContentHash::of(&bytes).as_bytes()[..CHECK_BYTES]);
@@ -89,7 +89,7 @@ impl Journal {
 }
 
 /// The first step of some bytes, and what comes after it.
-fn frame(bytes: &[u8]) -> Option<(Step, &[u8])> {
+fn frame(bytes: &[u8]) -> Option<(ProfileStep, &[u8])> {
     let (length, rest) = bytes.split_first_chunk()?;
     let (check, rest) = rest.split_first_chunk::<CHECK_BYTES>()?;
     let length = u32::from_le_bytes(*length) as usize;
@@ -156,7 +156,7 @@ mod tests {
         let root = std::env::temp_dir().join(format!("confrere-journal-{}", std::process::id()));
         let dir = DataDir::open(&root).expect("it is created");
         let (model, probes) = (ModelId(ContentHash::of(b"m")), ContentHash::of(b"probes"));
-        let step = |expert| Step::Tried(vec![Trials { expert, domain: 0, trials: 8, hits: 5 }]);
+        let step = |expert| ProfileStep::Tried(vec![Trials { expert, domain: 0, trials: 8, hits: 5 }]);
         let (mut journal, steps) = Journal::open(&dir, model, probes, probes).expect("it opens");
         assert!(steps.is_empty());
         for expert in 0..3 {

@@ -21,7 +21,7 @@ pub const SETTLE: Duration = Duration::from_secs(3);
 
 /// Which part of a model.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub enum Part {
+pub enum PullScope {
     Trunk,
     All,
     /// The trunk, and experts up to so many bytes: those that the fewest peers have.
@@ -31,13 +31,13 @@ pub enum Part {
 }
 
 /// Fetches a part of a model; no more than `disk_max` bytes of blobs may be in the store. Returns how many bytes came.
-pub fn pull(federation: &Federation, open: &OpenDataDir, model: &LocalModel, part: &Part, disk_max: u64) -> Result<u64, Failure> {
+pub fn pull(federation: &Federation, open: &OpenDataDir, model: &LocalModel, part: &PullScope, disk_max: u64) -> Result<u64, Failure> {
     let trunk = federation.bring(&open.store, &trunk_parts(&model.manifest), "trunk")?;
     let experts = match part {
-        Part::Trunk => return Ok(trunk),
-        Part::All => other_parts(&model.manifest),
-        Part::Rarest(bytes_max) => federation.rarest(&open.store, &model.manifest, *bytes_max)?,
-        Part::Domain(domain, bytes_max) => of_domain(federation, open, model, (domain, *bytes_max), disk_max)?,
+        PullScope::Trunk => return Ok(trunk),
+        PullScope::All => other_parts(&model.manifest),
+        PullScope::Rarest(bytes_max) => federation.rarest(&open.store, &model.manifest, *bytes_max)?,
+        PullScope::Domain(domain, bytes_max) => of_domain(federation, open, model, (domain, *bytes_max), disk_max)?,
     };
     Ok(trunk + federation.bring(&open.store, &experts, "experts")?)
 }

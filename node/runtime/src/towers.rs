@@ -9,7 +9,7 @@ use inference::aligned::AlignedBytes;
 use inference::engine::Engine;
 use inference::expert_source::SourceError;
 use inference::generate::TowerSource;
-use inference::media::prompt::{PreparedMedium, Source};
+use inference::media::prompt::{PreparedMedium, RowSource};
 use inference::tower::TowerRows;
 use inference::tower::audio::AudioTower;
 use inference::tower::vision::VisionTower;
@@ -30,7 +30,7 @@ pub struct Towers {
     vision: Option<VisionTower>,
     audio: Option<AudioTower>,
     /// What was made last, the newest at the end.
-    rows: VecDeque<((ContentHash, Source), Arc<TowerRows>)>,
+    rows: VecDeque<((ContentHash, RowSource), Arc<TowerRows>)>,
 }
 
 impl Towers {
@@ -46,10 +46,10 @@ impl Towers {
         }
     }
 
-    fn make(&mut self, engine: &Engine, medium: &PreparedMedium, source: Source) -> Result<TowerRows, Failure> {
+    fn make(&mut self, engine: &Engine, medium: &PreparedMedium, source: RowSource) -> Result<TowerRows, Failure> {
         let missing = |what: &str| Failure::new(base::failure::Kind::Usage, format!("this model takes no {what}s"));
         match (source, &medium.patches, &medium.spectrum) {
-            (Source::Vision, Some(patches), _) => {
+            (RowSource::Vision, Some(patches), _) => {
                 if self.vision.is_none() {
                     self.bring(engine, PartKind::Vision, "picture")?;
                     let (federation, store) = (self.federation.clone(), Arc::clone(&self.store));
@@ -59,7 +59,7 @@ impl Towers {
                 let tower = self.vision.as_ref().ok_or_else(|| missing("picture"))?;
                 Ok(tower.run(engine.machine(), patches, None))
             }
-            (Source::Audio, _, Some(spectrum)) => {
+            (RowSource::Audio, _, Some(spectrum)) => {
                 if self.audio.is_none() {
                     self.bring(engine, PartKind::Audio, "sound")?;
                     let (federation, store) = (self.federation.clone(), Arc::clone(&self.store));
@@ -69,8 +69,8 @@ impl Towers {
                 let tower = self.audio.as_ref().ok_or_else(|| missing("sound"))?;
                 Ok(tower.run(engine.machine(), spectrum, None))
             }
-            (Source::Vision, ..) => Err(missing("picture")),
-            (Source::Audio, ..) => Err(missing("sound")),
+            (RowSource::Vision, ..) => Err(missing("picture")),
+            (RowSource::Audio, ..) => Err(missing("sound")),
         }
     }
 
@@ -96,7 +96,7 @@ fn read_blob(federation: &Federation, engine: &Engine, store: &Arc<BlobStore>, b
 }
 
 impl TowerSource for Towers {
-    fn rows(&mut self, engine: &Engine, medium: &PreparedMedium, source: Source) -> Result<Arc<TowerRows>, SourceError> {
+    fn rows(&mut self, engine: &Engine, medium: &PreparedMedium, source: RowSource) -> Result<Arc<TowerRows>, SourceError> {
         let key = (medium.hash, source);
         if let Some((_, made)) = self.rows.iter().find(|(known, _)| *known == key) {
             return Ok(Arc::clone(made));

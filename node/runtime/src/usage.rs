@@ -10,7 +10,7 @@ use store::disk::{read_file, replace_file};
 use tracing::warn;
 
 use crate::data_dir::{DataDir, LocalModel};
-use crate::places::Places;
+use crate::places::ExpertIndex;
 
 const BYTES_MAX: u64 = 1 << 20;
 
@@ -38,7 +38,7 @@ impl DataDir {
 
     /// Adds what a log holds.
     pub fn add_usage(&self, found: &LocalModel, log: &ActivationLog) -> Result<(), Failure> {
-        let places = Places::of(found.manifest.decoder());
+        let places = ExpertIndex::of(found.manifest.decoder());
         let mut uses = vec![Uses::default(); places.count()];
         for entry in log.entries() {
             let used = entry.choices.iter().filter_map(|choice| places.place(entry.layer, choice.expert));

@@ -4,9 +4,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::events::{Counts, DownloadAction, DownloadEvent, Fault};
+use super::events::{DownloadAction, DownloadEvent, ExchangeCounts, Fault};
 use super::peer_state::{Asked, Peer};
-use super::wanted::{Place, Room, Wanted};
+use super::wanted::{Room, WantedBlob, WantedPlace};
 use super::wire::ToProvider;
 use super::{Draws, Payload, Urgency};
 use crate::group_hashes::GroupHashes;
@@ -22,9 +22,9 @@ pub struct Downloads<P, B> {
     pub(super) peers: BTreeMap<P, Peer>,
     blamed: BTreeSet<P>,
     doubted: BTreeSet<P>,
-    pub(super) wanted: HashMap<ContentHash, Wanted<P>>,
+    pub(super) wanted: HashMap<ContentHash, WantedBlob<P>>,
     /// Blobs that have groups to ask for, the first to be asked for first.
-    pub(super) order: BTreeSet<Place>,
+    pub(super) order: BTreeSet<WantedPlace>,
     pub(super) models: BTreeMap<ModelId, Vec<ContentHash>>,
     pub(super) places: HashMap<ContentHash, (ModelId, u32)>,
     pub(super) next_id: u32,
@@ -33,7 +33,7 @@ pub struct Downloads<P, B> {
     pub(super) ticked_ms: u64,
     draws: Draws,
     pub(super) actions: Vec<DownloadAction<P, B>>,
-    pub(super) counts: Counts,
+    pub(super) counts: ExchangeCounts,
 }
 
 /// Small groups count as more than they are, so that a limit on bytes is one on requests, too.
@@ -59,7 +59,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             ticked_ms: 0,
             draws: Draws(seed),
             actions: Vec::new(),
-            counts: Counts::default(),
+            counts: ExchangeCounts::default(),
         }
     }
 
@@ -123,7 +123,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     }
 
     /// What has come so far.
-    pub fn counts(&self) -> Counts {
+    pub fn counts(&self) -> ExchangeCounts {
         self.counts
     }
 
@@ -219,7 +219,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             wanted.urgency = wanted.urgency.min(urgency);
         } else {
             self.next_serial += 1;
-            let Some(wanted) = Wanted::new(blob, self.next_serial, urgency, self.draws.next()) else { return };
+            let Some(wanted) = WantedBlob::new(blob, self.next_serial, urgency, self.draws.next()) else { return };
             self.wanted.insert(blob.hash, wanted);
         }
         self.order_one(blob.hash);
@@ -273,7 +273,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         }
     }
 
-    pub(super) fn may_have(&self, peer: &P, state: &Peer, wanted: &Wanted<P>) -> bool {
+    pub(super) fn may_have(&self, peer: &P, state: &Peer, wanted: &WantedBlob<P>) -> bool {
         if wanted.refused.contains(peer) {
             return false;
         }

@@ -191,7 +191,7 @@ pub enum Fault {
 
 /// What has come, for whoever measures.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub struct Counts {
+pub struct ExchangeCounts {
     /// Groups that were verified.
     pub groups: u64,
     /// Groups that came although they were here, or on their way to be verified: asked twice near the end, or cancelled late.

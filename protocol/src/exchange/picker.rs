@@ -6,7 +6,7 @@
 use super::downloads::Downloads;
 use super::events::DownloadAction;
 use super::peer_state::Asked;
-use super::wanted::Place;
+use super::wanted::WantedPlace;
 use super::wanted::{Group, Room};
 use super::wire::ToProvider;
 use super::{Payload, Urgency};
@@ -160,6 +160,6 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     }
 }
 
-fn hash_of(place: &Place) -> ContentHash {
+fn hash_of(place: &WantedPlace) -> ContentHash {
     place.4
 }

@@ -7,7 +7,7 @@ use crate::group_hashes::{GroupHashes, group_count};
 use crate::hash::{BlobRef, ContentHash};
 
 /// A blob's place in the order: urgency, then begun or not, then rarity, then by lot, and its name.
-pub(super) type Place = (Urgency, bool, u32, u64, ContentHash);
+pub(super) type WantedPlace = (Urgency, bool, u32, u64, ContentHash);
 
 /// Whether the driver has made room for a blob.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -32,7 +32,7 @@ pub(super) enum Group<P> {
 
 /// A blob that is wanted.
 #[derive(Debug)]
-pub(super) struct Wanted<P> {
+pub(super) struct WantedBlob<P> {
     pub(super) blob: BlobRef,
     pub(super) serial: u64, // of a blob that is wanted again, another
     pub(super) urgency: Urgency,
@@ -49,10 +49,10 @@ pub(super) struct Wanted<P> {
     pub(super) unsure: bool,
     pub(super) draw: u64, // between blobs that are equally rare
     /// Where it stands in the order of what to ask for.
-    pub(super) placed: Option<Place>,
+    pub(super) placed: Option<WantedPlace>,
 }
 
-impl<P: Copy + Ord> Wanted<P> {
+impl<P: Copy + Ord> WantedBlob<P> {
     /// A blob of which nothing is here; nothing when it is longer than we move.
     pub(super) fn new(blob: BlobRef, serial: u64, urgency: Urgency, draw: u64) -> Option<Self> {
         let count = group_count(blob.length)?;

@@ -112,12 +112,12 @@ pub enum FromProvider<B> {
 /// Bytes that are not a message: the peer speaks something else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("malformed {0} on an exchange stream")]
-pub struct Malformed(pub &'static str);
+pub struct MalformedExchange(pub &'static str);
 
 /// Which message follows a head.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
-pub enum Kind {
+pub enum MessageKind {
     /// [`ToProvider::Follow`]
     Follow = 1,
     /// [`ToProvider::Hashes`]
@@ -146,26 +146,26 @@ pub enum Kind {
 
 /// The head of a message.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Head {
+pub struct MessageHead {
     /// What the body is.
-    pub kind: Kind,
+    pub kind: MessageKind,
     /// The asker's name for what this is about; zero where there is none.
     pub id: u32,
     /// Bytes of the body, within the limit of its kind.
     pub length: u32,
 }
 
-impl TryFrom<u8> for Kind {
-    type Error = Malformed;
+impl TryFrom<u8> for MessageKind {
+    type Error = MalformedExchange;
 
-    fn try_from(byte: u8) -> Result<Self, Malformed> {
-        use Kind::{AskGroup, AskHashes, Busy, Cancel, Follow, Group, Hashes, Have, Hello, NotHave, Update, Wait};
+    fn try_from(byte: u8) -> Result<Self, MalformedExchange> {
+        use MessageKind::{AskGroup, AskHashes, Busy, Cancel, Follow, Group, Hashes, Have, Hello, NotHave, Update, Wait};
         let all = [Follow, AskHashes, AskGroup, Cancel, Hello, Have, Update, Hashes, Group, NotHave, Busy, Wait];
-        all.into_iter().find(|&kind| kind as u8 == byte).ok_or(Malformed("kind"))
+        all.into_iter().find(|&kind| kind as u8 == byte).ok_or(MalformedExchange("kind"))
     }
 }
 
-impl Kind {
+impl MessageKind {
     /// Most bytes of a body of this kind.
     pub fn bytes_max(self) -> u32 {
         let bytes = match self {
@@ -186,7 +186,7 @@ impl Kind {
     }
 }
 
-impl Head {
+impl MessageHead {
     /// The encoding.
     pub fn to_bytes(self) -> [u8; HEAD_BYTES] {
         let mut bytes = [self.kind as u8; HEAD_BYTES];
@@ -197,24 +197,24 @@ impl Head {
 
     /// The head of a group, for whoever writes its bytes without copying them.
     pub fn of_group(id: u32, length: u32) -> Self {
-        Self { kind: Kind::Group, id, length }
+        Self { kind: MessageKind::Group, id, length }
     }
 
     /// Reads the head of what an asker says.
-    pub fn of_request(bytes: &[u8; HEAD_BYTES]) -> Result<Self, Malformed> {
-        Self::from_bytes(bytes).filter(|head| !head.kind.is_from_provider()).ok_or(Malformed("request"))
+    pub fn of_request(bytes: &[u8; HEAD_BYTES]) -> Result<Self, MalformedExchange> {
+        Self::from_bytes(bytes).filter(|head| !head.kind.is_from_provider()).ok_or(MalformedExchange("request"))
     }
 
     /// Reads the head of what a provider says.
-    pub fn of_answer(bytes: &[u8; HEAD_BYTES]) -> Result<Self, Malformed> {
-        Self::from_bytes(bytes).filter(|head| head.kind.is_from_provider()).ok_or(Malformed("answer"))
+    pub fn of_answer(bytes: &[u8; HEAD_BYTES]) -> Result<Self, MalformedExchange> {
+        Self::from_bytes(bytes).filter(|head| head.kind.is_from_provider()).ok_or(MalformedExchange("answer"))
     }
 
     fn from_bytes(bytes: &[u8; HEAD_BYTES]) -> Option<Self> {
-        let kind = Kind::try_from(bytes[0]).ok()?;
+        let kind = MessageKind::try_from(bytes[0]).ok()?;
         let (id, length) = bytes[1..].split_first_chunk::<4>()?;
         let (id, length) = (u32::from_le_bytes(*id), u32::from_le_bytes(*length.first_chunk()?));
-        let named = id != 0 || kind == Kind::Hello;
+        let named = id != 0 || kind == MessageKind::Hello;
         (named && length <= kind.bytes_max()).then_some(Self { kind, id, length })
     }
 }
@@ -223,32 +223,32 @@ impl ToProvider {
     /// The encoding, head and body.
     pub fn to_bytes(&self) -> Vec<u8> {
         match *self {
-            Self::Follow { id, model: ModelId(hash) } => message(Kind::Follow, id, hash.as_bytes()),
-            Self::Hashes { id, blob } => message(Kind::AskHashes, id, blob.as_bytes()),
+            Self::Follow { id, model: ModelId(hash) } => message(MessageKind::Follow, id, hash.as_bytes()),
+            Self::Hashes { id, blob } => message(MessageKind::AskHashes, id, blob.as_bytes()),
             Self::Group { id, urgency, blob, group } => {
                 let body = [&[urgency as u8][..], blob.as_bytes(), &group.to_le_bytes()].concat();
-                message(Kind::AskGroup, id, &body)
+                message(MessageKind::AskGroup, id, &body)
             }
-            Self::Cancel { id } => message(Kind::Cancel, id, &[]),
+            Self::Cancel { id } => message(MessageKind::Cancel, id, &[]),
         }
     }
 
     /// Reads the message of a head and its body.
-    pub fn from_body(head: Head, body: &[u8]) -> Result<Self, Malformed> {
-        let malformed = Malformed("request");
+    pub fn from_body(head: MessageHead, body: &[u8]) -> Result<Self, MalformedExchange> {
+        let malformed = MalformedExchange("request");
         let id = head.id;
         let hash = |bytes: &[u8]| bytes.try_into().map(ContentHash::from_bytes).map_err(|_| malformed);
         match head.kind {
-            Kind::Follow => Ok(Self::Follow { id, model: ModelId(hash(body)?) }),
-            Kind::AskHashes => Ok(Self::Hashes { id, blob: hash(body)? }),
-            Kind::AskGroup => {
+            MessageKind::Follow => Ok(Self::Follow { id, model: ModelId(hash(body)?) }),
+            MessageKind::AskHashes => Ok(Self::Hashes { id, blob: hash(body)? }),
+            MessageKind::AskGroup => {
                 let (urgency, rest) = body.split_first().ok_or(malformed)?;
                 let (blob, group) = rest.split_at_checked(HASH_BYTES).ok_or(malformed)?;
                 let group = group.try_into().map(u32::from_le_bytes).map_err(|_| malformed)?;
                 let urgency = Urgency::try_from(*urgency).map_err(|_| malformed)?;
                 Ok(Self::Group { id, urgency, blob: hash(blob)?, group })
             }
-            Kind::Cancel if body.is_empty() => Ok(Self::Cancel { id }),
+            MessageKind::Cancel if body.is_empty() => Ok(Self::Cancel { id }),
             _ => Err(malformed),
         }
     }
@@ -258,50 +258,50 @@ impl<B: AsRef<[u8]>> FromProvider<B> {
     /// The encoding, head and body.
     pub fn to_bytes(&self) -> Vec<u8> {
         match self {
-            Self::Hello { requests_max } => message(Kind::Hello, 0, &requests_max.to_le_bytes()),
-            Self::Have { id, bits } => message(Kind::Have, *id, &bits.to_bytes()),
+            Self::Hello { requests_max } => message(MessageKind::Hello, 0, &requests_max.to_le_bytes()),
+            Self::Have { id, bits } => message(MessageKind::Have, *id, &bits.to_bytes()),
             Self::Update { id, changes } => {
                 let words = changes.iter().flat_map(|&(index, set)| (index | if set { SET } else { 0 }).to_le_bytes());
-                message(Kind::Update, *id, &words.collect::<Vec<_>>())
+                message(MessageKind::Update, *id, &words.collect::<Vec<_>>())
             }
-            Self::Hashes { id, hashes } => message(Kind::Hashes, *id, hashes.as_flattened()),
-            Self::Group { id, bytes } => message(Kind::Group, *id, bytes.as_ref()),
-            Self::NotHave { id } => message(Kind::NotHave, *id, &[]),
-            Self::Busy { id, retry_ms } => message(Kind::Busy, *id, &retry_ms.to_le_bytes()),
-            Self::Wait { id } => message(Kind::Wait, *id, &[]),
+            Self::Hashes { id, hashes } => message(MessageKind::Hashes, *id, hashes.as_flattened()),
+            Self::Group { id, bytes } => message(MessageKind::Group, *id, bytes.as_ref()),
+            Self::NotHave { id } => message(MessageKind::NotHave, *id, &[]),
+            Self::Busy { id, retry_ms } => message(MessageKind::Busy, *id, &retry_ms.to_le_bytes()),
+            Self::Wait { id } => message(MessageKind::Wait, *id, &[]),
         }
     }
 }
 
 impl FromProvider<Vec<u8>> {
     /// Reads the message of a head and its body.
-    pub fn from_body(head: Head, body: Vec<u8>) -> Result<Self, Malformed> {
-        let malformed = Malformed("answer");
+    pub fn from_body(head: MessageHead, body: Vec<u8>) -> Result<Self, MalformedExchange> {
+        let malformed = MalformedExchange("answer");
         let id = head.id;
         let word = |body: &[u8]| body.try_into().map(u32::from_le_bytes).map_err(|_| malformed);
         match head.kind {
-            Kind::Hello if id == 0 => Ok(Self::Hello { requests_max: word(&body)? }),
-            Kind::Have => Ok(Self::Have { id, bits: Bitfield::from_bytes(&body).ok_or(malformed)? }),
-            Kind::Update => {
+            MessageKind::Hello if id == 0 => Ok(Self::Hello { requests_max: word(&body)? }),
+            MessageKind::Have => Ok(Self::Have { id, bits: Bitfield::from_bytes(&body).ok_or(malformed)? }),
+            MessageKind::Update => {
                 let (words, []) = body.as_chunks::<4>() else { return Err(malformed) };
                 let changes = words.iter().map(|word| u32::from_le_bytes(*word)).map(|word| (word & !SET, word & SET != 0));
                 Ok(Self::Update { id, changes: changes.collect() })
             }
-            Kind::Hashes => {
+            MessageKind::Hashes => {
                 let (hashes, []) = body.as_chunks::<HASH_BYTES>() else { return Err(malformed) };
                 Ok(Self::Hashes { id, hashes: hashes.to_vec() })
             }
-            Kind::Group => Ok(Self::Group { id, bytes: body }),
-            Kind::NotHave if body.is_empty() => Ok(Self::NotHave { id }),
-            Kind::Busy => Ok(Self::Busy { id, retry_ms: word(&body)? }),
-            Kind::Wait if body.is_empty() => Ok(Self::Wait { id }),
+            MessageKind::Group => Ok(Self::Group { id, bytes: body }),
+            MessageKind::NotHave if body.is_empty() => Ok(Self::NotHave { id }),
+            MessageKind::Busy => Ok(Self::Busy { id, retry_ms: word(&body)? }),
+            MessageKind::Wait if body.is_empty() => Ok(Self::Wait { id }),
             _ => Err(malformed),
         }
     }
 }
 
-fn message(kind: Kind, id: u32, body: &[u8]) -> Vec<u8> {
-    let head = Head { kind, id, length: body.len() as u32 };
+fn message(kind: MessageKind, id: u32, body: &[u8]) -> Vec<u8> {
+    let head = MessageHead { kind, id, length: body.len() as u32 };
     [&head.to_bytes()[..], body].concat()
 }
 

@@ -8,14 +8,14 @@ fn hash(byte: u8) -> ContentHash {
     ContentHash::from_bytes([byte; 32])
 }
 
-fn read_request(bytes: &[u8]) -> Result<ToProvider, Malformed> {
-    let (head, body) = bytes.split_first_chunk().ok_or(Malformed("head"))?;
-    ToProvider::from_body(Head::of_request(head)?, body)
+fn read_request(bytes: &[u8]) -> Result<ToProvider, MalformedExchange> {
+    let (head, body) = bytes.split_first_chunk().ok_or(MalformedExchange("head"))?;
+    ToProvider::from_body(MessageHead::of_request(head)?, body)
 }
 
-fn read_answer(bytes: &[u8]) -> Result<FromProvider<Vec<u8>>, Malformed> {
-    let (head, body) = bytes.split_first_chunk().ok_or(Malformed("head"))?;
-    FromProvider::from_body(Head::of_answer(head)?, body.to_vec())
+fn read_answer(bytes: &[u8]) -> Result<FromProvider<Vec<u8>>, MalformedExchange> {
+    let (head, body) = bytes.split_first_chunk().ok_or(MalformedExchange("head"))?;
+    FromProvider::from_body(MessageHead::of_answer(head)?, body.to_vec())
 }
 
 #[test]
@@ -59,10 +59,10 @@ fn answers_are_frozen() {
 #[test]
 fn every_length_is_limited_by_its_kind() {
     for byte in 0..=u8::MAX {
-        let Ok(kind) = Kind::try_from(byte) else { continue };
+        let Ok(kind) = MessageKind::try_from(byte) else { continue };
         for (length, fine) in [(kind.bytes_max(), true), (kind.bytes_max() + 1, false), (1 << 30, false)] {
-            let head = Head { kind, id: 1, length }.to_bytes();
-            let accepted = Head::of_request(&head).is_ok() || Head::of_answer(&head).is_ok();
+            let head = MessageHead { kind, id: 1, length }.to_bytes();
+            let accepted = MessageHead::of_request(&head).is_ok() || MessageHead::of_answer(&head).is_ok();
             assert_eq!(accepted, fine, "{kind:?} of {length} bytes");
         }
     }

@@ -23,12 +23,12 @@ struct Bucket {
 
 /// Token buckets, one for each of those who send.
 #[derive(Debug)]
-pub struct Rates<K> {
+pub struct RateLimits<K> {
     allowance: Allowance,
     buckets: HashMap<K, Bucket>,
 }
 
-impl<K: Hash + Eq + Copy> Rates<K> {
+impl<K: Hash + Eq + Copy> RateLimits<K> {
     /// Everybody's bucket is full.
     pub fn new(allowance: Allowance) -> Self {
         Self { allowance, buckets: HashMap::new() }
@@ -70,7 +70,7 @@ mod tests {
 
     #[test]
     fn a_burst_passes_and_then_so_many_a_second() {
-        let mut rates = Rates::new(Allowance { burst: 5, per_second: 2 });
+        let mut rates = RateLimits::new(Allowance { burst: 5, per_second: 2 });
         assert_eq!((0..10).filter(|_| rates.take(1000, 'a')).count(), 5);
         assert!(rates.take(1000, 'b'), "each has its own");
         assert!(!rates.take(1499, 'a') && rates.take(1500, 'a'));
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn those_who_come_in_crowds_are_bounded() {
-        let mut rates = Rates::new(Allowance { burst: 1, per_second: 1 });
+        let mut rates = RateLimits::new(Allowance { burst: 1, per_second: 1 });
         for who in 0..3 * RATED_MAX {
             rates.take(5, who);
             assert!(rates.buckets.len() <= RATED_MAX);

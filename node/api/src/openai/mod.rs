@@ -21,7 +21,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 use self::ask::{Ask, Endpoint};
-use self::reply::{Piece, PromptTokens, Reply};
+use self::reply::{AnswerPiece, PromptTokens, Reply};
 use super::access::Asker;
 use super::body::{BODY_BYTES_MAX, MEDIA_BODY_BYTES_MAX};
 use super::error::ApiError;
@@ -125,12 +125,12 @@ fn with_tokens(ask: Ask, model: Arc<ReadyModel>, limits: &MediaLimits) -> Result
 
 async fn whole(asked: Asked) -> Result<Response, ApiError> {
     let Asked { ask, model, prompt, mut events } = asked;
-    let mut piece = Piece::default();
+    let mut piece = AnswerPiece::default();
     let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
     while let Some(event) = events.recv().await {
         match event {
             AnswerEvent::Step(step) => piece.add(step),
-            AnswerEvent::Again => piece = Piece::default(),
+            AnswerEvent::Again => piece = AnswerPiece::default(),
             AnswerEvent::Done(done) => return Ok(Json(reply.whole(&piece, &done, prompt)).into_response()),
             AnswerEvent::Failed(stopped) => return Err(stopped.into()),
         }
@@ -150,7 +150,7 @@ fn identifier() -> u128 {
 fn stream(asked: Asked, first: Option<AnswerEvent>) -> Response {
     let (sender, chunks) = mpsc::channel::<Bytes>(1);
     tokio::spawn(async move {
-        let mut streaming = Streaming { sender, sent: Vec::new(), again: None, unsent: Piece::default() };
+        let mut streaming = Streaming { sender, sent: Vec::new(), again: None, unsent: AnswerPiece::default() };
         if let Err(ended) = streaming.run(asked, first).await {
             match ended {
                 Ended::Gone => {}
@@ -176,7 +176,7 @@ struct Streaming {
     /// How much of that an answer that is made again has reached.
     again: Option<usize>,
     /// What has come and needs no chunk of its own.
-    unsent: Piece,
+    unsent: AnswerPiece,
 }
 
 impl Streaming {

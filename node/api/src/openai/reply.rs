@@ -1,7 +1,7 @@
 //! What a client reads of an answer: the objects of OpenAI's API, whole or in chunks.
 
 use inference::generate::{GenerateRequest, Step, StopReason};
-use inference::media::prompt::Source;
+use inference::media::prompt::RowSource;
 use inference::sampler::TokenLogprobs;
 use runtime::generation::{Done, ReadyModel, by_modality_json};
 use serde_json::{Value, json};
@@ -20,13 +20,13 @@ pub(crate) struct Reply<'a> {
 
 /// The text, tokens and probabilities of an answer, or of a piece of it.
 #[derive(Clone, Default, Debug)]
-pub(crate) struct Piece {
+pub(crate) struct AnswerPiece {
     pub text: String,
     pub tokens: Vec<u32>,
     pub(crate) logprobs: Vec<TokenLogprobs>,
 }
 
-impl Piece {
+impl AnswerPiece {
     pub(crate) fn add(&mut self, step: Step) {
         self.text.push_str(&step.text);
         self.tokens.extend(step.token);
@@ -45,7 +45,7 @@ impl<'a> Reply<'a> {
     }
 
     /// The answer as one object.
-    pub(crate) fn whole(&mut self, piece: &Piece, done: &Done, prompt: PromptTokens) -> Value {
+    pub(crate) fn whole(&mut self, piece: &AnswerPiece, done: &Done, prompt: PromptTokens) -> Value {
         let reason = finish_reason(done.reason);
         let mut choice = match self.ask.endpoint {
             Endpoint::Chat => {
@@ -72,7 +72,7 @@ impl<'a> Reply<'a> {
     }
 
     /// A chunk with a piece of the answer.
-    pub(crate) fn piece_chunk(&mut self, piece: &Piece) -> Value {
+    pub(crate) fn piece_chunk(&mut self, piece: &AnswerPiece) -> Value {
         let mut choice = match self.ask.endpoint {
             Endpoint::Chat => json!({"index": 0, "delta": {"content": piece.text}, "logprobs": null, "finish_reason": null}),
             Endpoint::Completions => json!({"index": 0, "text": piece.text, "logprobs": null, "finish_reason": null}),
@@ -122,7 +122,7 @@ impl<'a> Reply<'a> {
     }
 
     /// Adds what was asked for of each token.
-    fn add_tokens(&mut self, choice: &mut Value, piece: &Piece) {
+    fn add_tokens(&mut self, choice: &mut Value, piece: &AnswerPiece) {
         if self.ask.token_ids {
             choice["token_ids"] = json!(piece.tokens);
         }
@@ -193,8 +193,8 @@ pub(crate) struct PromptTokens {
 impl PromptTokens {
     pub(crate) fn of(request: &GenerateRequest) -> Self {
         let runs = request.media.iter().flat_map(|media| &media.runs);
-        let count = |source: Source| runs.clone().filter(|run| run.source == source).map(|run| run.rows.len()).sum();
-        Self { all: request.prompt.len(), heard: count(Source::Audio), seen: count(Source::Vision) }
+        let count = |source: RowSource| runs.clone().filter(|run| run.source == source).map(|run| run.rows.len()).sum();
+        Self { all: request.prompt.len(), heard: count(RowSource::Audio), seen: count(RowSource::Vision) }
     }
 }
 

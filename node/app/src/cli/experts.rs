@@ -18,7 +18,7 @@ use runtime::command::{Context, EngineArgs, Held, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
 use runtime::probes;
-use runtime::profiles::Step;
+use runtime::profiles::ProfileStep;
 use runtime::pulling::SETTLE;
 use runtime::specialists::{check_layer, domain_json, map_json, model_of, no_profile, own_body, row_json};
 use serde_json::{Value, json};
@@ -237,7 +237,7 @@ fn check_claims(
     while in_time()
         && let Some(reading) = measuring.profiler.read_next(&mut measuring.loaded.engine)?
     {
-        journal.add(&Step::Read(reading))?; // the next time goes on from here
+        journal.add(&ProfileStep::Read(reading))?; // the next time goes on from here
     }
     check_interrupted()?;
     if measuring.profiler.tokens_read() < measuring.profiler.tokens() {

@@ -20,7 +20,7 @@ use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
 use runtime::loading::Loaded;
 use runtime::probes;
-use runtime::profiles::{Journal, Profile, Step};
+use runtime::profiles::{Journal, Profile, ProfileStep};
 use runtime::pulling::SETTLE;
 use serde_json::{Value, json};
 
@@ -120,7 +120,7 @@ impl Measuring {
 
     /// Takes in what an earlier build has read with the same probes, and goes on in its journal.
     pub(super) fn resume(&mut self, open: &OpenDataDir, found: &LocalModel, set: &ProbeSet) -> Result<Journal, Failure> {
-        let begun = Step::Begun(set.hash(), self.build_profile);
+        let begun = ProfileStep::Begun(set.hash(), self.build_profile);
         let (mut journal, steps) = Journal::open(&open.dir, found.id, set.hash(), self.build_profile)?;
         let anew = steps.is_empty();
         if resume(&mut self.profiler, &begun, steps).is_err() {
@@ -138,7 +138,7 @@ impl Measuring {
     pub(super) fn read_all(
         &mut self,
         go_on: impl Fn() -> bool,
-        mut note_down: impl FnMut(Step) -> Result<(), Failure>,
+        mut note_down: impl FnMut(ProfileStep) -> Result<(), Failure>,
     ) -> Result<bool, Failure> {
         let bar = count_bar(self.profiler.tokens(), "probes", "tokens");
         loop {
@@ -147,7 +147,7 @@ impl Measuring {
                 bar.finish_and_clear();
                 return Ok(true);
             };
-            note_down(Step::Read(reading))?;
+            note_down(ProfileStep::Read(reading))?;
             if !go_on() {
                 let is_read = self.profiler.tokens_read() == self.profiler.tokens();
                 bar.finish_and_clear();
@@ -230,16 +230,16 @@ fn tokenizer(loaded: &Loaded) -> &inference::tokenizer::Tokenizer {
 }
 
 /// Takes in the steps of an earlier build, if they are about the same.
-fn resume(profiler: &mut Profiler, begun: &Step, steps: Vec<Step>) -> Result<(), ProfileError> {
+fn resume(profiler: &mut Profiler, begun: &ProfileStep, steps: Vec<ProfileStep>) -> Result<(), ProfileError> {
     let mut steps = steps.into_iter();
     if steps.next().as_ref() != Some(begun) {
         return Err(ProfileError::Other);
     }
     for step in steps {
         match step {
-            Step::Begun(..) => return Err(ProfileError::Other),
-            Step::Read(reading) => profiler.take_reading(reading)?,
-            Step::Tried(found) => found.into_iter().try_for_each(|trials| profiler.take_trials(trials))?,
+            ProfileStep::Begun(..) => return Err(ProfileError::Other),
+            ProfileStep::Read(reading) => profiler.take_reading(reading)?,
+            ProfileStep::Tried(found) => found.into_iter().try_for_each(|trials| profiler.take_trials(trials))?,
         }
     }
     Ok(())
@@ -263,7 +263,7 @@ fn try_experts(measuring: &mut Measuring, journal: &mut Journal, budget: Duratio
         };
         let found = profiler.try_round(&mut loaded.engine, &round, go_on)?;
         if !found.is_empty() {
-            journal.add(&Step::Tried(found))?;
+            journal.add(&ProfileStep::Tried(found))?;
         }
         // Rounds that end in time, whatever the model and its precision.
         let goal = pairs as f64 * ROUND_TIME.as_secs_f64() / (instant() - round_began).as_secs_f64().max(1e-3);

@@ -8,7 +8,7 @@ use runtime::command::{Context, Held, PeerArgs, parse_size};
 use runtime::daemon::Daemon;
 use runtime::federation::Federation;
 use runtime::models::pulled_json;
-use runtime::pulling::{self, Part};
+use runtime::pulling::{self, PullScope};
 use serde_json::{Value, json};
 
 #[derive(Args)]
@@ -75,12 +75,12 @@ fn ask(context: &Context, args: &PullArgs, daemon: &Daemon) -> Result<Value, Fai
 }
 
 impl PullArgs {
-    fn part(&self) -> Part {
+    fn part(&self) -> PullScope {
         match (&self.domain, self.experts) {
-            (Some(domain), bytes_max) => Part::Domain(domain.clone(), bytes_max),
-            (None, Some(bytes_max)) => Part::Rarest(bytes_max),
-            (None, None) if self.trunk => Part::Trunk,
-            (None, None) => Part::All,
+            (Some(domain), bytes_max) => PullScope::Domain(domain.clone(), bytes_max),
+            (None, Some(bytes_max)) => PullScope::Rarest(bytes_max),
+            (None, None) if self.trunk => PullScope::Trunk,
+            (None, None) => PullScope::All,
         }
     }
 }

@@ -288,7 +288,7 @@ impl RunOutput {
             "text": self.generated.text,
             "tokens": self.generated.tokens,
             "experts": {"needed": needed, "ram": ram, "disk": disk, "remote": remote, "remote_uses": remote_uses, "remote_rows": remote_rows, "moved_in": moved_in, "fetched": fetched, "bytes_fetched": bytes_fetched, "peers": peers,
-                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "foreseen": prefetched, "foreseen_used": prefetched_used, "foretold": hinted, "foretold_used": hinted_used},
+                        "uses": uses, "hits": hits, "bytes_read": bytes_read, "prefetched": prefetched, "prefetched_used": prefetched_used, "hinted": hinted, "hinted_used": hinted_used},
             "token_ms": self.times.json(), "again": self.again,
             "remote": loaded.remote_report().json(),
             "tokens_per_second": (self.tokens_per_second * 100.0).round() / 100.0,

@@ -16,7 +16,7 @@ use net::address::{is_loopback, is_relayed, is_tcp, parse_listen};
 use net::allowed::AllowedPeers;
 use net::executor::{self, ExecutorOptions};
 use net::group::GroupKey;
-use net::network::{Network, NetworkOptions, Peers, Relay, Role};
+use net::network::{Network, NetworkOptions, NodeRole, Peers, Relay};
 use net::provider::{self, Provider};
 use net::query;
 use net::records::{KEY_ELSEWHERE, SharedRecords, clock_text};
@@ -82,7 +82,7 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             mdns: args.mdns && !context.offline,
             group,
             memory_max: network_memory(),
-            role: Role::Host {
+            role: NodeRole::Host {
                 models: models.iter().map(|model| model.id).collect(),
                 relay: if args.relay { Relay::Yes } else { Relay::No },
             },

@@ -11,7 +11,7 @@ use base::clock::now_ms;
 use base::failure::{Failure, Kind};
 
 use protocol::record::book::{Known, RecordBook};
-use protocol::record::rate::{Allowance, Rates};
+use protocol::record::rate::{Allowance, RateLimits};
 use protocol::record::{Attestation, Facet, NodeRecord, ProfileHead, Record, Refused, Verified};
 use protocol::trust::{Outcome, RATER_MIN, Ruling, TrustBook, Voice, score};
 use protocol::{ContentHash, ModelId, NodeId};
@@ -49,11 +49,11 @@ pub struct Records {
     pub trust: TrustBook,
     models: BTreeSet<ModelId>,
     probes: BTreeSet<ContentHash>,
-    senders: Rates<NodeId>,
-    signers: Rates<NodeId>,
-    strangers: Rates<()>,
-    tellers: Rates<NodeId>,
-    told: Rates<()>,
+    senders: RateLimits<NodeId>,
+    signers: RateLimits<NodeId>,
+    strangers: RateLimits<()>,
+    tellers: RateLimits<NodeId>,
+    told: RateLimits<()>,
     /// What was seen in this process, to be added to what is on the disk: when last, and how often.
     seen: BTreeMap<(NodeId, Facet, Outcome), (u64, u32)>,
     /// This node.
@@ -63,12 +63,12 @@ pub struct Records {
     dated: BTreeMap<NodeId, i64>,
     /// Whether another node has signed something with this node's key.
     pub key_is_elsewhere: bool,
-    pub counts: Counts,
+    pub counts: GossipCounts,
 }
 
 /// What has been gossiped.
 #[derive(Clone, Copy, Debug, Default, serde::Serialize)]
-pub struct Counts {
+pub struct GossipCounts {
     pub taken: u64,
     pub ignored: u64,
     pub refused: u64,
@@ -94,17 +94,17 @@ impl SharedRecords {
             trust: files.trust()?,
             models,
             probes,
-            senders: Rates::new(OF_SENDER),
-            signers: Rates::new(OF_SIGNER),
-            strangers: Rates::new(OF_STRANGERS),
-            tellers: Rates::new(OF_TELLER),
-            told: Rates::new(OF_ALL_TELLERS),
+            senders: RateLimits::new(OF_SENDER),
+            signers: RateLimits::new(OF_SIGNER),
+            strangers: RateLimits::new(OF_STRANGERS),
+            tellers: RateLimits::new(OF_TELLER),
+            told: RateLimits::new(OF_ALL_TELLERS),
             seen: BTreeMap::new(),
             own,
             expired_ms: 0,
             dated: BTreeMap::new(),
             key_is_elsewhere: false,
-            counts: Counts::default(),
+            counts: GossipCounts::default(),
         };
         let now_ms = now_ms();
         for (kind, bytes) in files.records()? {

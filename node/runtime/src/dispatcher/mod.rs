@@ -25,7 +25,7 @@ use inference::kernels::Kernels;
 use net::PeerId;
 use net::allowed::AllowedPeers;
 use net::execute_link::Told;
-use net::fetcher::{Fetched, Want};
+use net::fetcher::{FetchItem, Fetched};
 use net::link::Wanted;
 use net::network::Network;
 use protocol::audit::AuditShare;
@@ -250,7 +250,8 @@ impl Dispatcher {
             let names: Vec<_> = requests.iter().map(|request| request.slot.to_string()).collect();
             return Err(source_error(Failure::new(Kind::NoPeers, format!("missing {}: no peer is known (--peer ADDR)", names.join(", ")))));
         };
-        let wants = requests.iter().map(|request| Want { wanted: Wanted::Blob(request.blob), name: request.slot.to_string() }).collect();
+        let wants =
+            requests.iter().map(|request| FetchItem { wanted: Wanted::Blob(request.blob), name: request.slot.to_string() }).collect();
         let (fetcher, happening, round) = (Arc::clone(fetcher), self.happening.clone(), self.round);
         let urgent = self.urgent.begin();
         let task = runtime.spawn(async move {
@@ -416,7 +417,7 @@ impl ExpertSource for Dispatcher {
 
     fn hint(&mut self, blobs: &[BlobRef]) {
         if let Some(remote) = &mut self.remote {
-            remote.foretell(blobs);
+            remote.hint(blobs);
         }
     }
 

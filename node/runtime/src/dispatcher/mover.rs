@@ -4,7 +4,7 @@
 use std::sync::{Arc, mpsc as std_mpsc};
 
 use inference::expert_source::{ExpertRequest, Gain};
-use net::fetcher::{Fetched, Want};
+use net::fetcher::{FetchItem, Fetched};
 use net::link::Wanted;
 use protocol::BlobRef;
 use tokio::runtime::Handle;
@@ -46,7 +46,7 @@ impl Quiet {
 async fn fetch(fetcher: &SharedFetcher, blob: BlobRef, name: &str) -> Option<Fetched> {
     let mut fetcher = fetcher.lock().await;
     let (results, mut arrivals) = mpsc::channel(1);
-    let want = Want { wanted: Wanted::SpareBlob(blob), name: name.to_owned() };
+    let want = FetchItem { wanted: Wanted::SpareBlob(blob), name: name.to_owned() };
     if let Err(failure) = fetcher.fetch(vec![want], &results).await {
         debug!(%failure, name, "not fetched");
     }

@@ -15,7 +15,7 @@ use net::PeerId;
 use net::allowed::AllowedPeers;
 use net::execute_link::{self, ORDERS_MAX, Order, Owed, Told};
 use net::network::Network;
-use protocol::execute::{EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, USES_MAX, foretell, row_bytes};
+use protocol::execute::{self, EXPERTS_MAX, ExecuteRequest, NONCE_BYTES, RESULT_BYTES_MAX, Refusal, Task, USES_MAX, row_bytes};
 use protocol::trust::{Facet, Outcome};
 use protocol::{BlobRef, ContentHash, ExpertSlot};
 use tokio::runtime::Handle;
@@ -206,7 +206,7 @@ impl Remote {
     }
 
     /// Tells the quickest peer of experts that it will probably be asked to run.
-    pub(super) fn foretell(&mut self, blobs: &[BlobRef]) {
+    pub(super) fn hint(&mut self, blobs: &[BlobRef]) {
         let ready = self.ready();
         let Some((peer, ..)) = ready.into_iter().min_by(|(_, a, _), (_, b, _)| a.start.total_cmp(&b.start)) else { return };
         let Some(standing) = self.peers.get_mut(&peer) else { return };
@@ -217,7 +217,7 @@ impl Remote {
         let cold = |hash: &ContentHash| !standing.lacks_at(now, hash) && standing.warm.insert(*hash);
         let hashes: Vec<_> = blobs.iter().map(|blob| blob.hash).filter(cold).take(EXPERTS_MAX).collect();
         if !hashes.is_empty() {
-            let order = Order { number: 0, frame: foretell(&hashes), lengths: Vec::new() };
+            let order = Order { number: 0, frame: execute::hint(&hashes), lengths: Vec::new() };
             let _ = self.link(peer).orders.try_send(order); // nothing is lost with it
         }
     }

@@ -18,11 +18,11 @@ const WINDOW: Duration = Duration::from_secs(3);
 
 /// Counts that the worker adds to and the API reads.
 #[derive(Debug, Default)]
-pub struct Activity(Mutex<Counts>);
+pub struct Activity(Mutex<ActivityCounts>);
 
 /// Since the start, unless it says otherwise.
 #[derive(Debug, Default)]
-pub struct Counts {
+pub struct ActivityCounts {
     pub answers: u64,
     pub failed: u64,
     /// Requests of clients that went away.
@@ -58,12 +58,12 @@ pub struct ModelCounts {
 }
 
 impl Activity {
-    pub fn lock(&self) -> MutexGuard<'_, Counts> {
+    pub fn lock(&self) -> MutexGuard<'_, ActivityCounts> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Counts {
+impl ActivityCounts {
     /// A model is loaded, with so many experts.
     pub(super) fn begin_model(&mut self, model: ModelId, experts: usize) {
         let used = Some(instant());

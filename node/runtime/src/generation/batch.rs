@@ -14,10 +14,10 @@ use inference::session::Session;
 use net::PeerId;
 use protocol::ModelId;
 
-use super::tally::{Tally, rows};
+use super::tally::{ExpertTally, rows};
 use super::{AnswerEvent, Done, Job, Shared, Stopped, TOGETHER_MAX};
 use crate::loading::Loaded;
-use crate::places::Places;
+use crate::places::ExpertIndex;
 use crate::prompt::ModelText;
 
 /// How long a piece of a prompt should take: others wait for it, and so does the news that a client has gone.
@@ -36,7 +36,7 @@ pub(super) struct Batch {
     loaded: Loaded,
     text: Arc<ModelText>,
     shared: Arc<Shared>,
-    places: Places,
+    places: ExpertIndex,
     active: Vec<Active>,
     /// Sequences whose answers are complete, the oldest first: the next request often goes on from there.
     kept: VecDeque<Kept>,
@@ -58,7 +58,7 @@ struct Active {
     sequence: Sequence,
     /// Bytes that are set aside for it.
     bytes: u64,
-    tally: Tally,
+    tally: ExpertTally,
     cached: usize,
     admitted: Instant,
     prefilled: Option<Instant>,
@@ -86,7 +86,7 @@ impl Batch {
         let text = Arc::clone(&loaded.text);
         let engine = &mut loaded.engine;
         let decoder = engine.model().decoder();
-        let places = Places::of(decoder);
+        let places = ExpertIndex::of(decoder);
         let rows = engine.options().batch_tokens.max(TOGETHER_MAX);
         engine.log = Some(ActivationLog::new(rows * decoder.layers() as usize));
         shared.activity.lock().begin_model(model, places.count());
@@ -167,7 +167,7 @@ impl Batch {
         self.active.push(Active {
             sequence,
             bytes,
-            tally: Tally::new(self.places.count()),
+            tally: ExpertTally::new(self.places.count()),
             cached,
             admitted: instant(),
             prefilled: None,

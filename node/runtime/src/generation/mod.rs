@@ -23,7 +23,7 @@ use tokio::sync::{mpsc, watch};
 
 use self::activity::Activity;
 use self::queue::FairQueue;
-use self::tally::Tally;
+use self::tally::ExpertTally;
 pub use self::tally::by_modality_json;
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::federation::Federation;
@@ -121,7 +121,7 @@ pub enum AnswerEvent {
 #[derive(Debug)]
 pub struct Done {
     pub reason: StopReason,
-    pub experts: Tally,
+    pub experts: ExpertTally,
     pub bytes_fetched: u64,
     /// Tokens of the prompt that need not be taken in, since the node had the same beginning already.
     pub cached: usize,

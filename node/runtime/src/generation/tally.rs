@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use inference::activation_log::{Activation, ActivationLog, ModalityUses};
+use inference::activation_log::{ActivationLog, ModalityUses, RoutedToken};
 use inference::experts::ServedFrom;
 use net::PeerId;
 use protocol::profile::Modality;
@@ -35,7 +35,7 @@ impl Whereabouts {
 
 /// The distinct experts that one request's tokens used, by where each was when they first did.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Tally {
+pub struct ExpertTally {
     used: Vec<bool>,
     pub first: Whereabouts,
     /// By what the tokens stood for.
@@ -44,7 +44,7 @@ pub struct Tally {
     pub peers: BTreeSet<PeerId>,
 }
 
-impl Tally {
+impl ExpertTally {
     pub fn new(experts: usize) -> Self {
         Self { used: vec![false; experts], first: Whereabouts::default(), by_modality: ModalityUses::default(), peers: BTreeSet::new() }
     }
@@ -58,7 +58,7 @@ impl Tally {
 }
 
 /// Goes through what a pass has logged: each entry with its row of the pass.
-pub(crate) fn rows(log: &ActivationLog) -> impl Iterator<Item = (usize, Activation<'_>)> {
+pub(crate) fn rows(log: &ActivationLog) -> impl Iterator<Item = (usize, RoutedToken<'_>)> {
     let (mut layer, mut row) = (None, 0);
     log.entries().map(move |entry| {
         // The rows of one layer stand together, in order.
@@ -80,7 +80,7 @@ mod tests {
 
     #[test]
     fn an_expert_counts_once_and_where_it_first_was() {
-        let mut tally = Tally::new(3);
+        let mut tally = ExpertTally::new(3);
         for (place, source) in
             [(0, ServedFrom::Disk), (0, ServedFrom::Memory), (2, ServedFrom::Remote), (1, ServedFrom::Fetched), (2, ServedFrom::Fetched)]
         {
