@@ -184,13 +184,18 @@ unsafe fn q8_of<const T: usize>(panel: *const u8, groups: usize, x: Activations,
     }
 }
 
+/// How numbers of a plain matrix are stored.
+pub(super) const F32: u8 = 0;
+pub(super) const BF16: u8 = 1;
+pub(super) const F16: u8 = 2;
+
 /// Adds the products of four rows, `width` wide and `stride` bytes apart, with each of T tokens to their lanes, 16 columns at a time: see
-/// [`plain`](super::plain). Rows are of bf16 or of f32.
+/// [`plain`](super::plain). Rows are of [f32](F32), [bf16](BF16) or [f16](F16).
 ///
 /// # Safety
 /// All have `width` numbers, which is a multiple of 16; the processor has AVX-512.
 #[target_feature(enable = "avx512f")]
-pub(super) unsafe fn add_products<const T: usize, const BF16: bool>(
+pub(super) unsafe fn add_products<const T: usize, const STORED: u8>(
     lanes: &mut [[[f32; PANEL_ROWS]; 4]; T],
     (weights, stride): (*const u8, usize),
     x: [*const f32; T],
@@ -208,15 +213,17 @@ pub(super) unsafe fn add_products<const T: usize, const BF16: bool>(
             let mut w = [_mm512_setzero_ps(); 4];
             for r in 0..4 {
                 let row = weights.add(r * stride);
-                w[r] = if BF16 {
-                    let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(row.add(2 * at).cast()));
-                    _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
-                } else {
-                    _mm512_loadu_ps(row.add(4 * at).cast())
+                w[r] = match STORED {
+                    BF16 => {
+                        let halves = _mm512_cvtepu16_epi32(_mm256_loadu_si256(row.add(2 * at).cast()));
+                        _mm512_castsi512_ps(_mm512_slli_epi32::<16>(halves))
+                    }
+                    F16 => _mm512_cvtph_ps(_mm256_loadu_si256(row.add(2 * at).cast())),
+                    _ => _mm512_loadu_ps(row.add(4 * at).cast()),
                 };
                 if T == 1 {
                     // The same columns of the next four rows.
-                    _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * stride + if BF16 { 2 } else { 4 } * at).cast());
+                    _mm_prefetch::<_MM_HINT_T0>(row.wrapping_add(4 * stride + if STORED == F32 { 4 } else { 2 } * at).cast());
                 }
             }
             for t in 0..T {

@@ -1,5 +1,7 @@
 //! Element by element: e^x, SiLU, softmax, RMSNorm. The same bits everywhere; `docs/expert-function.md` defines e^x and SiLU.
 
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
+
 use super::{Rows, dot};
 use crate::pool::Pool;
 use protocol::precision::PANEL_ROWS;
@@ -80,6 +82,23 @@ pub(crate) fn exp(x: f32) -> f32 {
         p = r.mul_add(p, c);
     }
     p * f32::from_bits(rounded.to_bits().wrapping_add(127) << 23)
+}
+
+/// Writes halves as f32: as many as there is room for.
+pub(crate) fn widen_f16(halves: &[u16], out: &mut [f32]) {
+    assert_eq!(halves.len(), out.len(), "as many as there is room for");
+    #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only there are some done otherwise"))]
+    let mut done = 0;
+    #[cfg(target_arch = "x86_64")]
+    if vectors() != Vectors::Baseline {
+        done = out.len() / 8 * 8;
+        // SAFETY: so many are there, and the processor has the instructions.
+        #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
+        unsafe {
+            super::avx2::widen_f16(halves.as_ptr(), out.as_mut_ptr(), done);
+        }
+    }
+    halves[done..].reinterpret_cast::<half::f16>().convert_to_f32_slice(&mut out[done..]);
 }
 
 per_instruction_set! {

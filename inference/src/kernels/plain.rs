@@ -5,11 +5,10 @@
 
 use std::ops::Range;
 
-use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use protocol::Precision;
 use protocol::precision::PANEL_ROWS;
 
-use super::math::per_instruction_set;
+use super::math::{per_instruction_set, widen_f16};
 use super::{Matrix, TILE_MAX};
 
 const LANES: usize = 16;
@@ -35,7 +34,7 @@ fn widen(precision: Precision, bytes: &[u8], out: &mut [f32]) {
     match precision {
         Precision::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
         Precision::Bf16 => out.iter_mut().zip(bytemuck::cast_slice::<u8, u16>(bytes)).for_each(|(o, &w)| *o = widen_bf16(w)),
-        Precision::F16 => bytemuck::cast_slice::<u8, u16>(bytes).reinterpret_cast::<half::f16>().convert_to_f32_slice(out),
+        Precision::F16 => widen_f16(bytemuck::cast_slice(bytes), out),
         Precision::Q8 | Precision::Q4 => unreachable!("packed weights do not stand alone"),
     }
 }
@@ -66,7 +65,7 @@ fn add_rows(lanes: &mut [[[f32; LANES]; ROWS]], w: Matrix<'_>, rows: Range<usize
     #[cfg_attr(not(target_arch = "x86_64"), expect(unused_mut, reason = "only there are some of the columns done otherwise"))]
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
-    if rows.len() == ROWS && w.precision != Precision::F16 && super::math::vectors() == super::math::Vectors::Avx512 {
+    if rows.len() == ROWS && super::math::vectors() == super::math::Vectors::Avx512 {
         done = w.columns / LANES * LANES;
         let (groups, rest) = lanes.as_chunks_mut::<TOKENS>();
         let groups_tokens = groups.len() * TOKENS;
@@ -98,10 +97,11 @@ fn add_four_rows<const T: usize>(lanes: &mut [[[f32; LANES]; ROWS]; T], w: Matri
     // SAFETY: slices of that many numbers, on a processor with these instructions.
     #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
     unsafe {
-        if w.precision == Precision::Bf16 {
-            super::avx512::add_products::<T, true>(lanes, weights, x, whole);
-        } else {
-            super::avx512::add_products::<T, false>(lanes, weights, x, whole);
+        use super::avx512::{BF16, F16, F32, add_products};
+        match w.precision {
+            Precision::Bf16 => add_products::<T, BF16>(lanes, weights, x, whole),
+            Precision::F16 => add_products::<T, F16>(lanes, weights, x, whole),
+            _ => add_products::<T, F32>(lanes, weights, x, whole),
         }
     }
 }

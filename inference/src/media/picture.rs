@@ -5,7 +5,7 @@ use std::io::Cursor;
 use image::codecs::gif::GifDecoder;
 use image::codecs::png::PngDecoder;
 use image::codecs::webp::WebPDecoder;
-use image::{AnimationDecoder, DynamicImage, Frames, ImageDecoder, ImageFormat, ImageReader, Limits};
+use image::{AnimationDecoder, DynamicImage, Frames, ImageDecoder, ImageError, ImageFormat, ImageReader, Limits};
 
 use super::limits::{MediaError, MediaLimits};
 use super::resize::Picture;
@@ -43,6 +43,14 @@ fn allowed(limits: &MediaLimits) -> Limits {
     allowed
 }
 
+/// A decoder refuses a size by itself when it does not even fit its integers.
+fn unreadable(error: &ImageError, limits: &MediaLimits) -> MediaError {
+    match error {
+        ImageError::Limits(_) => MediaError::limit("pixels", "more than can be counted", limits.pixels as f64),
+        _ => MediaError::damaged(error),
+    }
+}
+
 /// Reads a picture of any known format, turned as its EXIF data says; of frames that follow one another the first. Transparency is dropped, as
 /// the reference implementation does.
 pub fn decode_picture(bytes: &[u8], limits: &MediaLimits) -> Result<Picture, MediaError> {
@@ -51,11 +59,11 @@ pub fn decode_picture(bytes: &[u8], limits: &MediaLimits) -> Result<Picture, Med
     if !reader.format().is_some_and(|format| known.contains(&format)) {
         return Err(MediaError::Format { kind: "picture", known: KNOWN });
     }
-    let mut decoder = reader.into_decoder().map_err(MediaError::damaged)?;
+    let mut decoder = reader.into_decoder().map_err(|error| unreadable(&error, limits))?;
     let (width, height) = decoder.dimensions();
     limits.check_pixels(width.into(), height.into())?;
     let orientation = decoder.orientation().unwrap_or(image::metadata::Orientation::NoTransforms);
-    let mut image = DynamicImage::from_decoder(decoder).map_err(MediaError::damaged)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(|error| unreadable(&error, limits))?;
     image.apply_orientation(orientation);
     Ok(of_image(&image))
 }
@@ -72,13 +80,13 @@ pub fn decode_frames(bytes: &[u8], limits: &MediaLimits) -> Result<Vec<Frame>, M
     let cursor = Cursor::new(bytes);
     let frames: Frames<'_> = match reader.format() {
         Some(ImageFormat::Gif) => {
-            let mut decoder = GifDecoder::new(cursor).map_err(MediaError::damaged)?;
+            let mut decoder = GifDecoder::new(cursor).map_err(|error| unreadable(&error, limits))?;
             check(&decoder)?;
             decoder.set_limits(allowed(limits)).map_err(MediaError::damaged)?;
             decoder.into_frames()
         }
         Some(ImageFormat::WebP) => {
-            let mut decoder = WebPDecoder::new(cursor).map_err(MediaError::damaged)?;
+            let mut decoder = WebPDecoder::new(cursor).map_err(|error| unreadable(&error, limits))?;
             check(&decoder)?;
             decoder.set_limits(allowed(limits)).map_err(MediaError::damaged)?;
             if !decoder.has_animation() {
@@ -87,7 +95,7 @@ pub fn decode_frames(bytes: &[u8], limits: &MediaLimits) -> Result<Vec<Frame>, M
             decoder.into_frames()
         }
         Some(ImageFormat::Png) => {
-            let mut decoder = PngDecoder::new(cursor).map_err(MediaError::damaged)?;
+            let mut decoder = PngDecoder::new(cursor).map_err(|error| unreadable(&error, limits))?;
             check(&decoder)?;
             decoder.set_limits(allowed(limits)).map_err(MediaError::damaged)?;
             if !decoder.is_apng().map_err(MediaError::damaged)? {

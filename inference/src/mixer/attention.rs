@@ -223,8 +223,9 @@ fn one_piece(
             Stored::F32(&scratch.block)
         };
         let eights = scratch.queries.chunks_exact(QUERIES * heads.head_dim).take(queries.div_ceil(QUERIES));
+        let mut values = values.map(|values| values.from(block * BLOCK * padded));
         for (q, scores) in eights.zip(scratch.scores.chunks_exact_mut(QUERIES * PIECE)) {
-            scores_of_blocks(q, both, padded, values.map(|values| values.from(block * BLOCK * padded)), &mut scores[block * BLOCK..]);
+            scores_of_blocks(q, both, padded, values.take(), &mut scores[block * BLOCK..]); // once is enough
         }
     }
     let results = &mut scratch.piece[..queries * partial];

@@ -9,11 +9,7 @@ use half::f16;
 use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 use protocol::Decoder;
 
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::avx2;
-use crate::kernels::math::per_instruction_set;
-#[cfg(target_arch = "x86_64")]
-use crate::kernels::math::{Vectors, vectors};
+use crate::kernels::math::{per_instruction_set, widen_f16};
 
 /// Tokens of a piece; attention sums piece by piece.
 pub(crate) const PIECE: usize = 256;
@@ -271,20 +267,6 @@ impl Numbers {
 fn scale_of(group: &[f32]) -> (f32, f32) {
     let magnitude = group.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
     if magnitude < f32::from_bits((127 - 100) << 23) { (0.0, 0.0) } else { (magnitude / 127.0, 127.0 / magnitude) }
-}
-
-/// As many numbers as there is room for, in whole eights.
-fn widen_f16(numbers: &[u16], out: &mut [f32]) {
-    #[cfg(target_arch = "x86_64")]
-    if vectors() != Vectors::Baseline {
-        assert!(numbers.len() == out.len() && out.len().is_multiple_of(8), "whole vectors");
-        // SAFETY: asserted just now, and the processor has the instructions.
-        #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
-        unsafe {
-            return avx2::widen_f16(numbers.as_ptr(), out.as_mut_ptr(), out.len());
-        }
-    }
-    numbers.reinterpret_cast::<f16>().convert_to_f32_slice(out);
 }
 
 per_instruction_set! {

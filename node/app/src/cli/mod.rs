@@ -242,7 +242,9 @@ fn start_logging(verbose: u8, quiet: bool) {
     };
     let filter = tracing_subscriber::EnvFilter::try_from_env("CONFRERE_LOG").unwrap_or_else(|_| level.into());
     let color = std::env::var_os("NO_COLOR").is_none() && std::io::IsTerminal::is_terminal(&std::io::stderr());
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(std::io::stderr).init();
+    let subscriber = tracing_subscriber::fmt().with_env_filter(filter).with_ansi(color).with_writer(std::io::stderr).finish();
+    // `init` would also print what libraries say of files that they cannot read.
+    let _ = tracing::subscriber::set_global_default(subscriber);
 }
 
 fn default_data_dir() -> Result<PathBuf, Failure> {
