@@ -65,7 +65,7 @@ impl Fetcher {
                             patience = patience.min(SECOND_OPINION);
                             refusal = Some(failure);
                         }
-                        judged => return judged,
+                        answered => return answered,
                     }
                 }
                 Answered::NotHave => drop(passed_over.insert(peer)),

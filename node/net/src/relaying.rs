@@ -38,7 +38,7 @@ pub(super) fn relay_limits() -> relay::Config {
 
 /// What a node knows of relays and of its own reachability.
 pub(super) struct Relaying {
-    pub(super) standing: RelayState,
+    pub(super) state: RelayState,
     pub(super) in_group: bool,
     /// Whether somebody has found this node reachable.
     pub(super) reachable: bool,
@@ -67,13 +67,13 @@ pub(super) enum Ports {
 
 impl Relaying {
     pub(super) fn new(role: &NodeRole, in_group: bool) -> Self {
-        let standing = match role {
+        let state = match role {
             NodeRole::Guest => RelayState::Guest,
             NodeRole::Host { relay: Relay::No, .. } => RelayState::Host,
             NodeRole::Host { relay: Relay::Yes, .. } => RelayState::Relay,
         };
         let (relays, places) = (BTreeMap::new(), HashMap::new());
-        Self { standing, in_group, reachable: false, relays, places, place_at: None, ports: Ports::None, ports_from_start: false }
+        Self { state, in_group, reachable: false, relays, places, place_at: None, ports: Ports::None, ports_from_start: false }
     }
 
     pub(super) fn is_busy(&self) -> bool {
@@ -99,14 +99,14 @@ impl Relaying {
     /// Says whether the relays know how to call this node back; a host's ports they have seen when it took its place.
     pub(super) fn is_ready_to_punch(&self, now: Instant) -> bool {
         match self.ports {
-            _ if self.standing != RelayState::Guest => true,
+            _ if self.state != RelayState::Guest => true,
             Ports::None | Ports::Opened(_) => self.ports_from_start,
             Ports::Shown(at) => now.duration_since(at) >= SEEN_WAIT,
         }
     }
 
     pub(super) fn wants_places(&self) -> bool {
-        self.standing == RelayState::Host && !self.reachable && self.places.len() < PLACES_MAX
+        self.state == RelayState::Host && !self.reachable && self.places.len() < PLACES_MAX
     }
 }
 

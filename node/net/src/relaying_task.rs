@@ -29,7 +29,7 @@ const RELAYS_MAX: usize = 16;
 impl SwarmTask {
     /// A relay says itself where it is: who makes one of a node answers for its being reachable.
     pub(super) fn on_own_address(&mut self, address: &Multiaddr) {
-        if self.relaying.standing == RelayState::Relay && !is_relayed(address) {
+        if self.relaying.state == RelayState::Relay && !is_relayed(address) {
             self.swarm.add_external_address(address.clone());
         }
         self.on_addresses_changed();
@@ -115,7 +115,7 @@ impl SwarmTask {
 
     /// Says so when somebody was called through a relay and did not come.
     pub(super) fn give_up_punching(&mut self, now: Instant) {
-        if self.relaying.standing != RelayState::Guest {
+        if self.relaying.state != RelayState::Guest {
             return;
         }
         for (peer, contact) in &mut self.contacts {

@@ -54,7 +54,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     fn has(&mut self, peer: P, id: u32, bits: Bitfield) {
         let Some(state) = self.peers.get_mut(&peer) else { return };
         if let Some(model) = state.follows.get(&id) {
-            state.haves.insert(*model, bits);
+            state.bitfields.insert(*model, bits);
             self.order_again();
         }
     }
@@ -62,7 +62,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     fn has_changed(&mut self, peer: P, id: u32, changes: &[(u32, bool)]) {
         let Some(state) = self.peers.get_mut(&peer) else { return };
         let Some(model) = state.follows.get(&id) else { return };
-        let (Some(bits), Some(blobs)) = (state.haves.get_mut(model), self.models.get(model)) else { return };
+        let (Some(bits), Some(blobs)) = (state.bitfields.get_mut(model), self.models.get(model)) else { return };
         let mut touched = Vec::new();
         for &(index, set) in changes {
             bits.set(index, set);
@@ -136,13 +136,13 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let Some(state) = self.peers.get_mut(&peer) else { return };
         if let Some(model) = state.follows.get(&id) {
             // Of this model it has nothing, or does not say: then it is asked for each blob.
-            state.haves.remove(model);
+            state.bitfields.remove(model);
             return;
         }
         let asked = state.asked.get(&id).map(|asked| asked.hash);
         let Some(hash) = state.lists.remove(&id).or(asked) else { return };
         if let Some((model, index)) = self.places.get(&hash)
-            && let Some(bits) = state.haves.get_mut(model)
+            && let Some(bits) = state.bitfields.get_mut(model)
             && bits.get(*index)
         {
             bits.set(*index, false);

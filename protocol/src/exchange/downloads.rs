@@ -114,7 +114,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     #[cfg(test)]
     pub(super) fn has_said(&self, peer: &P, hash: &ContentHash) -> Option<bool> {
         let (model, index) = self.places.get(hash)?;
-        self.peers.get(peer)?.haves.get(model).map(|bits| bits.get(*index))
+        self.peers.get(peer)?.bitfields.get(model).map(|bits| bits.get(*index))
     }
 
     /// Blobs that are wanted and not complete.
@@ -134,7 +134,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
 
     /// Whether every peer has said what it has of a model.
     pub fn all_have_said(&self, model: &ModelId) -> bool {
-        self.peers.values().all(|state| state.haves.contains_key(model))
+        self.peers.values().all(|state| state.bitfields.contains_key(model))
     }
 
     /// Some blobs of models that are followed, those first that the fewest peers say they have; of those that nobody has, none.
@@ -153,7 +153,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     /// Who says that he has a blob of a model that is followed.
     pub fn holders(&self, hash: &ContentHash) -> Vec<P> {
         let Some((model, index)) = self.places.get(hash) else { return Vec::new() };
-        let has = |state: &Peer| state.haves.get(model).is_some_and(|bits| bits.get(*index));
+        let has = |state: &Peer| state.bitfields.get(model).is_some_and(|bits| bits.get(*index));
         self.peers.iter().filter(|(_, state)| has(state)).map(|(peer, _)| *peer).collect()
     }
 
@@ -278,7 +278,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             return false;
         }
         let place = self.places.get(&wanted.blob.hash);
-        place.and_then(|(model, index)| Some(state.haves.get(model)?.get(*index))).unwrap_or(true)
+        place.and_then(|(model, index)| Some(state.bitfields.get(model)?.get(*index))).unwrap_or(true)
     }
 
     /// Takes requests back that a peer has not answered.

@@ -42,19 +42,19 @@ pub type Priority<'a> = &'a dyn Fn(&NodeId) -> f64;
 
 impl RecordBook {
     /// Takes in a head: checks 10 and 11.
-    pub fn take_head(&mut self, head: Verified<ProfileHead>, known: &Known<'_>, standing: Priority<'_>) -> Result<(), Refused> {
+    pub fn take_head(&mut self, head: Verified<ProfileHead>, known: &Known<'_>, priority: Priority<'_>) -> Result<(), Refused> {
         let about = head.record().model;
         if !(known.models)(&about) || !(known.probes)(&head.record().probes) {
             self.park(head);
             return Err(Refused::Unknown);
         }
-        self.heads.take(about, head, HEADS_MAX, standing).map(drop)
+        self.heads.take(about, head, HEADS_MAX, priority).map(drop)
     }
 
     /// Takes in an attestation: check 10.
-    pub fn take_attestation(&mut self, attestation: Verified<Attestation>, standing: Priority<'_>) -> Result<(), Refused> {
+    pub fn take_attestation(&mut self, attestation: Verified<Attestation>, priority: Priority<'_>) -> Result<(), Refused> {
         let (about, rater) = ((attestation.record().subject, attestation.record().facet), attestation.node());
-        if self.attestations.take(about, attestation, ATTESTATIONS_MAX, standing)? == Room::Made {
+        if self.attestations.take(about, attestation, ATTESTATIONS_MAX, priority)? == Room::Made {
             self.index();
         } else {
             self.raters.entry(about).or_default().insert(rater);
@@ -63,8 +63,8 @@ impl RecordBook {
     }
 
     /// Takes in a node record: check 10.
-    pub fn take_node(&mut self, node: Verified<NodeRecord>, standing: Priority<'_>) -> Result<(), Refused> {
-        self.nodes.take((), node, NODES_MAX, standing).map(drop)
+    pub fn take_node(&mut self, node: Verified<NodeRecord>, priority: Priority<'_>) -> Result<(), Refused> {
+        self.nodes.take((), node, NODES_MAX, priority).map(drop)
     }
 
     /// Forgets what no longer holds, once nothing older by the same node can hold either.
@@ -188,7 +188,7 @@ impl<A, R> Default for Shelf<A, R> {
 }
 
 impl<A: Ord + Copy, R: Record> Shelf<A, R> {
-    fn take(&mut self, about: A, record: Verified<R>, most: usize, standing: Priority<'_>) -> Result<Room, Refused> {
+    fn take(&mut self, about: A, record: Verified<R>, most: usize, priority: Priority<'_>) -> Result<Room, Refused> {
         let node = record.node();
         let mut room = Room::There;
         let theirs = self.by_node.get(&node);
@@ -200,7 +200,7 @@ impl<A: Ord + Copy, R: Record> Shelf<A, R> {
                 return Err(Refused::Full);
             }
             if self.count >= most {
-                self.make_room(&node, standing)?;
+                self.make_room(&node, priority)?;
                 room = Room::Made;
             }
             self.count += 1;
@@ -210,9 +210,9 @@ impl<A: Ord + Copy, R: Record> Shelf<A, R> {
     }
 
     /// Forgets what the node of the least standing has said, if that is less than `newcomer`'s.
-    fn make_room(&mut self, newcomer: &NodeId, standing: Priority<'_>) -> Result<(), Refused> {
-        let others = self.by_node.keys().filter(|node| *node != newcomer).map(|node| (standing(node), *node));
-        let least = others.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(least, _)| *least < standing(newcomer)).ok_or(Refused::Full)?;
+    fn make_room(&mut self, newcomer: &NodeId, priority: Priority<'_>) -> Result<(), Refused> {
+        let others = self.by_node.keys().filter(|node| *node != newcomer).map(|node| (priority(node), *node));
+        let least = others.min_by(|a, b| a.0.total_cmp(&b.0)).filter(|(least, _)| *least < priority(newcomer)).ok_or(Refused::Full)?;
         let gone = self.by_node.remove(&least.1).map_or(0, |theirs| theirs.len());
         self.count -= gone;
         Ok(())

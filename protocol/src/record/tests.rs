@@ -132,9 +132,9 @@ fn heads_of_unknown_models_wait() {
 #[test]
 fn one_node_has_room_for_so_many_and_crowds_do_not_push_out_who_is_known() {
     let (key, mut book) = (NodeKey::from_secret(&[1; 32]), RecordBook::default());
-    let standing = |node: &NodeId| if *node == key.id() { 0.9 } else { 0.027 };
+    let priority = |node: &NodeId| if *node == key.id() { 0.9 } else { 0.027 };
     for model in 0..=PER_NODE_MAX {
-        let taken = book.take_head(head_of(&key, &model.to_le_bytes(), 1), &ALL, &standing);
+        let taken = book.take_head(head_of(&key, &model.to_le_bytes(), 1), &ALL, &priority);
         assert_eq!(taken, if model < PER_NODE_MAX { Ok(()) } else { Err(Refused::Full) });
     }
 }

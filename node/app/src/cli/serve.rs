@@ -126,14 +126,14 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
         tokio::spawn(announcer.run());
         let addresses = wait_for_addresses(&network).await?;
         let (first, ticket) = introduce(&addresses, &network, key.id());
-        let front_door = match api_address(args.api)? {
+        let api_server = match api_address(args.api)? {
             Some(listener) => {
                 let shared = Shared { context, args, library: &library, network: &network, group: fingerprint.clone(), executes };
                 Some(ServedApi::open(&shared, listener, machine, (&addresses, &ticket))?)
             }
             None => None,
         };
-        let api = front_door.as_ref().map(|door| door.server.address);
+        let api = api_server.as_ref().map(|served| served.server.address);
         if context.json {
             let all: Vec<_> = addresses.iter().map(ToString::to_string).collect();
             let introduction =
@@ -143,8 +143,8 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             announce(&format!("{first}\n{ticket}\n"));
         }
         note(&format!("serving {} models as {}; on the other device: confrere join TICKET", models.len(), key.id()));
-        if let Some(door) = &front_door {
-            note(&door.introduction());
+        if let Some(served) = &api_server {
+            note(&served.introduction());
         }
         note(&limits(context, args));
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Ready]); // nobody may be waiting for it
@@ -155,8 +155,8 @@ pub(super) fn serve(context: &Context, args: &ServeArgs) -> Result<(), Failure> 
             never = keep_notes(&network, &open.dir, fingerprint.as_deref()) => match never {},
         };
         let _ = sd_notify::notify(false, &[sd_notify::NotifyState::Stopping]);
-        if let Some(door) = front_door {
-            door.close().await;
+        if let Some(served) = api_server {
+            served.close().await;
         }
         network.leave().await;
         take_note(&network.peers.borrow(), &open.dir, fingerprint.as_deref());
@@ -203,7 +203,7 @@ fn answer(query: &Query, own: Option<&ProfileBody>, records: &SharedRecords) -> 
     let mut heads: Vec<_> = of_model.map(|head| (records.first_hand(now_ms, &head.node(), Facet::Profile), head)).collect();
     heads.sort_by(|a, b| b.0.total_cmp(&a.0));
     heads.truncate(4 * HEADS_MAX);
-    heads.iter_mut().for_each(|(standing, head)| *standing = records.standing(now_ms, &head.node(), Facet::Profile));
+    heads.iter_mut().for_each(|(priority, head)| *priority = records.ordering_own_first(now_ms, &head.node(), Facet::Profile));
     heads.sort_by(|a, b| b.0.total_cmp(&a.0));
     heads.truncate(HEADS_MAX);
     let mut attestations = Vec::new();

@@ -345,7 +345,7 @@ impl Records {
     }
 
     /// The same, and this node before all others.
-    pub fn standing(&self, now_ms: u64, node: &NodeId, facet: Facet) -> f64 {
+    pub fn ordering_own_first(&self, now_ms: u64, node: &NodeId, facet: Facet) -> f64 {
         if *node == self.own { f64::INFINITY } else { self.ordering(now_ms, node, facet) }
     }
 

@@ -82,7 +82,7 @@ pub(super) struct Remote {
     happening: std_mpsc::SyncSender<(u64, SourceEvent)>,
     blamer: Blamer,
     links: BTreeMap<PeerId, Link>,
-    peers: BTreeMap<PeerId, Standing>,
+    peers: BTreeMap<PeerId, KnownPeer>,
     flights: BTreeMap<u64, Flight>,
     next_number: u64,
     /// Hashes under it are secret: which results are audited is for nobody to foresee.
@@ -96,7 +96,7 @@ struct Link {
 }
 
 /// What we know of a peer.
-struct Standing {
+struct KnownPeer {
     cost: Cost,
     /// Experts that it said it lacks, and when.
     lacks: HashMap<ContentHash, Instant>,
@@ -182,26 +182,26 @@ impl Remote {
         self.links.retain(|peer, link| connected.contains(peer) && !dropped.contains_key(peer) && !link.orders.is_closed());
         let mut ready = Vec::new();
         for peer in connected.into_iter().filter(|peer| self.allowed.includes(peer) && !dropped.contains_key(peer)) {
-            let standing = self.peers.entry(peer).or_insert_with(Standing::new);
-            if standing.refuses_at(now) || standing.not_before.is_some_and(|at| at > now) {
+            let known = self.peers.entry(peer).or_insert_with(KnownPeer::new);
+            if known.refuses_at(now) || known.not_before.is_some_and(|at| at > now) {
                 continue;
             }
             let busy = self.flights.values().filter(|flight| flight.peer == peer).map(|flight| flight.rows).sum();
-            ready.push((peer, standing.cost, busy));
+            ready.push((peer, known.cost, busy));
         }
         ready
     }
 
     /// Whether a peer is known to lack an expert.
     pub(super) fn lacks(&self, peer: PeerId, expert: &ContentHash) -> bool {
-        self.peers.get(&peer).is_some_and(|standing| standing.lacks_at(instant(), expert))
+        self.peers.get(&peer).is_some_and(|known| known.lacks_at(instant(), expert))
     }
 
     /// Whether a peer can run an expert on a row in less than so many milliseconds.
     pub(super) fn is_nearer(&self, milliseconds: f64, expert: &ContentHash) -> bool {
         self.links.keys().filter(|peer| !self.lacks(**peer, expert)).any(|peer| {
-            let standing = self.peers.get(peer).filter(|standing| !standing.refuses_at(instant()));
-            standing.is_some_and(|standing| standing.cost.of(1) < milliseconds)
+            let known = self.peers.get(peer).filter(|known| !known.refuses_at(instant()));
+            known.is_some_and(|known| known.cost.of(1) < milliseconds)
         })
     }
 
@@ -209,12 +209,12 @@ impl Remote {
     pub(super) fn hint(&mut self, blobs: &[BlobRef]) {
         let ready = self.ready();
         let Some((peer, ..)) = ready.into_iter().min_by(|(_, a, _), (_, b, _)| a.start.total_cmp(&b.start)) else { return };
-        let Some(standing) = self.peers.get_mut(&peer) else { return };
-        if standing.warm_since.elapsed() > WARM_FOR {
-            (standing.warm, standing.warm_since) = (HashSet::new(), instant());
+        let Some(known) = self.peers.get_mut(&peer) else { return };
+        if known.warm_since.elapsed() > WARM_FOR {
+            (known.warm, known.warm_since) = (HashSet::new(), instant());
         }
         let now = instant();
-        let cold = |hash: &ContentHash| !standing.lacks_at(now, hash) && standing.warm.insert(*hash);
+        let cold = |hash: &ContentHash| !known.lacks_at(now, hash) && known.warm.insert(*hash);
         let hashes: Vec<_> = blobs.iter().map(|blob| blob.hash).filter(cold).take(EXPERTS_MAX).collect();
         if !hashes.is_empty() {
             let order = Order { number: 0, frame: execute::hint(&hashes), lengths: Vec::new() };
@@ -250,8 +250,8 @@ impl Remote {
             |(slot, blob): &(ExpertSlot, BlobRef)| Task { expert: blob.hash, rows: rows.of[&slot.expert].iter().map(place).collect() };
         let number = self.next_number;
         self.next_number += 1;
-        if let Some(standing) = self.peers.get_mut(&peer) {
-            standing.warm.extend(slots.iter().map(|(_, blob)| blob.hash));
+        if let Some(known) = self.peers.get_mut(&peer) {
+            known.warm.extend(slots.iter().map(|(_, blob)| blob.hash));
         }
         let request = ExecuteRequest {
             number,
@@ -263,7 +263,7 @@ impl Remote {
         let lengths = request.tasks.iter().map(|task| (task.rows.len() * rows.hidden_size * 4) as u32).collect();
         let uses = request.tasks.iter().map(|task| task.rows.len() as u64).sum();
         let now = instant();
-        let expected = self.peers.get(&peer).map_or(COST_FIRST, |standing| standing.cost).of(uses);
+        let expected = self.peers.get(&peer).map_or(COST_FIRST, |known| known.cost).of(uses);
         {
             let mut report = self.report.lock();
             report.requests += 1;
@@ -340,15 +340,15 @@ impl Remote {
                 let Some(flight) = self.flights.get_mut(&number).filter(|flight| flight.peer == peer) else { return Came::Nothing };
                 let (slot, blob) = flight.slots[task];
                 flight.open.remove(&task);
-                self.peers.entry(peer).or_insert_with(Standing::new).lacks.insert(blob.hash, instant());
+                self.peers.entry(peer).or_insert_with(KnownPeer::new).lacks.insert(blob.hash, instant());
                 Came::Replace(vec![slot])
             }
             Told::Done { number, receipt } => self.done(peer, number, &receipt),
             Told::Refused { number, why } => {
-                let standing = self.peers.entry(peer).or_insert_with(Standing::new);
+                let known = self.peers.entry(peer).or_insert_with(KnownPeer::new);
                 if why == Refusal::Busy {
-                    standing.not_before = Some(instant() + BUSY_PAUSE);
-                } else if standing.refuses.replace(instant()).is_none() {
+                    known.not_before = Some(instant() + BUSY_PAUSE);
+                } else if known.refuses.replace(instant()).is_none() {
                     note(&format!("note: {peer} runs no experts for this node: {why}"));
                 }
                 let Some(flight) = self.flights.remove(&number) else { return Came::Nothing };
@@ -359,9 +359,9 @@ impl Remote {
             // The link has blamed it where it was to blame.
             Told::Broken { blame: true, .. } => Came::Replace(self.lose_all(peer)),
             Told::Broken { blame: false, .. } => {
-                let standing = self.peers.entry(peer).or_insert_with(Standing::new);
-                standing.not_before = Some(instant() + standing.pause);
-                standing.pause = (standing.pause * 2).min(PAUSE_MAX);
+                let known = self.peers.entry(peer).or_insert_with(KnownPeer::new);
+                known.not_before = Some(instant() + known.pause);
+                known.pause = (known.pause * 2).min(PAUSE_MAX);
                 Came::Replace(self.lose(peer))
             }
         }
@@ -376,11 +376,11 @@ impl Remote {
             _ => return Came::Nothing,
         }
         let Some(flight) = self.flights.remove(&number) else { return Came::Nothing };
-        if let (Some((first, rows)), Some(standing)) = (flight.first, self.peers.get_mut(&peer)) {
-            standing.pause = PAUSE_FIRST;
+        if let (Some((first, rows)), Some(known)) = (flight.first, self.peers.get_mut(&peer)) {
+            known.pause = PAUSE_FIRST;
             let each = (flight.rows > rows).then(|| (flight.last - first).as_secs_f64() * 1e3 / (flight.rows - rows) as f64);
-            let start = (first - flight.sent).as_secs_f64() * 1e3 - rows as f64 * each.unwrap_or(standing.cost.each);
-            standing.cost.learn(start, each);
+            let start = (first - flight.sent).as_secs_f64() * 1e3 - rows as f64 * each.unwrap_or(known.cost.each);
+            known.cost.learn(start, each);
         }
         self.audit(flight, Some(receipt));
         Came::Nothing
@@ -490,7 +490,7 @@ impl Flight {
     }
 }
 
-impl Standing {
+impl KnownPeer {
     fn new() -> Self {
         Self {
             cost: COST_FIRST,
@@ -518,11 +518,11 @@ mod tests {
 
     #[test]
     fn a_peer_is_asked_again_for_what_it_lacked() {
-        let (mut standing, expert, now) = (Standing::new(), ContentHash::of(b"expert"), instant());
-        assert!(!standing.lacks_at(now, &expert) && !standing.refuses_at(now));
-        standing.lacks.insert(expert, now);
-        standing.refuses = Some(now);
-        assert!(standing.lacks_at(now + LACKS_FOR.mul_f64(0.99), &expert) && standing.refuses_at(now + REFUSES_FOR.mul_f64(0.99)));
-        assert!(!standing.lacks_at(now + LACKS_FOR, &expert) && !standing.refuses_at(now + REFUSES_FOR));
+        let (mut known, expert, now) = (KnownPeer::new(), ContentHash::of(b"expert"), instant());
+        assert!(!known.lacks_at(now, &expert) && !known.refuses_at(now));
+        known.lacks.insert(expert, now);
+        known.refuses = Some(now);
+        assert!(known.lacks_at(now + LACKS_FOR.mul_f64(0.99), &expert) && known.refuses_at(now + REFUSES_FOR.mul_f64(0.99)));
+        assert!(!known.lacks_at(now + LACKS_FOR, &expert) && !known.refuses_at(now + REFUSES_FOR));
     }
 }
