@@ -92,7 +92,7 @@ pub(crate) fn widen_f16(halves: &[u16], out: &mut [f32]) {
     #[cfg(target_arch = "x86_64")]
     if vectors() != Vectors::Baseline {
         done = out.len() / 8 * 8;
-        // SAFETY: so many are there, and the processor has the instructions.
+        // SAFETY: both slices have `done` numbers, a multiple of 8, and the processor has AVX2 and F16C.
         #[expect(unsafe_code, reason = "instructions, and numbers read by pointer")]
         unsafe {
             super::avx2::widen_f16(halves.as_ptr(), out.as_mut_ptr(), done);

@@ -262,8 +262,8 @@ fn one_piece(
     }
 }
 
-/// Whether so many queries are best multiplied with keys and values as they are stored: few are, on processors that widen halves as they load
-/// them; many share what is widened once.
+/// Whether keys and values are multiplied as they are stored, not widened into a buffer first. Few queries gain by that, on processors that
+/// widen halves while they load them. Many queries share one widening.
 fn multiplies(stored: &Stored<'_>, queries: usize) -> bool {
     match stored {
         Stored::F32(_) => true,

@@ -26,8 +26,8 @@ struct Cells(Vec<UnsafeCell<usize>>);
 // SAFETY: loom ends the test when two threads use a cell at once.
 unsafe impl Sync for Cells {}
 
-/// Runs of so many tasks, by two threads, in every order with so many preemptions: what a task writes is seen by the thread that handed
-/// it over, and the other thread ends. With `meet`, a task waits until another thread does one, too: a sleeping worker must be woken.
+/// Tries runs on two threads; `runs` has the tasks of each. Loom goes through every order with at most `preemptions` preemptions. The thread that
+/// hands over must see what tasks wrote, and the other must end. With `meet`, each task waits for the other thread: a sleeping worker must wake.
 fn every_order(runs: &'static [usize], preemptions: usize, meet: bool) {
     let mut model = loom::model::Builder::new();
     model.preemption_bound = Some(preemptions);

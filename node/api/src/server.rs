@@ -26,7 +26,7 @@ use tracing::debug;
 
 use super::connections::{Asking, ConnectionPlace, Connections};
 
-/// Connections that wait to be accepted. When there are more, who asks tries again only after a second.
+/// Connections that may wait to be accepted. The system drops the next one, and its client tries again after a second.
 const BACKLOG: u32 = 1024;
 /// From the first byte of a head to its last; also how long a connection may be idle.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
