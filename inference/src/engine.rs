@@ -1,26 +1,26 @@
-//! Tokens or rows in, logits or rows out: a model, its experts, and the memory that a pass through its layers works in.
+//! Passes of tokens or rows through the layers of a model.
 //!
 //! All buffers are made once. A pass takes in rows of one or of several sequences; none changes a bit of another's results.
 
 use std::ops::Range;
 
 use protocol::profile::Modality;
-use protocol::{Decoder, ExpertSlot, ModelManifest, PartKind};
+use protocol::{ExpertSlot, ModelManifest, PartKind};
 
 use crate::activation_log::{ActivationLog, TokenPlace};
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
-use crate::kernels::{Kernels, Operand, Rows, Tile, Vector, project, tiles};
+use crate::kernels::{Kernels, Tile, Vector, project, tiles};
 use crate::machine::Machine;
-use crate::mixer::gqa::GqaWork;
 use crate::mixer::kv_cache::KvCache;
 pub use crate::mixer::kv_cache::KvPrecision;
 pub use crate::mixer::rope::Position;
 use crate::mixer::{MixerInput, Share};
 use crate::model::{MixerWeights, Model};
-use crate::moe_layer::{LOOKING_AHEAD, MoeWork, TokenPlaces, Watch, feed_forward, predict};
+use crate::moe_layer::{LOOKING_AHEAD, TokenPlaces, Watch, feed_forward, predict};
 use crate::pool::Pool;
 use crate::session::Session;
+use crate::work::{Work, work_bytes};
 pub use crate::work_sizes::LOGITS_TOKENS;
 use crate::work_sizes::WorkSizes;
 
@@ -488,69 +488,5 @@ impl Engine {
         work.head_operand.fill(pool, work.head_normed.width(), head.forms(), tile_list, |row| Vector::of(data, tokens, 0, row));
         work.logits.resize(rows.len());
         project(pool, options.kernels, &[head], &work.head_operand, tile_list, &mut work.logits);
-    }
-}
-
-/// Bytes of all buffers.
-fn work_bytes(sizes: &WorkSizes) -> u64 {
-    let (hidden, head_rows) = (sizes.hidden(), sizes.head_rows());
-    let rows = 3 * Rows::bytes(sizes.rows(), hidden) + 2 * Rows::bytes(head_rows, hidden);
-    let logits = Rows::bytes(head_rows, sizes.vocab) + 4 * sizes.vocab as u64;
-    let head = Operand::bytes(head_rows, hidden, sizes.trunk_forms());
-    rows + logits + head + sizes.gqa.bytes() + MoeWork::bytes(sizes)
-}
-
-/// The memory that a pass works in.
-#[derive(Debug)]
-struct Work {
-    x: Rows, // (rows, hidden_size), the residual stream
-    normed: Rows,
-    out: Rows,
-    scales: Vec<f32>,
-    tiles: Vec<Tile>,
-    positions: Vec<Position>,
-    gqa: GqaWork,
-    moe: MoeWork,
-    head_x: Rows,
-    head_normed: Rows,
-    head_operand: Operand,
-    logits: Rows,
-    /// The rows of the pass whose logits are there, where all are wanted.
-    head_first: usize,
-    head_count: usize,
-    one_x: Vec<f32>,
-    one_logits: Vec<f32>,
-}
-
-impl Work {
-    fn new(decoder: &Decoder, sizes: &WorkSizes) -> Self {
-        let (rows, hidden, head_rows) = (sizes.rows(), sizes.hidden(), sizes.head_rows());
-        Self {
-            x: Rows::with_capacity(rows, hidden),
-            normed: Rows::with_capacity(rows, hidden),
-            out: Rows::with_capacity(rows, hidden),
-            scales: Vec::with_capacity(rows),
-            tiles: Vec::with_capacity(rows),
-            positions: Vec::with_capacity(rows),
-            gqa: GqaWork::new(decoder, &sizes.gqa),
-            moe: MoeWork::new(sizes),
-            head_x: Rows::with_capacity(head_rows, hidden),
-            head_normed: Rows::with_capacity(head_rows, hidden),
-            head_operand: Operand::with_capacity(head_rows, hidden, sizes.trunk_forms()),
-            logits: Rows::with_capacity(head_rows, sizes.vocab),
-            head_first: 0,
-            head_count: 0,
-            one_x: vec![0.0; hidden],
-            one_logits: vec![0.0; sizes.vocab],
-        }
-    }
-
-    /// Prepares for the rows of a pass.
-    fn begin(&mut self, rows: usize) {
-        self.x.resize(rows);
-        self.out.resize(rows);
-        self.tiles.clear();
-        self.tiles.extend(tiles(0, rows));
-        self.positions.clear();
     }
 }

@@ -42,6 +42,7 @@ pub mod tokenizer;
 pub mod tokenizer_rules;
 pub mod tower;
 pub mod weights;
+mod work;
 mod work_sizes;
 
 #[cfg(target_endian = "big")]

@@ -46,7 +46,7 @@ fn allowed(limits: &MediaLimits) -> Limits {
 /// A decoder refuses a size by itself when it does not even fit its integers.
 fn unreadable(error: &ImageError, limits: &MediaLimits) -> MediaError {
     match error {
-        ImageError::Limits(_) => MediaError::limit("pixels", "more than can be counted", limits.pixels as f64),
+        ImageError::Limits(_) => MediaError::limit("pixels", "too many", limits.pixels as f64),
         _ => MediaError::damaged(error),
     }
 }
