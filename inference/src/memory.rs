@@ -42,6 +42,13 @@ pub struct BudgetTooSmall {
     kv_tokens: usize,
 }
 
+/// Bytes of as many experts as a token needs in all layers: with less, a model is not run.
+pub fn least_of_experts(manifest: &ModelManifest) -> u64 {
+    let (part, decoder) = (manifest.text(), manifest.decoder());
+    let one = AlignedBytes::taken(part.largest_expert() as usize);
+    decoder.moe_layers().count() as u64 * u64::from(decoder.experts_per_token()) * one
+}
+
 /// Smallest batch that memory is saved by.
 const BATCH_TOKENS_MIN: usize = 32;
 
@@ -52,8 +59,7 @@ pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u
     let trunk = part.trunk_bytes();
     let context = options.context.min(decoder.context as usize);
     let kv_cache = KvCache::bytes(decoder, options.kv, options.kv_tokens.max(context));
-    let one = AlignedBytes::taken(part.largest_expert() as usize);
-    let least = decoder.moe_layers().count() as u64 * u64::from(decoder.experts_per_token()) * one;
+    let least = least_of_experts(manifest);
     let mut batch_tokens = options.batch_tokens.clamp(1, context.max(1));
     loop {
         let options = EngineOptions { batch_tokens, context, ..*options };

@@ -227,7 +227,13 @@ impl Tensors {
         self.push(role(Affine::Bias), &shape[..1], false);
     }
 
-    /// A convolution, whose results are `channels`, or a norm.
+    /// A convolution that is computed as a matrix is.
+    fn convolution(&mut self, role: impl Fn(Affine) -> TensorRole, shape: &[u32]) {
+        self.push(role(Affine::Weight), shape, true);
+        self.push(role(Affine::Bias), &shape[..1], false);
+    }
+
+    /// Another convolution, whose results are `channels`, or a norm.
     fn plain(&mut self, role: impl Fn(Affine) -> TensorRole, shape: &[u32], channels: u32) {
         self.push(role(Affine::Weight), shape, false);
         self.push(role(Affine::Bias), &[channels], false);
@@ -278,7 +284,7 @@ impl Vision {
     pub fn tensors(&self) -> Vec<TensorSpec> {
         let (mut tensors, hidden, merged) = (Tensors(Vec::new()), self.hidden_size, self.merged());
         let vision = TensorRole::Vision;
-        tensors.plain(|part| vision(VisionTensor::Patch(part)), &[hidden, CHANNELS, self.frames, self.patch, self.patch], hidden);
+        tensors.convolution(|part| vision(VisionTensor::Patch(part)), &[hidden, CHANNELS, self.frames, self.patch, self.patch]);
         tensors.push(vision(VisionTensor::Positions), &[self.side * self.side, hidden], false);
         for block in 0..self.layers {
             let role = |tensor: fn(Affine) -> BlockTensor| move |part| vision(VisionTensor::Block(block, tensor(part)));
@@ -333,7 +339,7 @@ impl Audio {
         for number in 0..CONVOLUTIONS {
             let before = if number == 0 { 1 } else { self.channels };
             let shape = [self.channels, before, KERNEL, KERNEL];
-            tensors.plain(|part| audio(AudioTensor::Convolution(number, part)), &shape, self.channels);
+            tensors.convolution(|part| audio(AudioTensor::Convolution(number, part)), &shape);
         }
         tensors.push(audio(AudioTensor::Rows), &[hidden, self.channels * self.frequencies()], true);
         for layer in 0..self.layers {

@@ -232,6 +232,15 @@ impl Operand {
         (words, if forms.plain { rows * columns } else { 0 })
     }
 
+    /// Takes in vectors of `columns` numbers in the packed form, by this thread alone: row i of the operand becomes `source(i)`.
+    pub(crate) fn quantise<'a>(&mut self, columns: usize, tiles: &[Tile], source: impl Fn(usize) -> Vector<'a>) {
+        (self.columns, self.groups) = (columns, columns.div_ceil(GROUP_COLUMNS));
+        for tile in tiles {
+            let words = &mut self.words[tile.first * self.groups * GROUP_WORDS..][..tile.rows * self.groups * GROUP_WORDS];
+            packed::quantise(self.groups, tile.rows, words, |i| source(tile.first + i));
+        }
+    }
+
     /// Takes in vectors of `columns` numbers, in the forms that are asked for: row i of the operand becomes `source(i)`.
     pub(crate) fn fill<'a>(
         &mut self,
@@ -344,6 +353,10 @@ impl<'a> Matrix<'a> {
     pub(crate) fn new(bytes: &'a [u8], precision: Precision, rows: usize, columns: usize) -> Self {
         assert_eq!(bytes.len(), precision.matrix_bytes(rows, columns), "a matrix has all its bytes");
         Self { bytes, precision, rows, columns }
+    }
+
+    pub(crate) fn rows(&self) -> usize {
+        self.rows
     }
 
     /// Panels of 16 rows; the last may be short.

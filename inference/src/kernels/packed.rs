@@ -27,8 +27,10 @@ trait Packing {
     const BIAS: i32;
     /// The biased weight of `row` and `column` of a block.
     fn weight(block: &[u8], row: usize, column: usize) -> i32;
-    /// Writes a biased weight into a block of zeros.
-    fn set(block: &mut [u8], row: usize, column: usize, weight: u8);
+    /// Turns weights into integers on a scale.
+    fn quantise(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]);
+    /// Writes the biased weights of a row of a block.
+    fn set_row(block: &mut [u8], row: usize, weights: &[u8; GROUP_COLUMNS]);
 }
 
 struct Q4;
@@ -38,15 +40,24 @@ impl Packing for Q4 {
     const PRECISION: Precision = Precision::Q4;
     const BIAS: i32 = Q4_BIAS;
 
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+    fn quantise(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
+        quantise_q4(x)
+    }
+
     fn weight(block: &[u8], row: usize, column: usize) -> i32 {
         let (half, column) = (column / 16, column % 16);
         let byte = block[BLOCK_SCALE_BYTES + column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4];
         i32::from(byte >> (4 * half) & 15)
     }
 
-    fn set(block: &mut [u8], row: usize, column: usize, weight: u8) {
-        let (half, column) = (column / 16, column % 16);
-        block[BLOCK_SCALE_BYTES + column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4] |= weight << (4 * half);
+    fn set_row(block: &mut [u8], row: usize, weights: &[u8; GROUP_COLUMNS]) {
+        let (low, high) = weights.split_at(GROUP_COLUMNS / 2);
+        let fours = block[BLOCK_SCALE_BYTES..].chunks_exact_mut(4 * PANEL_ROWS).zip(low.chunks_exact(4)).zip(high.chunks_exact(4));
+        for ((four, low), high) in fours {
+            four[4 * row..4 * row + 4].iter_mut().zip(low).zip(high).for_each(|((byte, low), high)| *byte = low | high << 4);
+        }
     }
 }
 
@@ -54,12 +65,19 @@ impl Packing for Q8 {
     const PRECISION: Precision = Precision::Q8;
     const BIAS: i32 = Q8_BIAS;
 
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+    fn quantise(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
+        quantise_q8(x)
+    }
+
     fn weight(block: &[u8], row: usize, column: usize) -> i32 {
         i32::from(block[BLOCK_SCALE_BYTES + column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4])
     }
 
-    fn set(block: &mut [u8], row: usize, column: usize, weight: u8) {
-        block[BLOCK_SCALE_BYTES + column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4] = weight;
+    fn set_row(block: &mut [u8], row: usize, weights: &[u8; GROUP_COLUMNS]) {
+        let fours = block[BLOCK_SCALE_BYTES..].chunks_exact_mut(4 * PANEL_ROWS).zip(weights.as_chunks::<4>().0);
+        fours.for_each(|(four, weights)| *four[4 * row..].first_chunk_mut().expect("a row has four there") = *weights);
     }
 }
 
@@ -112,7 +130,7 @@ pub(crate) fn weights_of_row(bytes: &[u8], precision: Precision, columns: usize,
     }
 }
 
-/// Quantises some tokens' vectors into a tile: see [`Operand`](super::Operand). Goes group by group, since vectors lie so.
+/// Quantises some tokens' vectors into a tile: see [`Operand`](super::Operand).
 pub(super) fn quantise<'a>(groups: usize, rows: usize, words: &mut [u32], source: impl Fn(usize) -> Vector<'a>) {
     assert!(rows <= TILE_MAX, "a tile has so many tokens at most");
     let vectors: [_; TILE_MAX] = std::array::from_fn(|row| source(row.min(rows - 1)));
@@ -129,17 +147,30 @@ fn quantise_rows_body(groups: usize, vectors: &[Vector<'_>], words: &mut [u32]) 
     let count = groups * vectors.len();
     let (numbers, rest) = words[..count * GROUP_WORDS].split_at_mut(count * NUMBER_WORDS);
     let (scales, excesses) = rest.split_at_mut(count);
-    let mut places = numbers.as_chunks_mut().0.iter_mut().zip(scales).zip(excesses);
+    let numbers = numbers.as_chunks_mut().0;
     let mut x = [0.0; GROUP_COLUMNS];
-    for group in 0..groups {
-        for vector in vectors {
-            let ((numbers, scale), excess) = places.next().expect("a place for each group and row");
-            vector.group_into(group, &mut x);
-            let sum;
-            (*scale, sum) = quantise_group(&x, numbers);
-            *excess = (-Q4_BIAS * sum) as u32;
+    // In the order in which vectors lie.
+    let alone = vectors.iter().all(Vector::is_alone);
+    let (slow, fast) = if alone { (vectors.len(), groups) } else { (groups, vectors.len()) };
+    for i in 0..slow {
+        for j in 0..fast {
+            let (group, row) = if alone { (j, i) } else { (i, j) };
+            let at = group * vectors.len() + row;
+            vectors[row].group_into(group, &mut x);
+            scales[at] = quantise_group(&x, &mut numbers[at]);
         }
     }
+    // A loop of its own: summed where they are made, integers leave their vectors one by one.
+    numbers.iter().zip(excesses).for_each(|(numbers, excess)| *excess = excess_of(numbers));
+}
+
+/// What 4-bit weights, which are taken for [`Q4_BIAS`] too great, make of a group of numbers too much, negative.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn excess_of(numbers: &[u32; NUMBER_WORDS]) -> u32 {
+    let numbers: [i8; GROUP_COLUMNS] = bytemuck::cast(*numbers);
+    let sum: i32 = numbers.iter().map(|&number| i32::from(number)).sum();
+    (-Q4_BIAS * sum) as u32
 }
 
 /// Copies some tokens' quantised vectors into a tile: `source` says in which words a token is found, as which row of how many.
@@ -179,30 +210,26 @@ pub(super) fn read_row(groups: usize, rows: usize, words: &mut [u32], row: usize
         let (from, scale) = from.split_first_chunk::<GROUP_COLUMNS>().expect("a group has its numbers");
         numbers[group * rows + row] = bytemuck::cast(*from);
         scales[group * rows + row] = u32::from_le_bytes(scale.try_into().expect("and its scale"));
-        let sum: i32 = from.iter().map(|&number| i32::from(number as i8)).sum();
-        excesses[group * rows + row] = (-Q4_BIAS * sum) as u32;
+        excesses[group * rows + row] = excess_of(&numbers[group * rows + row]);
     }
 }
 
-/// Quantises one group: returns the bits of its scale, and the sum of its numbers.
+/// Quantises one group: returns the bits of its scale.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn quantise_group(x: &[f32; GROUP_COLUMNS], words: &mut [u32; NUMBER_WORDS]) -> (u32, i32) {
+fn quantise_group(x: &[f32; GROUP_COLUMNS], words: &mut [u32; NUMBER_WORDS]) -> u32 {
     // The bits of magnitudes order as they do, NaN above all.
     let magnitude = x.iter().fold(0, |max: u32, x| max.max(x.to_bits() & 0x7fff_ffff));
     let magnitude = f32::from_bits(magnitude);
     let (scale, inverse) = if magnitude < ACTIVATION_MIN { (0.0, 0.0) } else { (magnitude / INT8_MAX, INT8_MAX / magnitude) };
-    let mut sum = 0;
     let mut bytes = [0u8; GROUP_COLUMNS];
     for (q, x) in bytes.iter_mut().zip(x) {
         // Rounds to the nearest integer, ties to even, which then stands in the lowest bits. Products are within ±127 whenever x is
         // finite; otherwise the scale is not, and the vector is refused.
-        let integer = (x * inverse + ROUNDING).to_bits().wrapping_sub(ROUNDING.to_bits()) as i32;
-        *q = integer as u8;
-        sum += integer;
+        *q = (x * inverse + ROUNDING).to_bits().wrapping_sub(ROUNDING.to_bits()) as u8;
     }
     *words = bytemuck::cast::<_, [u32; NUMBER_WORDS]>(bytes);
-    (scale.to_bits(), sum)
+    scale.to_bits()
 }
 
 /// Packs a matrix of finite weights, (rows, columns): `row` writes one of its rows.
@@ -217,29 +244,48 @@ pub(crate) fn pack(precision: Precision, rows: usize, columns: usize, out: &mut 
             row(number, &mut values[..columns]);
         }
         let panel = &mut out[number / PANEL_ROWS * groups * block_bytes..][..groups * block_bytes];
-        for (block, x) in panel.chunks_exact_mut(block_bytes).zip(values.as_chunks().0) {
-            if precision == Precision::Q4 {
-                let (scale, weights) = quantise_q4(x);
-                set_group::<Q4>(block, number % PANEL_ROWS, scale, &weights);
-            } else {
-                let (scale, weights) = quantise_q8(x);
-                set_group::<Q8>(block, number % PANEL_ROWS, scale, &weights);
-            }
-        }
+        let row = number % PANEL_ROWS;
+        if precision == Precision::Q4 { pack_row_q4(panel, row, &values) } else { pack_row_q8(panel, row, &values) }
     }
 }
 
-fn set_group<P: Packing>(block: &mut [u8], row: usize, scale: f16, weights: &[f32; GROUP_COLUMNS]) {
-    if row == 0 {
-        block.fill(0);
-    }
-    block[2 * row..][..2].copy_from_slice(&scale.to_le_bytes());
-    for (column, &weight) in weights.iter().enumerate() {
-        P::set(block, row, column, (weight as i32 + P::BIAS) as u8);
+per_instruction_set! {
+    /// Writes a row of a panel.
+    fn pack_row_q4(panel: &mut [u8], row: usize, values: &[f32]) -> (), pack_row_q4_body
+}
+
+per_instruction_set! {
+    fn pack_row_q8(panel: &mut [u8], row: usize, values: &[f32]) -> (), pack_row_q8_body
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn pack_row_q4_body(panel: &mut [u8], row: usize, values: &[f32]) {
+    pack_row::<Q4>(panel, row, values);
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn pack_row_q8_body(panel: &mut [u8], row: usize, values: &[f32]) {
+    pack_row::<Q8>(panel, row, values);
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn pack_row<P: Packing>(panel: &mut [u8], row: usize, values: &[f32]) {
+    let block_bytes = P::PRECISION.block_bytes().expect("a packed precision");
+    for (block, x) in panel.chunks_exact_mut(block_bytes).zip(values.as_chunks().0) {
+        let (scale, weights) = P::quantise(x);
+        block[2 * row..][..2].copy_from_slice(&scale.to_le_bytes());
+        let mut biased = [0; GROUP_COLUMNS];
+        biased.iter_mut().zip(weights).for_each(|(biased, weight)| *biased = (weight as i32 + P::BIAS) as u8);
+        P::set_row(block, row, &biased);
     }
 }
 
 /// To the nearest of 255 integers, on a scale rounded first.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 fn quantise_q8(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
     let magnitude = x.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
     let scale = f16::from_f32(magnitude / INT8_MAX);
@@ -252,14 +298,10 @@ fn quantise_q8(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
 /// Candidates for the scale: 8 ± this many eighths of the largest weight's step.
 const Q4_STEPS: i32 = 12;
 
-per_instruction_set! {
-    /// Of 25 scales about the one that just reaches the largest weight, each refitted by least squares, that of the least error.
-    fn quantise_q4(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]), quantise_q4_body
-}
-
+/// Of 25 scales about the one that just reaches the largest weight, each refitted by least squares, that of the least error.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn quantise_q4_body(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
+fn quantise_q4(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
     let largest = x.iter().fold(0.0, |largest: f32, &x| if x.abs() > largest.abs() { x } else { largest });
     let plain = f16::from_f32(largest / -8.0);
     if plain == f16::ZERO {
@@ -301,11 +343,13 @@ fn quantise_q4_body(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 fn nearest(x: &[f32; GROUP_COLUMNS], scale: f32, min: f32, max: f32) -> [f32; GROUP_COLUMNS] {
-    x.map(|x| {
-        let q = (x / scale).round_ties_even();
+    let mut nearest = [0.0; GROUP_COLUMNS];
+    for i in 0..GROUP_COLUMNS {
+        let q = (x[i] / scale).round_ties_even();
         let q = if q > min { q } else { min };
-        if q < max { q } else { max }
-    })
+        nearest[i] = if q < max { q } else { max };
+    }
+    nearest
 }
 
 /// Adds 16 to 16, 8 to 8, 4 to 4, 2 to 2, 1 to 1.

@@ -2,6 +2,8 @@
 
 use protocol::precision::{GROUP_COLUMNS, PANEL_ROWS};
 
+use super::math::per_instruction_set;
+
 /// Vectors of some tokens, panel by panel: (panels, tokens, 16). Numbers beyond the width are 0.
 #[derive(Debug, Default)]
 pub(crate) struct Rows {
@@ -25,6 +27,12 @@ impl Rows {
     pub(crate) fn resize(&mut self, tokens: usize) {
         self.tokens = tokens;
         assert!(self.panels() * self.panel_length() <= self.data.len(), "no more tokens than there is room for");
+    }
+
+    /// The same for vectors of another width.
+    pub(crate) fn reshape(&mut self, tokens: usize, width: usize) {
+        self.width = width;
+        self.resize(tokens);
     }
 
     pub(crate) fn tokens(&self) -> usize {
@@ -57,8 +65,11 @@ impl Rows {
     /// Copies a token's vector out, or its part from panel `first` on.
     pub(crate) fn copy_token(&self, token: usize, first: usize, out: &mut [f32]) {
         let panel = self.panel_length();
-        for (i, out) in out.chunks_mut(PANEL_ROWS).enumerate() {
-            out.copy_from_slice(&self.data[(first + i) * panel + token * PANEL_ROWS..][..out.len()]);
+        let (whole, rest) = out.as_chunks_mut::<PANEL_ROWS>();
+        let from = |i: usize| &self.data[(first + i) * panel + token * PANEL_ROWS..];
+        whole.iter_mut().enumerate().for_each(|(i, out)| *out = *from(i).first_chunk().expect("a panel has 16 rows"));
+        if !rest.is_empty() {
+            rest.copy_from_slice(&from(whole.len())[..rest.len()]);
         }
     }
 
@@ -66,16 +77,7 @@ impl Rows {
     /// `stride` numbers each. Goes panel by panel, since that is how they lie.
     pub(crate) fn copy_tokens(&self, token: usize, first: usize, width: usize, out: &mut [f32], stride: usize) {
         let panel = self.panel_length();
-        for at in (0..width).step_by(PANEL_ROWS) {
-            let from = &self.data[(first + at / PANEL_ROWS) * panel + token * PANEL_ROWS..];
-            for (out, from) in out.chunks_mut(stride).zip(from.as_chunks::<PANEL_ROWS>().0) {
-                let out = &mut out[at..];
-                match out.first_chunk_mut() {
-                    Some(out) if at + PANEL_ROWS <= width => *out = *from,
-                    _ => out[..width - at].copy_from_slice(&from[..width - at]),
-                }
-            }
-        }
+        copy_panels(&self.data[first * panel + token * PANEL_ROWS..], panel, width, out, stride);
     }
 
     /// Copies a token's vector in.
@@ -98,6 +100,27 @@ impl Rows {
     }
 }
 
+per_instruction_set! {
+    /// Copies parts of panels, `panel` numbers apart, to the first `width` numbers of rows of `out`, `stride` numbers each.
+    fn copy_panels(data: &[f32], panel: usize, width: usize, out: &mut [f32], stride: usize) -> (), copy_panels_body
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn copy_panels_body(data: &[f32], panel: usize, width: usize, out: &mut [f32], stride: usize) {
+    let whole = width / PANEL_ROWS * PANEL_ROWS;
+    let parts = |at: usize| data[at / PANEL_ROWS * panel..].as_chunks::<PANEL_ROWS>().0;
+    for at in (0..whole).step_by(PANEL_ROWS) {
+        for (out, from) in out.chunks_mut(stride).zip(parts(at)) {
+            let out: &mut [f32; PANEL_ROWS] = out[at..].first_chunk_mut().expect("a row has all of its panels");
+            *out = *from;
+        }
+    }
+    if whole < width {
+        out.chunks_mut(stride).zip(parts(whole)).for_each(|(out, from)| out[whole..width].copy_from_slice(&from[..width - whole]));
+    }
+}
+
 /// A token's vector, panel by panel.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Vector<'a> {
@@ -114,6 +137,11 @@ impl<'a> Vector<'a> {
     /// A vector that stands alone.
     pub(crate) fn alone(data: &'a [f32]) -> Self {
         Self { data, stride: PANEL_ROWS }
+    }
+
+    /// Whether its numbers lie one behind the other.
+    pub(super) fn is_alone(&self) -> bool {
+        self.stride == PANEL_ROWS
     }
 
     /// Its numbers 32 × `group` and on; those beyond its width are zeros.

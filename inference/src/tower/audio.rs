@@ -6,10 +6,9 @@ use protocol::tensors::{Affine, AudioTensor, BlockTensor, TensorRole};
 use protocol::towers::{Audio, CONVOLUTIONS};
 use protocol::{ModelManifest, PartKind};
 
-use super::attention::{TowerHeads, attend};
-use super::linear::{LayerNorm, Linear, LinearWork, gelu};
+use super::attention::{PackedPieces, TowerHeads, Way, attend};
+use super::linear::{LayerNorm, Linear, LinearWork, add_rows, gelu, work_bytes};
 use super::{TowerRows, TowerWatch, reader};
-use crate::kernels::math::add;
 use crate::machine::Machine;
 use crate::weights::{LoadError, ReadTensor, TrunkReader};
 
@@ -17,6 +16,8 @@ const EPS: f32 = 1e-5;
 /// The longest wave of the sinusoids, in turns of 2π.
 const SINUSOID_BASE: f64 = 10_000.0;
 const KERNEL: usize = 3;
+/// Rows that go through a feed-forward half together: what is inside is wide.
+const TOGETHER: usize = 1920;
 
 /// An audio tower in memory.
 #[derive(Debug)]
@@ -70,32 +71,54 @@ impl AudioTower {
         })
     }
 
+    /// Bytes that [`run`](Self::run) works in for so many frames of a spectrum, and for the rows that it makes.
+    pub fn work_bytes(shape: &Audio, frames: usize) -> u64 {
+        let [hidden, width, channels, bands, chunk, out] =
+            [shape.hidden_size, shape.width, shape.channels, shape.bands, shape.chunk, shape.out].map(|side| side as usize);
+        let rows = rows_of_frames(frames, chunk);
+        let buffers = 7 * hidden + 2 * hidden + out; // those of layers, of keys and values, of what is made
+        // A quarter of the first image's places, with all channels, and a sixteenth of them with what each is made of.
+        let image = bands * chunk.min(frames);
+        let convolving = image + 2 * image.div_ceil(4) * channels + image.div_ceil(16) * channels * KERNEL * KERNEL;
+        let numbers = rows * buffers + rows.min(TOGETHER) * width + convolving;
+        4 * numbers as u64 + work_bytes(Self::widest(shape), &[channels, hidden, 3 * hidden, width, out])
+    }
+
+    /// The most columns of a matrix.
+    fn widest(shape: &Audio) -> usize {
+        let patch = shape.channels as usize * KERNEL * KERNEL;
+        patch.max(shape.width as usize).max((shape.channels * shape.frequencies()) as usize).max(shape.hidden_size as usize)
+    }
+
     /// Makes rows of a clip's spectrum, (bands, frames). `watch` is told steps by name.
     pub fn run(&self, machine: &Machine, spectrum: &[f32], mut watch: TowerWatch<'_>) -> TowerRows {
         let (bands, hidden, chunk) = (self.shape.bands as usize, self.shape.hidden_size as usize, self.shape.chunk as usize);
         let heads = TowerHeads { heads: self.shape.heads as usize, head_dim: hidden / self.shape.heads as usize };
         let frames = spectrum.len() / bands;
+        let watched = watch.is_some();
         let mut tell = |name: &str, numbers: &[f32]| {
             if let Some(watch) = &mut watch {
                 watch(name, numbers);
             }
         };
-        let patch = self.shape.channels as usize * KERNEL * KERNEL;
-        let widest = patch.max(self.shape.width as usize).max((self.shape.channels * self.shape.frequencies()) as usize).max(hidden);
         let mut pool = machine.pool();
-        let mut work = LinearWork::new(&mut pool, machine.kernels(), widest);
+        let mut work = LinearWork::new(&mut pool, machine.kernels(), Self::widest(&self.shape));
         // The last chunk is as long as the others, where there are others.
         let padded = frames.min(chunk);
         let mut x = Vec::new();
-        let mut convolved = Vec::new();
+        let mut convolved = Vec::new(); // for who watches
+        let mut memory = Convolving::default();
         for first in (0..frames).step_by(chunk) {
             let here = chunk.min(frames - first);
-            let mut image = vec![0.0; bands * padded];
+            let image = room(&mut memory.image, bands * padded);
+            image.fill(0.0);
             for (band, image) in image.chunks_exact_mut(padded).enumerate() {
                 image[..here].copy_from_slice(&spectrum[band * frames + first..][..here]);
             }
-            let rows = self.convolve(&mut work, image, padded);
-            convolved.extend_from_slice(&rows);
+            let rows = self.convolve(&mut work, &mut memory, padded);
+            if watched {
+                convolved.extend_from_slice(rows);
+            }
             let kept = rows_of_frames(here, chunk);
             x.extend_from_slice(&rows[..kept * hidden]);
             let added = x.len() - kept * hidden;
@@ -107,7 +130,14 @@ impl AudioTower {
         let rows = x.len() / hidden;
         let window = rows_of_frames(padded, chunk) * (self.shape.window / self.shape.chunk) as usize;
         let segments: Vec<Range<usize>> = (0..rows).step_by(window.max(1)).map(|first| first..rows.min(first + window)).collect();
-        let mut buffers = Buffers::new(rows, hidden);
+        drop(memory);
+        let mut buffers = Buffers {
+            normed: vec![0.0; rows * hidden],
+            wide: vec![0.0; rows * 3 * hidden],
+            more: vec![0.0; rows * hidden],
+            inside: vec![0.0; rows.min(TOGETHER) * self.shape.width as usize],
+            pieces: PackedPieces::default(),
+        };
         for (number, layer) in self.layers.iter().enumerate() {
             layer.run(&mut work, heads, &mut x, &mut buffers, &segments);
             if number == 0 {
@@ -125,42 +155,58 @@ impl AudioTower {
     }
 
     /// An image of (bands, frames) through the convolutions, each 3 × 3 and of stride 2: (frames ÷ 8, hidden_size).
-    fn convolve(&self, work: &mut LinearWork<'_>, image: Vec<f32>, frames: usize) -> Vec<f32> {
+    fn convolve<'a>(&self, work: &mut LinearWork<'_>, memory: &'a mut Convolving, frames: usize) -> &'a [f32] {
+        let Convolving { image, windows, convolved, rows } = memory;
         // Channels last: (height, width, channels).
-        let (mut image, mut height, mut width, mut channels) = (image, self.shape.bands as usize, frames, 1);
+        let (mut height, mut width, mut channels) = (self.shape.bands as usize, frames, 1);
         for convolution in &self.convolutions {
             let (to_height, to_width) = (height.div_ceil(2), width.div_ceil(2));
             let numbers = channels * KERNEL * KERNEL;
-            let mut windows = vec![0.0; to_height * to_width * numbers];
-            let from = &image;
-            work.pool.chunks(&mut windows, to_width * numbers, |row, _, out| {
+            let windows = room(windows, to_height * to_width * numbers);
+            let (from, outside) = (&*image, vec![0.0; channels]);
+            work.pool.chunks(windows, to_width * numbers, |row, _, out| {
                 for (column, out) in out.chunks_exact_mut(numbers).enumerate() {
-                    for (dy, dx) in (0..KERNEL).flat_map(|dy| (0..KERNEL).map(move |dx| (dy, dx))) {
+                    let seen: [&[f32]; KERNEL * KERNEL] = std::array::from_fn(|place| {
                         // One row and one column of zeros stand before the first.
-                        let (y, x) = ((2 * row + dy).wrapping_sub(1), (2 * column + dx).wrapping_sub(1));
-                        if y < height && x < width {
-                            let values = &from[(y * width + x) * channels..][..channels];
-                            values.iter().enumerate().for_each(|(channel, value)| out[(channel * KERNEL + dy) * KERNEL + dx] = *value);
-                        }
+                        let (y, x) = ((2 * row + place / KERNEL).wrapping_sub(1), (2 * column + place % KERNEL).wrapping_sub(1));
+                        if y < height && x < width { &from[(y * width + x) * channels..][..channels] } else { &outside }
+                    });
+                    for (channel, out) in out.as_chunks_mut::<{ KERNEL * KERNEL }>().0.iter_mut().enumerate() {
+                        out.iter_mut().zip(&seen).for_each(|(out, seen)| *out = seen[channel]);
                     }
                 }
             });
             let to_channels = convolution.width();
-            let mut out = vec![0.0; to_height * to_width * to_channels];
-            convolution.run(work, &windows, &mut out, |_, out| gelu(out));
-            (image, height, width, channels) = (out, to_height, to_width, to_channels);
+            convolution.run(work, windows, room(convolved, to_height * to_width * to_channels), |_, out| gelu(out));
+            std::mem::swap(image, convolved);
+            (height, width, channels) = (to_height, to_width, to_channels);
         }
         // A row for each time: channel by channel, its frequencies.
-        let mut rows = vec![0.0; width * channels * height];
+        let rows = room(rows, width * channels * height);
         for (time, row) in rows.chunks_exact_mut(channels * height).enumerate() {
             for (channel, row) in row.chunks_exact_mut(height).enumerate() {
                 row.iter_mut().enumerate().for_each(|(frequency, out)| *out = image[(frequency * width + time) * channels + channel]);
             }
         }
-        let mut out = vec![0.0; width * self.rows.width()];
-        self.rows.run(work, &rows, &mut out, |_, _| {});
+        let out = room(convolved, width * self.rows.width());
+        self.rows.run(work, rows, out, |_, _| {});
         out
     }
+}
+
+/// The memory that convolutions work in.
+#[derive(Default)]
+struct Convolving {
+    image: Vec<f32>,     // what goes in
+    windows: Vec<f32>,   // (rows that come out, numbers that each is made of)
+    convolved: Vec<f32>, // what comes out
+    rows: Vec<f32>,
+}
+
+/// The first `count` numbers of a buffer, whatever they are.
+fn room(buffer: &mut Vec<f32>, count: usize) -> &mut [f32] {
+    buffer.resize(buffer.len().max(count), 0.0);
+    &mut buffer[..count]
 }
 
 /// Sines, then cosines, of frequencies that fall from 1 to 1 ÷ 10,000 (Vaswani et al. 2017).
@@ -180,12 +226,8 @@ struct Buffers {
     normed: Vec<f32>, // (rows, hidden_size)
     wide: Vec<f32>,   // (rows, 3 × hidden_size)
     more: Vec<f32>,   // (rows, hidden_size)
-}
-
-impl Buffers {
-    fn new(rows: usize, hidden: usize) -> Self {
-        Self { normed: vec![0.0; rows * hidden], wide: vec![0.0; rows * 3 * hidden], more: vec![0.0; rows * hidden] }
-    }
+    inside: Vec<f32>, // (rows that go through a feed-forward half together, its width)
+    pieces: PackedPieces,
 }
 
 impl Layer {
@@ -206,21 +248,21 @@ impl Layer {
 
     fn run(&self, work: &mut LinearWork<'_>, heads: TowerHeads, x: &mut [f32], buffers: &mut Buffers, segments: &[Range<usize>]) {
         let hidden = heads.width();
-        let Buffers { normed, wide, more } = buffers;
+        let Buffers { normed, wide, more, inside, pieces } = buffers;
         self.attention_norm.run(work.pool, x, normed);
-        for (which, linear) in self.query_key_value.iter().enumerate() {
-            linear.run(work, normed, more, |_, _| {});
-            let rows = wide.chunks_exact_mut(3 * hidden).zip(more.chunks_exact(hidden));
-            rows.for_each(|(wide, row)| wide[which * hidden..][..hidden].copy_from_slice(row));
-        }
-        attend(work.pool, heads, wide, segments, more, normed);
+        let [query, key, value] = &self.query_key_value;
+        Linear::run_together([query, key, value], work, normed, wide, |_, _| {});
+        let way = if query.is_packed() { Way::Packed(work.kernels, pieces) } else { Way::Plain };
+        attend(work.pool, heads, wide, segments, way, more, normed);
         self.output.run(work, normed, more, |_, _| {});
-        add(x, more);
+        add_rows(work.pool, x, more, hidden);
         self.feed_forward_norm.run(work.pool, x, normed);
-        let mut inside = vec![0.0; x.len() / hidden * self.up.width()];
-        self.up.run(work, normed, &mut inside, |_, out| gelu(out));
-        self.down.run(work, &inside, more, |_, _| {});
-        add(x, more);
+        for (normed, more) in normed.chunks(TOGETHER * hidden).zip(more.chunks_mut(TOGETHER * hidden)) {
+            let inside = &mut inside[..normed.len() / hidden * self.up.width()];
+            self.up.run(work, normed, inside, |_, out| gelu(out));
+            self.down.run(work, inside, more, |_, _| {});
+        }
+        add_rows(work.pool, x, more, hidden);
     }
 }
 

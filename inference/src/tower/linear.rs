@@ -1,9 +1,10 @@
 //! What towers are made of: affine maps, norms with a mean, GELU.
 
+use protocol::precision::PANEL_ROWS;
 use protocol::tensors::{Affine, TensorRole};
 
-use crate::kernels::math::{exp, per_instruction_set};
-use crate::kernels::{Forms, Kernels, Operand, Rows, Tile, Vector, project, tiles};
+use crate::kernels::math::{add, exp, per_instruction_set};
+use crate::kernels::{Forms, Kernels, Matrix, Operand, Rows, Tile, Vector, project, tiles};
 use crate::pool::Pool;
 use crate::weights::{LoadError, TrunkReader, Weight};
 
@@ -40,15 +41,34 @@ impl Linear {
         self.weight.rows
     }
 
+    /// Whether its weights are packed.
+    pub(super) fn is_packed(&self) -> bool {
+        self.weight.view().forms().packed
+    }
+
     /// Writes what becomes of all rows of `x` to `out`; `after` finishes each row, whose number it is told.
     pub(super) fn run(&self, work: &mut LinearWork<'_>, x: &[f32], out: &mut [f32], after: impl Fn(usize, &mut [f32]) + Sync) {
-        let (columns, width) = (self.columns, self.width());
+        Self::run_together([self], work, x, out, after);
+    }
+
+    /// The same for maps of the same rows, whose results stand side by side.
+    pub(super) fn run_together<const N: usize>(
+        maps: [&Self; N],
+        work: &mut LinearWork<'_>,
+        x: &[f32],
+        out: &mut [f32],
+        after: impl Fn(usize, &mut [f32]) + Sync,
+    ) {
+        let (columns, width) = (maps[0].columns, maps.iter().map(|map| map.width()).sum::<usize>());
         let rows = x.len() / columns;
         assert_eq!(out.len(), rows * width, "each row of the input has one of the output");
         let LinearWork { pool, kernels, operand, tile_list, products } = work;
-        let matrix = self.weight.view();
-        let at = products.iter().position(|rows| rows.width() == width).unwrap_or_else(|| {
-            products.push(Rows::with_capacity(TOGETHER, width));
+        let matrices = maps.map(|map| map.weight.view());
+        let forms = matrices.iter().fold(Forms::default(), |forms, matrix| forms.or(matrix.forms()));
+        // Each begins with a panel of its own.
+        let padded = matrices.iter().map(Matrix::panels).sum::<usize>() * PANEL_ROWS;
+        let at = products.iter().position(|rows| rows.width() == padded).unwrap_or_else(|| {
+            products.push(Rows::with_capacity(TOGETHER, padded));
             products.len() - 1
         });
         let products = &mut products[at];
@@ -56,19 +76,28 @@ impl Linear {
             let count = TOGETHER.min(rows - first);
             tile_list.clear();
             tile_list.extend(tiles(0, count));
-            operand.fill(pool, columns, matrix.forms(), tile_list, |row| Vector::alone(&x[(first + row) * columns..][..columns]));
+            operand.fill(pool, columns, forms, tile_list, |row| Vector::alone(&x[(first + row) * columns..][..columns]));
             products.resize(count);
-            project(pool, kernels, &[matrix], operand, tile_list, products);
+            project(pool, kernels, &matrices, operand, tile_list, products);
             let products = &*products;
             pool.chunks(&mut out[first * width..(first + count) * width], FINISHED * width, |chunk, _, out| {
-                products.copy_tokens(chunk * FINISHED, 0, width, out, width);
-                for (i, out) in out.chunks_exact_mut(width).enumerate() {
-                    out.iter_mut().zip(&self.bias).for_each(|(out, bias)| *out += bias);
-                    after(first + chunk * FINISHED + i, out);
+                let (mut panel, mut at) = (0, 0);
+                for (map, matrix) in maps.iter().zip(&matrices) {
+                    products.copy_tokens(chunk * FINISHED, panel, map.width(), &mut out[at..], width);
+                    out.chunks_exact_mut(width).for_each(|out| add(&mut out[at..at + map.bias.len()], &map.bias));
+                    panel += matrix.panels();
+                    at += map.width();
                 }
+                out.chunks_exact_mut(width).enumerate().for_each(|(i, out)| after(first + chunk * FINISHED + i, out));
             });
         }
     }
+}
+
+/// Adds `y` to `x`, row by row of `width` numbers.
+pub(super) fn add_rows(pool: &mut Pool, x: &mut [f32], y: &[f32], width: usize) {
+    let length = 16 * width;
+    pool.chunks(x, length, |chunk, _, x| add(x, &y[chunk * length..][..x.len()]));
 }
 
 /// The memory that affine maps work in, and what they work with.
@@ -81,11 +110,18 @@ pub(super) struct LinearWork<'a> {
     products: Vec<Rows>,
 }
 
+/// Bytes of that memory, for maps of up to `widest` columns to rows of these widths.
+pub(super) fn work_bytes(widest: usize, widths: &[usize]) -> u64 {
+    let products: u64 = widths.iter().map(|&width| Rows::bytes(TOGETHER, width)).sum();
+    Operand::bytes(TOGETHER, widest, FORMS) + products
+}
+
+const FORMS: Forms = Forms { plain: true, packed: true };
+
 impl<'a> LinearWork<'a> {
     /// For maps of up to `widest` columns.
     pub(super) fn new(pool: &'a mut Pool, kernels: &'static Kernels, widest: usize) -> Self {
-        let forms = Forms { plain: true, packed: true };
-        let operand = Operand::with_capacity(TOGETHER, widest, forms);
+        let operand = Operand::with_capacity(TOGETHER, widest, FORMS);
         Self { pool, kernels, operand, tile_list: Vec::new(), products: Vec::new() }
     }
 }
@@ -122,25 +158,29 @@ per_instruction_set! {
 }
 
 #[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 fn norm_body(x: &[f32], weight: &[f32], bias: &[f32], eps: f32, out: &mut [f32]) {
-    const LANES: usize = 16;
-    let sum = |number: &dyn Fn(f32) -> f32| {
-        let mut lanes = [0.0; LANES];
-        let (whole, rest) = x.as_chunks::<LANES>();
-        for x in whole {
-            for i in 0..LANES {
-                lanes[i] += number(x[i]);
-            }
-        }
-        rest.iter().zip(&mut lanes).for_each(|(x, lane)| *lane += number(*x));
-        lanes.iter().sum::<f32>()
-    };
-    let mean = sum(&|x| x) / x.len() as f32;
-    let variance = sum(&|x| (x - mean) * (x - mean)) / x.len() as f32;
+    let mean = sum_of(x, |x| x) / x.len() as f32;
+    let variance = sum_of(x, |x| (x - mean) * (x - mean)) / x.len() as f32;
     let scale = 1.0 / (variance + eps).sqrt();
     for (((out, x), weight), bias) in out.iter_mut().zip(x).zip(weight).zip(bias) {
         *out = (x - mean) * scale * weight + bias;
     }
+}
+
+/// Adds up what `number` makes of each, in 16 lanes, then those.
+#[inline(always)]
+fn sum_of(x: &[f32], number: impl Fn(f32) -> f32) -> f32 {
+    const LANES: usize = 16;
+    let mut lanes = [0.0; LANES];
+    let (whole, rest) = x.as_chunks::<LANES>();
+    for x in whole {
+        for i in 0..LANES {
+            lanes[i] += number(x[i]);
+        }
+    }
+    rest.iter().zip(&mut lanes).for_each(|(x, lane)| *lane += number(*x));
+    lanes.iter().sum()
 }
 
 per_instruction_set! {

@@ -6,10 +6,9 @@ use protocol::tensors::{BlockTensor, MergerTensor, TensorRole, VisionTensor};
 use protocol::towers::Vision;
 use protocol::{ModelManifest, PartKind};
 
-use super::attention::{TowerHeads, attend};
-use super::linear::{LayerNorm, Linear, LinearWork, gelu, gelu_tanh};
+use super::attention::{PackedPieces, TowerHeads, Way, attend};
+use super::linear::{LayerNorm, Linear, LinearWork, add_rows, gelu, gelu_tanh, work_bytes};
 use super::{TowerRows, TowerWatch, reader};
-use crate::kernels::math::add;
 use crate::machine::Machine;
 use crate::weights::{LoadError, ReadTensor, TrunkReader, Weight};
 
@@ -81,6 +80,20 @@ impl VisionTower {
         Ok(Self { patch, positions, blocks, merger, deepstack: deepstack.collect::<Result<_, _>>()?, shape })
     }
 
+    /// Bytes that [`run`](Self::run) works in for so many patches, and for the rows that it makes.
+    pub fn work_bytes(shape: &Vision, patches: usize) -> u64 {
+        let [hidden, width, merged, out] = [shape.hidden_size, shape.width, shape.merged(), shape.out].map(|side| side as usize);
+        let buffers = 6 * hidden + 2 * hidden + hidden / shape.heads as usize; // those of blocks, of keys and values, of positions
+        let merging = merged + out * (1 + shape.deepstack.len());
+        let numbers = patches * buffers + patches.div_ceil(4) * merging + patches.min(TOGETHER) * width;
+        4 * numbers as u64 + work_bytes(Self::widest(shape), &[hidden, 3 * hidden, width, merged, out])
+    }
+
+    /// The most columns of a matrix.
+    fn widest(shape: &Vision) -> usize {
+        shape.patch_numbers().max(shape.merged()).max(shape.width) as usize
+    }
+
     /// Makes rows of patches. `watch` is told steps by name.
     pub fn run(&self, machine: &Machine, patches: &Patches, mut watch: TowerWatch<'_>) -> TowerRows {
         let hidden = self.shape.hidden_size as usize;
@@ -93,19 +106,24 @@ impl VisionTower {
                 watch(name, numbers);
             }
         };
-        let widest = self.shape.patch_numbers().max(self.shape.merged()).max(self.shape.width) as usize;
         let mut pool = machine.pool();
-        let mut work = LinearWork::new(&mut pool, machine.kernels(), widest);
+        let mut work = LinearWork::new(&mut pool, machine.kernels(), Self::widest(&self.shape));
         let mut x = vec![0.0; rows * hidden];
         self.patch.run(&mut work, &patches.numbers, &mut x, |_, _| {});
         tell("patch_embed", &x);
         let table = self.position_rows(&places, height, width);
-        x.chunks_exact_mut(table.len()).for_each(|frame| add(frame, &table));
+        x.chunks_exact_mut(table.len()).for_each(|frame| add_rows(work.pool, frame, &table, hidden));
         drop(table);
         tell("block0_in", &x);
         let turns = Turns::new(heads.head_dim, &places);
         let segments: Vec<Range<usize>> = (0..time).map(|frame| frame * height * width..(frame + 1) * height * width).collect();
-        let mut buffers = Buffers { normed: vec![0.0; rows * hidden], wide: vec![0.0; rows * 3 * hidden], more: vec![0.0; rows * hidden] };
+        let mut buffers = Buffers {
+            normed: vec![0.0; rows * hidden],
+            wide: vec![0.0; rows * 3 * hidden],
+            more: vec![0.0; rows * hidden],
+            inside: vec![0.0; rows.min(TOGETHER) * self.shape.width as usize],
+            pieces: PackedPieces::default(),
+        };
         let mut deepstack = Vec::new();
         for (number, block) in self.blocks.iter().enumerate() {
             block.run(&mut work, heads, &mut x, &mut buffers, &segments, &turns);
@@ -202,6 +220,8 @@ struct Buffers {
     normed: Vec<f32>, // (rows, hidden_size)
     wide: Vec<f32>,   // (rows, 3 × hidden_size)
     more: Vec<f32>,   // (rows, hidden_size)
+    inside: Vec<f32>, // (rows that go through a feed-forward half together, its width)
+    pieces: PackedPieces,
 }
 
 impl Block {
@@ -228,24 +248,24 @@ impl Block {
         turns: &Turns,
     ) {
         let (hidden, places) = (heads.width(), turns.places());
-        let Buffers { normed, wide, more } = buffers;
+        let Buffers { normed, wide, more, inside, pieces } = buffers;
         self.attention_norm.run(work.pool, x, normed);
         self.qkv.run(work, normed, wide, |row, qkv| {
             let queries_and_keys = qkv[..2 * hidden].chunks_exact_mut(heads.head_dim);
             queries_and_keys.for_each(|head| turns.apply(row % places, head));
         });
-        attend(work.pool, heads, wide, segments, more, normed);
+        let way = if self.qkv.is_packed() { Way::Packed(work.kernels, pieces) } else { Way::Plain };
+        attend(work.pool, heads, wide, segments, way, more, normed);
         self.output.run(work, normed, more, |_, _| {});
-        add(x, more);
+        add_rows(work.pool, x, more, hidden);
         let width = self.up.width();
         for (first, x) in (0..).step_by(TOGETHER).zip(x.chunks_mut(TOGETHER * hidden)) {
-            let rows = x.len() / hidden;
+            let inside = &mut inside[..x.len() / hidden * width];
             self.feed_forward_norm.run(work.pool, x, &mut normed[..x.len()]);
-            let mut inside = vec![0.0; rows * width];
-            self.up.run(work, &normed[..x.len()], &mut inside, |_, out| gelu_tanh(out));
+            self.up.run(work, &normed[..x.len()], inside, |_, out| gelu_tanh(out));
             let more = &mut more[first * hidden..][..x.len()];
-            self.down.run(work, &inside, more, |_, _| {});
-            add(x, more);
+            self.down.run(work, inside, more, |_, _| {});
+            add_rows(work.pool, x, more, hidden);
         }
     }
 }

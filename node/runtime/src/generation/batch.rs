@@ -130,6 +130,21 @@ impl Batch {
         self.room.saturating_sub(self.sessions().map(Session::bytes).sum())
     }
 
+    /// Lets go of eyes and ears that no prompt has needed for a while.
+    pub(super) fn let_go_of_idle_towers(&mut self) {
+        self.loaded.towers.let_go_of_idle(&self.loaded.engine);
+    }
+
+    /// Lets go of eyes and ears. Says whether there were any.
+    pub(super) fn let_go_of_towers(&mut self) -> bool {
+        self.loaded.towers.let_go(&self.loaded.engine)
+    }
+
+    /// How long until eyes or ears are let go.
+    pub(super) fn until_towers_idle(&self) -> Option<Duration> {
+        self.loaded.towers.until_idle()
+    }
+
     fn sessions(&self) -> impl Iterator<Item = &Session> {
         self.active.iter().map(|active| &active.sequence.session).chain(self.kept.iter().map(|kept| &kept.session))
     }

@@ -151,10 +151,12 @@ impl Worker {
         self.federation.check_publisher(&self.open.dir, found.publisher)?;
         self.federation.follow(found);
         let (options, memory_max) = ((self.options.engine)(&found.manifest), self.options.memory_max);
-        // The idlest makes room. What cannot be alone is told by the load itself.
-        while plan_memory(&found.manifest, &options, beside_experts(&self.machine) + self.reserved(), memory_max).is_err()
-            && let Some(idlest) = (0..self.residents.len()).min_by_key(|&at| self.residents[at].used)
-        {
+        // Eyes and ears make room, then the idlest model. What cannot be alone is told by the load itself.
+        while plan_memory(&found.manifest, &options, beside_experts(&self.machine) + self.reserved(), memory_max).is_err() {
+            if self.residents.iter_mut().any(|resident| resident.batch.let_go_of_towers()) {
+                continue;
+            }
+            let Some(idlest) = (0..self.residents.len()).min_by_key(|&at| self.residents[at].used) else { break };
             self.unload(idlest, "to make room");
         }
         let reserved = self.reserved();
@@ -189,16 +191,17 @@ impl Worker {
         while let Some(at) = self.residents.iter().position(|resident| resident.leaving) {
             self.unload(at, "as it was told to be");
         }
+        self.residents.iter_mut().for_each(|resident| resident.batch.let_go_of_idle_towers());
         let Some(keep) = self.options.keep_alive else { return };
         while let Some(at) = self.residents.iter().position(|resident| instant() - resident.used >= keep) {
             self.unload(at, "after it has been idle");
         }
     }
 
-    /// How long until the first of the models has been idle for long enough to go.
+    /// How long until the first of the models, or of their towers, has been idle for long enough to go.
     fn until_idle(&self) -> Option<Duration> {
-        let keep = self.options.keep_alive?;
-        self.residents.iter().map(|resident| keep.saturating_sub(instant() - resident.used)).min()
+        let models = self.residents.iter().filter_map(|resident| Some(self.options.keep_alive?.saturating_sub(instant() - resident.used)));
+        models.chain(self.residents.iter().filter_map(|resident| resident.batch.until_towers_idle())).min()
     }
 
     /// Goes on with everything that is under way, model after model.
@@ -207,6 +210,7 @@ impl Worker {
         while let Some(resident) = self.residents.get_mut(at) {
             if !resident.batch.is_empty() {
                 resident.used = instant();
+                resident.batch.let_go_of_idle_towers();
                 // A fault of a pass ends with this model's requests; the thread answers for others.
                 if let Err(failure) = threads::caught("answering", || resident.batch.step()) {
                     note(&format!("error: {failure}; the model is loaded anew when it is asked for"));
