@@ -352,13 +352,13 @@ impl Answer {
         if self.tokens().len() >= self.request.tokens_max {
             return self.end(None, String::new(), None, StopReason::TokensMax);
         }
-        let asked = self.request.top_logprobs;
-        let unchanged = asked.map(|_| logits.to_vec()); // the sampler's penalties change them
+        let requested = self.request.top_logprobs;
+        let unchanged = requested.map(|_| logits.to_vec()); // the sampler's penalties change them
         let token = sample(&self.request.sampling, logits, &self.seen)?;
         if self.request.eos_token_ids.contains(&token) {
             return self.end(None, String::new(), None, StopReason::EndOfText);
         }
-        let logprobs = asked.zip(unchanged).map(|(top, logits)| TokenLogprobs::of(&logits, token, top));
+        let logprobs = requested.zip(unchanged).map(|(top, logits)| TokenLogprobs::of(&logits, token, top));
         self.seen.push(token);
         let (text, stopped) = match &mut self.stream {
             Some(stream) => {

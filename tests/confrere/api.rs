@@ -136,9 +136,9 @@ fn tokens_are_those_of_run_alone_and_among_neighbours() {
     }
     for _ in 0..4 {
         std::thread::scope(|scope| {
-            let asked: Vec<_> = (0..PROMPTS.len()).map(|number| scope.spawn(move || ask(number))).collect();
-            for (number, asked) in asked.into_iter().enumerate() {
-                let answer = asked.join().expect("answered");
+            let answering: Vec<_> = (0..PROMPTS.len()).map(|number| scope.spawn(move || ask(number))).collect();
+            for (number, thread) in answering.into_iter().enumerate() {
+                let answer = thread.join().expect("answered");
                 assert_eq!(tokens(&answer), &alone[number], "{}", PROMPTS[number]);
             }
         });
@@ -157,10 +157,10 @@ fn a_stream_says_the_same_as_the_whole_and_ends_as_it_should() {
     let door = Door::open("q8", &[]);
     let more = json!({"temperature": 0.8, "stop": ["}"], "logprobs": 2});
     let whole = door.answer("/v1/completions", &completion(PROMPTS[0], &more));
-    let mut asked = completion(PROMPTS[0], &more);
-    asked["stream"] = json!(true);
-    asked["stream_options"] = json!({"include_usage": true});
-    let stream = door.post("/v1/completions", &asked);
+    let mut request = completion(PROMPTS[0], &more);
+    request["stream"] = json!(true);
+    request["stream_options"] = json!({"include_usage": true});
+    let stream = door.post("/v1/completions", &request);
     assert!(stream.head.contains("text/event-stream"), "{}", stream.head);
     let events = stream.events();
     assert_eq!(events.last(), Some(&"[DONE]"));
@@ -189,9 +189,9 @@ fn a_client_that_goes_away_makes_room_at_once() {
     let endless = completion(PROMPTS[1], &json!({"max_tokens": 400, "stream": true, "temperature": 1.0, "stop": null}));
     door.answer("/v1/completions", &completion("a", &json!({"max_tokens": 1})));
     for stream in [true, false] {
-        let mut asked = endless.clone();
-        asked["stream"] = json!(stream);
-        let clients: Vec<_> = (0..16).map(|_| send(&door.api, "/v1/completions", &asked)).collect();
+        let mut request = endless.clone();
+        request["stream"] = json!(stream);
+        let clients: Vec<_> = (0..16).map(|_| send(&door.api, "/v1/completions", &request)).collect();
         let began = Instant::now();
         while door.active() == 0 && began.elapsed() < Duration::from_secs(2) {}
         drop(clients);
@@ -328,8 +328,8 @@ fn strangers_and_their_pages_are_refused_everywhere() {
 #[test]
 fn a_node_that_is_told_to_stop_ends_what_it_has_begun() {
     let door = Door::open("q8", &["--model", "m"]);
-    let asked = completion(PROMPTS[1], &json!({"max_tokens": 450, "stream": true, "temperature": 1.0}));
-    let clients: Vec<_> = (0..8).map(|_| send(&door.api, "/v1/completions", &asked)).collect();
+    let request = completion(PROMPTS[1], &json!({"max_tokens": 450, "stream": true, "temperature": 1.0}));
+    let clients: Vec<_> = (0..8).map(|_| send(&door.api, "/v1/completions", &request)).collect();
     let began = Instant::now();
     while door.active() == 0 && began.elapsed() < Duration::from_secs(5) {}
     signal_process(door.serving.pid(), "TERM");
@@ -372,16 +372,16 @@ fn commands_ask_the_node_that_has_the_data_directory() {
     let answer = node.json(&run); // first, since uses are counted
     let alone = ask();
     let serving = node.serve();
-    let asked = ask();
-    for ((command, (alone, alone_json)), (asked, asked_json)) in commands.iter().zip(alone).zip(asked) {
+    let by_daemon = ask();
+    for ((command, (alone, alone_json)), (by_daemon, by_daemon_json)) in commands.iter().zip(alone).zip(by_daemon) {
         let same = |text: &str| {
             text.lines().filter(|line| !line.contains("disk free") && !line.contains("disk_free")).map(str::to_owned).collect::<Vec<_>>()
         };
-        assert_eq!(same(&alone), same(&asked), "{command:?}");
-        let (alone, asked): (Value, Value) =
-            (serde_json::from_str(&alone_json).expect("JSON"), serde_json::from_str(&asked_json).expect("JSON"));
+        assert_eq!(same(&alone), same(&by_daemon), "{command:?}");
+        let (alone, by_daemon): (Value, Value) =
+            (serde_json::from_str(&alone_json).expect("JSON"), serde_json::from_str(&by_daemon_json).expect("JSON"));
         if command[0] != "repo" && command[0] != "ls" {
-            assert_eq!(alone, asked, "{command:?}");
+            assert_eq!(alone, by_daemon, "{command:?}");
         }
     }
     let served = node.json(&run);
@@ -434,12 +434,12 @@ fn a_node_with_nothing_answers_by_what_it_fetches() {
         Door::of(node, a.id.clone(), &[]) // it knows whom it has joined
     };
     let (b, c) = (trunk_of_a(), trunk_of_a());
-    let mut asked = completion(PROMPTS[0], &json!({"temperature": 0.0}));
-    asked["model"] = json!(a.id[..8]);
+    let mut request = completion(PROMPTS[0], &json!({"temperature": 0.0}));
+    request["model"] = json!(a.id[..8]);
     // The peer stalls, and a client does not wait for it: its place is free at once, though the peer has ten seconds.
     api_json(&b.api, "/api/experts/map"); // its peer is there
     signal_process(a.serving.pid(), "STOP");
-    let client = send(&b.api, "/v1/completions", &asked);
+    let client = send(&b.api, "/v1/completions", &request);
     std::thread::sleep(Duration::from_secs(1));
     assert_eq!(b.active(), 1, "it waits for the peer");
     drop(client);
@@ -449,7 +449,7 @@ fn a_node_with_nothing_answers_by_what_it_fetches() {
     }
     println!("free after {:?}, though a peer stalls", gone.elapsed());
     signal_process(a.serving.pid(), "CONT");
-    let answer = b.answer("/v1/completions", &asked);
+    let answer = b.answer("/v1/completions", &request);
     assert_eq!(tokens(&answer), tokens(&expected));
     let experts = &answer["usage"]["x_experts"];
     assert!(experts["fetched"].as_u64().is_some_and(|fetched| fetched > 0), "{experts}");
@@ -464,7 +464,7 @@ fn a_node_with_nothing_answers_by_what_it_fetches() {
     let d = trunk_of_a();
     api_json(&d.api, "/api/experts/map");
     signal_process(a.serving.pid(), "STOP");
-    let client = send(&d.api, "/v1/completions", &asked);
+    let client = send(&d.api, "/v1/completions", &request);
     std::thread::sleep(Duration::from_millis(500));
     assert_eq!(d.active(), 1, "it waits for the peer");
     signal_process(d.serving.pid(), "TERM");
@@ -478,6 +478,6 @@ fn a_node_with_nothing_answers_by_what_it_fetches() {
     // The peer goes, and with it what nobody else has.
     let Door { serving, .. } = a;
     drop(serving);
-    let response = c.post("/v1/completions", &asked);
+    let response = c.post("/v1/completions", &request);
     assert_eq!((response.status, &response.json()["error"]["code"]), (503, &json!("no_peers")), "{}", response.body);
 }

@@ -115,7 +115,7 @@ fn a_false_executor_changes_no_token_where_it_breaks_the_protocol() {
         b.trust(&a);
         let answer = b.json(&greedy(&id, &["--peer", &serving.address, "--peer", &liar.address, "--execute-at", &liar.peer]));
         assert_eq!(answer["tokens"], alone, "{falsehood:?}");
-        assert!(liar.asked.load(Ordering::Relaxed) > 0, "{falsehood:?}: it was asked");
+        assert!(liar.requested.load(Ordering::Relaxed) > 0, "{falsehood:?}: it was asked");
         let dropped = answer["remote"]["dropped"].as_array().expect("a list").len();
         let silent = matches!(falsehood, Falsehood::Silence | Falsehood::HangUp);
         assert_eq!(dropped, usize::from(!silent), "{falsehood:?}: {answer}");
@@ -222,7 +222,7 @@ fn peers_that_die_stall_lie_and_come_back_change_no_token_and_hold_none_up_for_t
     let child = std::thread::spawn(move || ended(command.stdin(Stdio::null())));
     let pause = |ms| std::thread::sleep(Duration::from_millis(ms));
     // Once the text is on its way.
-    let begun = (0..6000).any(|_| liar.asked.load(Ordering::Relaxed) > 0 || child.is_finished() || (pause(10), false).1);
+    let begun = (0..6000).any(|_| liar.requested.load(Ordering::Relaxed) > 0 || child.is_finished() || (pause(10), false).1);
     assert!(begun && !child.is_finished(), "the liar is asked before the end: {}", child.join().expect("it ends").err);
     first.kill();
     pause(100);

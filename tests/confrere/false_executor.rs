@@ -50,7 +50,7 @@ pub(crate) struct FalseExecutor {
     pub(crate) address: String,
     pub(crate) peer: String,
     /// Experts that it was asked to run.
-    pub(crate) asked: Arc<AtomicU64>,
+    pub(crate) requested: Arc<AtomicU64>,
     _runtime: tokio::runtime::Runtime,
 }
 
@@ -59,7 +59,7 @@ struct State {
     dir: PathBuf,
     key: Arc<NodeKey>,
     falsehood: Falsehood,
-    asked: Arc<AtomicU64>,
+    requested: Arc<AtomicU64>,
 }
 
 impl FalseExecutor {
@@ -71,12 +71,12 @@ impl FalseExecutor {
     /// One of several that do the same.
     pub(crate) fn numbered(dir: &Path, falsehood: Falsehood, number: usize) -> Self {
         let secret = *ContentHash::of(format!("{falsehood:?} {number}").as_bytes()).as_bytes();
-        let asked = Arc::<AtomicU64>::default();
+        let requested = Arc::<AtomicU64>::default();
         let key = Arc::new(NodeKey::from_secret(&secret));
-        let state = State { dir: dir.to_owned(), key, falsehood, asked: Arc::clone(&asked) };
+        let state = State { dir: dir.to_owned(), key, falsehood, requested: Arc::clone(&requested) };
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().expect("a runtime");
         let (address, peer) = runtime.block_on(listen(state, secret));
-        Self { address, peer, asked, _runtime: runtime }
+        Self { address, peer, requested, _runtime: runtime }
     }
 }
 
@@ -120,7 +120,7 @@ async fn serve(state: State, mut stream: Stream) -> std::io::Result<()> {
             continue;
         }
         let request = ExecuteRequest::from_body(&head, &body).map_err(std::io::Error::other)?;
-        state.asked.fetch_add(request.tasks.len() as u64, Ordering::Relaxed);
+        state.requested.fetch_add(request.tasks.len() as u64, Ordering::Relaxed);
         match state.falsehood {
             Falsehood::Silence => continue,
             Falsehood::HangUp => return Ok(()),

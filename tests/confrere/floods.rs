@@ -84,10 +84,10 @@ fn results_without_end_stop_nobody() {
         assert!(health(api) < HEALTH_MAX);
         std::thread::sleep(Duration::from_millis(100));
     }
-    let asked = liars.iter().filter(|liar| liar.asked.load(Ordering::Relaxed) > 0).count();
+    let requested = liars.iter().filter(|liar| liar.requested.load(Ordering::Relaxed) > 0).count();
     let after = resident_bytes(serving.pid());
-    println!("{asked} were asked; {before} bytes before, {after} after");
-    assert!(asked > 0 && after < before + (64 << 20));
+    println!("{requested} were asked; {before} bytes before, {after} after");
+    assert!(requested > 0 && after < before + (64 << 20));
     let answer = door.answer("/v1/completions", &ask);
     assert_eq!(answer["choices"][0]["text"], alone["text"], "{answer}");
     assert_eq!(door.serving.stop(), Some(0));

@@ -121,8 +121,8 @@ fn no_parser_of_binary_input_panics() {
         let _ = bytes.first_chunk().map(FetchAnswer::from_bytes);
     });
     let (id, blob) = (7, ContentHash::of(b"x"));
-    let asked = ToProvider::Group { id, urgency: Urgency::Soon, blob, group: 3 };
-    feed("exchange request", &asked.to_bytes(), inputs(100_000), |bytes| {
+    let request = ToProvider::Group { id, urgency: Urgency::Soon, blob, group: 3 };
+    feed("exchange request", &request.to_bytes(), inputs(100_000), |bytes| {
         let Some((head, body)) = bytes.split_first_chunk::<HEAD_BYTES>() else { return };
         if let Ok(read) =
             MessageHead::of_request(head).and_then(|head| ToProvider::from_body(head, &body[..body.len().min(head.length as usize)]))

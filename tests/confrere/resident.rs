@@ -53,7 +53,7 @@ fn two_models_at_once_answer_as_each_alone() {
     let door = Door::of(node, String::new(), &[]);
     for round in 0..3 {
         std::thread::scope(|scope| {
-            let asked: Vec<_> = alone
+            let threads: Vec<_> = alone
                 .iter()
                 .map(|(&(model, prompt), expected)| {
                     let door = &door;
@@ -63,7 +63,7 @@ fn two_models_at_once_answer_as_each_alone() {
                     })
                 })
                 .collect();
-            asked.into_iter().for_each(|asked| asked.join().expect("it answers"));
+            threads.into_iter().for_each(|thread| thread.join().expect("it answers"));
         });
     }
     let mut names = loaded(&door);

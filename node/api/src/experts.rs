@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::holders::Holders;
-use super::{Api, Asked, asked, model_or_default};
+use super::{Api, QueryParams, model_or_default, params};
 
 /// How long an answer to who has what is good for.
 const HOLDERS_AGE_MAX: Duration = Duration::from_secs(10);
@@ -45,8 +45,8 @@ pub(super) struct ModelQuery {
     model: Option<String>,
 }
 
-pub(super) async fn which(State(api): State<Arc<Api>>, query: Asked<WhichQuery>) -> Result<Json<Value>, ApiError> {
-    let query = asked(query)?;
+pub(super) async fn which(State(api): State<Arc<Api>>, query: QueryParams<WhichQuery>) -> Result<Json<Value>, ApiError> {
+    let query = params(query)?;
     let found = model_or_default(&api, query.model.as_deref())?;
     let top = query.top.unwrap_or(TOP_DEFAULT);
     if top == 0 {
@@ -66,8 +66,8 @@ async fn reading<T: Send + 'static>(
     done.unwrap_or_else(|_| Err(ApiError::server("the node's files could not be read")))
 }
 
-pub(super) async fn map(State(api): State<Arc<Api>>, query: Asked<ModelQuery>) -> Result<Json<Value>, ApiError> {
-    let found = model_or_default(&api, asked(query)?.model.as_deref())?;
+pub(super) async fn map(State(api): State<Arc<Api>>, query: QueryParams<ModelQuery>) -> Result<Json<Value>, ApiError> {
+    let found = model_or_default(&api, params(query)?.model.as_deref())?;
     let holders = holders(&api, &found).await;
     let json = reading(&api, move |api| {
         let mut map = map_json(&api.library.open, &found)?;
@@ -125,10 +125,10 @@ pub(super) async fn holders(api: &Api, found: &LocalModel) -> Holders {
 pub(super) async fn one(
     State(api): State<Arc<Api>>,
     path: Result<Path<(u32, u32)>, axum::extract::rejection::PathRejection>,
-    query: Asked<ModelQuery>,
+    query: QueryParams<ModelQuery>,
 ) -> Result<Json<Value>, ApiError> {
     let Path((layer, expert)) = path.map_err(|error| ApiError::invalid(error.body_text()))?;
-    let found = model_or_default(&api, asked(query)?.model.as_deref())?;
+    let found = model_or_default(&api, params(query)?.model.as_deref())?;
     let slot = ExpertSlot::text(layer, expert);
     check_layer(&found, Some(layer)).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
     let numbered = (0..).zip(found.manifest.text().placed_experts()).find(|(_, (known, _))| *known == slot);

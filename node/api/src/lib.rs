@@ -192,9 +192,9 @@ fn model_or_default(api: &Api, name: Option<&str>) -> Result<LocalModel, ApiErro
 }
 
 /// The fields after a question mark.
-type Asked<T> = Result<Query<T>, QueryRejection>;
+type QueryParams<T> = Result<Query<T>, QueryRejection>;
 
-fn asked<T>(query: Asked<T>) -> Result<T, ApiError> {
+fn params<T>(query: QueryParams<T>) -> Result<T, ApiError> {
     query.map(|Query(query)| query).map_err(|error| ApiError::invalid(error.body_text()))
 }
 

@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use super::body::BODY_BYTES_MAX;
 use super::error::ApiError;
-use super::{Api, Asked, asked, json_response, loading, lookup};
+use super::{Api, QueryParams, json_response, loading, lookup, params};
 
 /// What they have said is asked again after this long.
 const ACCOUNTS_AGE_MAX: Duration = Duration::from_millis(500);
@@ -145,17 +145,17 @@ pub(super) struct DetailsQuery {
 pub(super) async fn model(
     State(api): State<Arc<Api>>,
     Path(name): Path<String>,
-    query: Asked<DetailsQuery>,
+    query: QueryParams<DetailsQuery>,
 ) -> Result<Json<Value>, ApiError> {
-    let query = asked(query)?;
+    let query = params(query)?;
     Ok(Json(details(&api.library.open, &lookup(&api, &name)?, query.blobs)))
 }
 
 /// Who is connected, and what they say of themselves.
 pub(super) async fn peers(State(api): State<Arc<Api>>) -> Json<Value> {
     let network = &api.network;
-    let asked = network.clone();
-    let ask = async move { Some(status::ask_all(&asked, PATIENCE).await) };
+    let params = network.clone();
+    let ask = async move { Some(status::ask_all(&params, PATIENCE).await) };
     let said = api.accounts.get(ACCOUNTS_AGE_MAX, |_| true, ask).await.unwrap_or_default();
     // Who has come since has said nothing yet, and who has gone is not there.
     let of = |peer: &PeerId| said.iter().find(|account| account.peer == *peer).cloned().unwrap_or(Account { peer: *peer, said: None });

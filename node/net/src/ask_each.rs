@@ -52,8 +52,8 @@ impl Fetcher {
                 let _ = tokio::time::timeout(TICK.min(left), peers.changed()).await;
                 continue;
             };
-            let asked = ask::ask(peer, self.network.streams.clone(), subject, bytes_max);
-            let answered = tokio::time::timeout(left, asked).await;
+            let requested = ask::ask(peer, self.network.streams.clone(), subject, bytes_max);
+            let answered = tokio::time::timeout(left, requested).await;
             match answered.unwrap_or_else(|_| Answered::Broken(std::io::ErrorKind::TimedOut.into())) {
                 Answered::Bytes(bytes) => {
                     since = Instant::now();

@@ -144,7 +144,7 @@ async fn serve(mut stream: Stream, peer: PeerId, desk: &Desk, slot: &StreamSlot)
         let mut head = [0; REQUEST_HEAD_BYTES];
         timeout(patience, stream.read_exact(&mut head)).await??;
         patience = IDLE_TIMEOUT;
-        slot.note_asked();
+        slot.note_request();
         let (number, head) = numbered(&head);
         let Some(head) = head else {
             write(&mut stream, &ExecuteAnswer::Refused(Refusal::Malformed).to_bytes(number), &[]).await?;

@@ -78,7 +78,7 @@ pub(super) struct Search {
     pub(super) query: Option<QueryId>,
     /// Whether there is somebody who was not asked yet.
     pub(super) fresh: bool,
-    pub(super) asked_at: Option<Instant>,
+    pub(super) requested_at: Option<Instant>,
     pub(super) seen: HashSet<PeerId>,
     pub(super) found: VecDeque<(PeerId, Vec<Multiaddr>)>,
     pub(super) dialling: usize,

@@ -40,7 +40,7 @@ impl SwarmTask {
         if self.finder.search.as_ref().is_none_or(|search| search.key != key) {
             let dialling = self.finder.search.as_ref().map_or(0, |search| search.dialling);
             let (seen, found) = (HashSet::new(), VecDeque::new());
-            self.finder.search = Some(Search { key, query: None, fresh: true, asked_at: None, seen, found, dialling });
+            self.finder.search = Some(Search { key, query: None, fresh: true, requested_at: None, seen, found, dialling });
         }
     }
 
@@ -69,9 +69,9 @@ impl SwarmTask {
         let hosts_known = !self.finder.hosts.is_empty();
         let Some(search) = &mut self.finder.search else { return };
         let pause = if search.fresh { ASK_PAUSE } else { ASK_AGAIN };
-        let due = search.asked_at.is_none_or(|asked| now >= asked + pause);
+        let due = search.requested_at.is_none_or(|requested| now >= requested + pause);
         if hosts_known && due && search.query.is_none() && search.seen.len() < FOUND_MAX {
-            (search.fresh, search.asked_at) = (false, Some(now));
+            (search.fresh, search.requested_at) = (false, Some(now));
             search.query = Some(self.swarm.behaviour_mut().kad.get_providers(search.key.clone()));
         }
         while let Some((peer, addresses)) = self.next_found() {
@@ -173,7 +173,7 @@ impl SwarmTask {
     }
 
     fn on_found(&mut self, peer: PeerId) {
-        let asked: BTreeSet<IpAddr> = self.contacts.values().filter_map(Contact::ip).collect();
+        let requested: BTreeSet<IpAddr> = self.contacts.values().filter_map(Contact::ip).collect();
         let addresses = self.swarm.behaviour_mut().kad.handle_pending_outbound_connection(
             ConnectionId::new_unchecked(usize::MAX),
             Some(peer),
@@ -186,7 +186,7 @@ impl SwarmTask {
             return;
         }
         // Any of those who are connected may have said so.
-        let sane = |address: &Multiaddr| asked.iter().any(|&teller| is_sane(address, peer, teller));
+        let sane = |address: &Multiaddr| requested.iter().any(|&teller| is_sane(address, peer, teller));
         let addresses: BTreeSet<_> = addresses.unwrap_or_default().into_iter().filter(sane).collect();
         let addresses: Vec<_> = addresses.into_iter().take(ADDRESSES_PER_PEER_MAX).collect();
         debug!(%peer, ?addresses, "is said to have the model");

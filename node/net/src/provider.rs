@@ -58,7 +58,7 @@ async fn serve(provider: &Arc<Provider>, peer: PeerId, mut stream: Stream, slot:
     loop {
         timeout(patience, stream.read_exact(&mut request)).await??;
         patience = IDLE_TIMEOUT;
-        slot.note_asked();
+        slot.note_request();
         let Ok(request) = Request::from_bytes(&request) else {
             write(&mut stream, &FetchAnswer::Refused.to_bytes(), &[]).await?;
             return stream.close().await;

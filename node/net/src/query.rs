@@ -56,7 +56,7 @@ async fn serve<F: Fn(&Query) -> QueryAnswer + Send + Sync + 'static>(
     timeout(IDLE_TIMEOUT, write(&mut stream, &[STREAM_ACK])).await??;
     loop {
         let body = timeout(QUESTION_TIMEOUT, read(&mut stream, QUERY_BYTES_MAX)).await??;
-        slot.note_asked();
+        slot.note_request();
         let query = Query::from_body(&body).map_err(io::Error::other)?;
         if !may_ask() {
             return Err(io::Error::other("it asks too much"));

@@ -47,7 +47,7 @@ struct Taken {
 struct TakenSlot {
     peer: PeerId,
     is_friend: bool,
-    has_asked: bool,
+    has_requested: bool,
     quiet_since: Instant,
     leave: Arc<Notify>,
 }
@@ -99,7 +99,7 @@ impl Taken {
             self.by_number.remove(&number)?.leave.notify_one();
         }
         self.next += 1;
-        let slot = TakenSlot { peer, is_friend, has_asked: false, quiet_since: now, leave: Arc::default() };
+        let slot = TakenSlot { peer, is_friend, has_requested: false, quiet_since: now, leave: Arc::default() };
         self.by_number.insert(self.next, slot);
         Some(self.next)
     }
@@ -113,17 +113,17 @@ impl Taken {
         let is_quiet = |slot: &TakenSlot| now.duration_since(slot.quiet_since) >= QUIET_MIN;
         let candidates = self.by_number.iter().filter(|(_, slot)| slot.is_friend == is_friend);
         let candidates = candidates.filter(|(_, slot)| shares_less(slot) || is_quiet(slot));
-        candidates.min_by_key(|(_, slot)| (!shares_less(slot), slot.has_asked, slot.quiet_since)).map(|(number, _)| *number)
+        candidates.min_by_key(|(_, slot)| (!shares_less(slot), slot.has_requested, slot.quiet_since)).map(|(number, _)| *number)
     }
 }
 
 impl StreamSlot {
     /// Notes that something was asked on the stream.
-    pub(super) fn note_asked(&self) {
+    pub(super) fn note_request(&self) {
         let now = instant();
         self.slots.friends.note_active(self.peer, now);
         if let Some(slot) = self.slots.lock().by_number.get_mut(&self.number) {
-            (slot.has_asked, slot.quiet_since) = (true, now);
+            (slot.has_requested, slot.quiet_since) = (true, now);
         }
     }
 
@@ -172,12 +172,12 @@ mod tests {
     }
 
     #[test]
-    fn what_has_never_asked_goes_first_and_then_the_quietest() {
+    fn what_has_never_requested_goes_first_and_then_the_quietest() {
         let (mut taken, now) = (Taken::default(), instant());
         let numbers: Vec<_> = (0..8).map(|_| taken.take(LIMITS, PeerId::random(), false, now).expect("room")).collect();
         for (i, number) in numbers.iter().enumerate().filter(|(i, _)| *i != 5) {
             let slot = taken.by_number.get_mut(number).expect("taken");
-            (slot.has_asked, slot.quiet_since) = (true, now + Duration::from_millis(i as u64));
+            (slot.has_requested, slot.quiet_since) = (true, now + Duration::from_millis(i as u64));
         }
         let later = now + QUIET_MIN + Duration::from_millis(1);
         assert!(taken.take(LIMITS, PeerId::random(), false, later).is_some());

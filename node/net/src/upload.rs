@@ -36,7 +36,7 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(600);
 type StreamNumber = u64;
 
 enum Happened {
-    Asked(StreamNumber, ToProvider),
+    Requested(StreamNumber, ToProvider),
     Ended(StreamNumber, String),
     Sent(StreamNumber, u64),
     Opened(ContentHash, Option<Arc<BlobReader>>),
@@ -154,7 +154,7 @@ impl Serving {
 
     fn on_happened(&mut self, happened: Happened) {
         match happened {
-            Happened::Asked(stream, message) => {
+            Happened::Requested(stream, message) => {
                 if self.streams.contains_key(&stream) {
                     self.tell(UploadEvent::Received { peer: stream, message });
                 }
@@ -302,8 +302,8 @@ async fn read(mut reader: ReadHalf<Stream>, number: StreamNumber, slot: &StreamS
         timeout(IDLE_TIMEOUT, reader.read_exact(&mut body)).await??;
         let message = ToProvider::from_body(head, &body).map_err(io::Error::other)?;
         patience = IDLE_TIMEOUT;
-        slot.note_asked();
-        if happened.send(Happened::Asked(number, message)).await.is_err() {
+        slot.note_request();
+        if happened.send(Happened::Requested(number, message)).await.is_err() {
             return Ok(());
         }
     }

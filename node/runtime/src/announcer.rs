@@ -63,7 +63,7 @@ struct Said {
     /// Who was unwelcome at the last look.
     unwelcome: BTreeSet<PeerId>,
     /// Who was asked what it holds, and when.
-    asked: BTreeMap<PeerId, u64>,
+    requested: BTreeMap<PeerId, u64>,
 }
 
 impl Announcer {
@@ -84,13 +84,13 @@ impl Announcer {
             // At once when it comes, and again now and then: what was gossiped may have been lost.
             let now_ms = now_ms();
             for peer in peers.borrow_and_update().connected.clone() {
-                let due = said.asked.get(&peer).is_none_or(|at_ms| now_ms.abs_diff(*at_ms) >= CATCH_UP_EVERY_MS);
+                let due = said.requested.get(&peer).is_none_or(|at_ms| now_ms.abs_diff(*at_ms) >= CATCH_UP_EVERY_MS);
                 if due {
-                    said.asked.insert(peer, now_ms);
+                    said.requested.insert(peer, now_ms);
                     self.catch_up(peer);
                 }
             }
-            said.asked.retain(|_, at_ms| now_ms.abs_diff(*at_ms) < CATCH_UP_EVERY_MS);
+            said.requested.retain(|_, at_ms| now_ms.abs_diff(*at_ms) < CATCH_UP_EVERY_MS);
         }
     }
 
@@ -251,7 +251,7 @@ impl Announcer {
     async fn say_one<R: Record>(&self, about: String, kind: RecordKind, record: &Verified<R>, said: &mut Said) {
         let bytes = record.as_bytes().to_vec();
         // Held like anybody's, so that whoever asks is told.
-        if let Err(refused) = self.network.records.lock().take_asked(now_ms(), kind, bytes.clone()) {
+        if let Err(refused) = self.network.records.lock().take_requested(now_ms(), kind, bytes.clone()) {
             warn!(?kind, %refused, "this node's own record is not held");
         }
         self.tell(about, kind, bytes, said).await;

@@ -123,10 +123,10 @@ pub fn collect(
     for (_, answer) in answers {
         let mut records = network.records.lock();
         for head in answer.heads {
-            let _ = records.take_asked(now_ms, RecordKind::Profile, head.into_vec());
+            let _ = records.take_requested(now_ms, RecordKind::Profile, head.into_vec());
         }
         for attestation in answer.attestations {
-            let _ = records.take_asked(now_ms, RecordKind::Attestation, attestation.into_vec());
+            let _ = records.take_requested(now_ms, RecordKind::Attestation, attestation.into_vec());
         }
         claims.domains.extend(answer.domains);
     }
@@ -187,11 +187,11 @@ fn trusted_first(network: &Network, found: &LocalModel, of: Option<NodeId>) -> V
     let (records, now_ms) = (network.records.lock(), now_ms());
     let (unwelcome, own) = (records.unwelcome(now_ms), records.own());
     let heads = records.book.heads(now_ms).map(Verified::record);
-    let asked = |head: &&ProfileHead| {
+    let requested = |head: &&ProfileHead| {
         head.model == found.id && of.is_none_or(|of| head.head.node == of) && head.head.node != own && !unwelcome.contains(&head.head.node)
     };
     let mut heads: Vec<_> =
-        heads.filter(asked).map(|head| (records.ordering(now_ms, &head.head.node, Facet::Profile), head.clone())).collect();
+        heads.filter(requested).map(|head| (records.ordering(now_ms, &head.head.node, Facet::Profile), head.clone())).collect();
     heads.sort_by(|a, b| b.0.total_cmp(&a.0));
     heads.truncate(CLAIMS_MAX);
     heads.into_iter().map(|(_, head)| head).collect()

@@ -4,7 +4,7 @@ use super::Payload;
 use super::bitfield::Bitfield;
 use super::downloads::{BROKEN_CLAIMS_MAX, BUSY_MAX_MS, Downloads, cost_bytes};
 use super::events::{DownloadAction, Fault};
-use super::peer_state::Asked;
+use super::peer_state::Requested;
 use super::wanted::Group;
 use super::wire::FromProvider;
 use crate::group_hashes::{GroupCheck, GroupHash, GroupHashes, group_length};
@@ -41,10 +41,10 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                 if let Some(hash) = state.lists.remove(&id)
                     && let Some(wanted) = self.wanted.get_mut(&hash)
                 {
-                    wanted.hashes_asked.remove(&peer);
+                    wanted.hashes_requested.remove(&peer);
                 }
-                if let Some(asked) = self.forget_asked(peer, id) {
-                    self.release(peer, asked);
+                if let Some(requested) = self.forget_requested(peer, id) {
+                    self.release(peer, requested);
                 }
             }
             FromProvider::Wait { .. } => state.pace.waits(now_ms),
@@ -79,7 +79,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     fn listed(&mut self, peer: P, id: u32, hashes: Vec<GroupHash>) {
         let Some(hash) = self.peers.get_mut(&peer).and_then(|state| state.lists.remove(&id)) else { return };
         let Some(wanted) = self.wanted.get_mut(&hash) else { return };
-        wanted.hashes_asked.remove(&peer);
+        wanted.hashes_requested.remove(&peer);
         match GroupHashes::new(wanted.blob, hashes) {
             Ok(hashes) => {
                 if wanted.hashes.is_none() {
@@ -96,7 +96,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     }
 
     fn group_came(&mut self, peer: P, id: u32, bytes: B) {
-        let Some(asked) = self.forget_asked(peer, id) else {
+        let Some(requested) = self.forget_requested(peer, id) else {
             // Taken back too late, or never asked for: only so much can be on its way.
             let Some(state) = self.peers.get_mut(&peer) else { return };
             self.counts.surplus_groups += 1;
@@ -106,9 +106,9 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             }
             return;
         };
-        let Asked { hash, group, length, .. } = asked;
+        let Requested { hash, group, length, .. } = requested;
         if bytes.length() != length {
-            self.release(peer, asked);
+            self.release(peer, requested);
             if let Some(wanted) = self.wanted.get_mut(&hash).filter(|wanted| wanted.unsure) {
                 wanted.refused.insert(peer);
                 return self.order_one(hash);
@@ -119,8 +119,8 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         match (wanted.group(group), wanted.hashes.as_ref().and_then(|hashes| hashes.check(group))) {
             (Group::Here | Group::Verifying, _) => self.counts.surplus_groups += 1,
             // A provider sends the list first. If it could not, this cannot be verified yet.
-            (_, None) => self.release(peer, asked),
-            (Group::Missing | Group::Asked(_) | Group::AskedTwice(..), Some(check)) => {
+            (_, None) => self.release(peer, requested),
+            (Group::Missing | Group::Requested(_) | Group::AskedTwice(..), Some(check)) => {
                 wanted.verifying(group);
                 let serial = wanted.serial;
                 if let Some(state) = self.peers.get_mut(&peer) {
@@ -139,8 +139,8 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             state.bitfields.remove(model);
             return;
         }
-        let asked = state.asked.get(&id).map(|asked| asked.hash);
-        let Some(hash) = state.lists.remove(&id).or(asked) else { return };
+        let requested = state.requested.get(&id).map(|requested| requested.hash);
+        let Some(hash) = state.lists.remove(&id).or(requested) else { return };
         if let Some((model, index)) = self.places.get(&hash)
             && let Some(bits) = state.bitfields.get_mut(model)
             && bits.get(*index)
@@ -153,9 +153,9 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             }
         }
         // The other requests for this blob get the same answer and are no claims of their own.
-        self.take_back(peer, |asked| asked.hash == hash);
+        self.take_back(peer, |requested| requested.hash == hash);
         if let Some(wanted) = self.wanted.get_mut(&hash) {
-            wanted.hashes_asked.remove(&peer);
+            wanted.hashes_requested.remove(&peer);
             wanted.refused.insert(peer);
         }
         self.order_one(hash);
@@ -173,7 +173,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let complete = wanted.left == 0;
         let others: Vec<_> = self.peers.keys().copied().filter(|&other| other != peer).collect();
         for other in others {
-            self.take_back(other, |asked| asked.hash == hash && asked.group == group);
+            self.take_back(other, |requested| requested.hash == hash && requested.group == group);
         }
         if complete {
             self.complete(hash);

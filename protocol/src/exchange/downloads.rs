@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::events::{DownloadAction, DownloadEvent, ExchangeCounts, Fault};
-use super::peer_state::{Asked, Peer};
+use super::peer_state::{Peer, Requested};
 use super::wanted::{Room, WantedBlob, WantedPlace};
 use super::wire::ToProvider;
 use super::{Draws, Payload, Urgency};
@@ -184,12 +184,12 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     /// Forgets a peer; what it owed is asked of others.
     pub(super) fn remove_peer(&mut self, peer: P) {
         let Some(state) = self.peers.remove(&peer) else { return };
-        self.way_bytes -= state.asked_bytes;
-        for asked in state.asked.values() {
-            self.release(peer, *asked);
+        self.way_bytes -= state.requested_bytes;
+        for requested in state.requested.values() {
+            self.release(peer, *requested);
         }
         for wanted in self.wanted.values_mut() {
-            wanted.hashes_asked.remove(&peer);
+            wanted.hashes_requested.remove(&peer);
         }
         self.order_again();
     }
@@ -228,7 +228,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     fn unwant(&mut self, hash: ContentHash) {
         let peers: Vec<_> = self.peers.keys().copied().collect();
         for peer in peers {
-            self.take_back(peer, |asked| asked.hash == hash);
+            self.take_back(peer, |requested| requested.hash == hash);
         }
         self.forget_wanted(hash);
     }
@@ -282,32 +282,32 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     }
 
     /// Takes requests back that a peer has not answered.
-    pub(super) fn take_back(&mut self, peer: P, which: impl Fn(&Asked) -> bool) {
+    pub(super) fn take_back(&mut self, peer: P, which: impl Fn(&Requested) -> bool) {
         let Some(state) = self.peers.get(&peer) else { return };
-        let ids: Vec<_> = state.asked.iter().filter(|(_, asked)| which(asked)).map(|(id, _)| *id).collect();
+        let ids: Vec<_> = state.requested.iter().filter(|(_, requested)| which(requested)).map(|(id, _)| *id).collect();
         for id in ids {
-            let Some(asked) = self.forget_asked(peer, id) else { continue };
+            let Some(requested) = self.forget_requested(peer, id) else { continue };
             if let Some(state) = self.peers.get_mut(&peer) {
-                state.cancelled_bytes += asked.length;
+                state.cancelled_bytes += requested.length;
             }
-            self.release(peer, asked);
+            self.release(peer, requested);
             self.actions.push(DownloadAction::Send { peer, message: ToProvider::Cancel { id } });
         }
     }
 
-    pub(super) fn forget_asked(&mut self, peer: P, id: u32) -> Option<Asked> {
+    pub(super) fn forget_requested(&mut self, peer: P, id: u32) -> Option<Requested> {
         let state = self.peers.get_mut(&peer)?;
-        let asked = state.asked.remove(&id)?;
-        state.asked_bytes -= cost_bytes(asked.length);
-        self.way_bytes -= cost_bytes(asked.length);
-        Some(asked)
+        let requested = state.requested.remove(&id)?;
+        state.requested_bytes -= cost_bytes(requested.length);
+        self.way_bytes -= cost_bytes(requested.length);
+        Some(requested)
     }
 
     /// A group that was asked of `peer` may be asked of others.
-    pub(super) fn release(&mut self, peer: P, asked: Asked) {
-        if let Some(wanted) = self.wanted.get_mut(&asked.hash) {
-            wanted.release(asked.group, peer);
-            self.order_one(asked.hash);
+    pub(super) fn release(&mut self, peer: P, requested: Requested) {
+        if let Some(wanted) = self.wanted.get_mut(&requested.hash) {
+            wanted.release(requested.group, peer);
+            self.order_one(requested.hash);
         }
     }
 
@@ -318,27 +318,27 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     }
 
     /// Notes a request for a group.
-    pub(super) fn note_asked(&mut self, now_ms: u64, peer: P, id: u32, asked: Asked) {
+    pub(super) fn note_requested(&mut self, now_ms: u64, peer: P, id: u32, requested: Requested) {
         let Some(state) = self.peers.get_mut(&peer) else { return };
-        if state.asked.is_empty() {
+        if state.requested.is_empty() {
             state.pace.begin(now_ms);
             state.begun_ms = Some(now_ms);
         }
-        state.asked.insert(id, asked);
-        state.asked_bytes += cost_bytes(asked.length);
-        self.way_bytes += cost_bytes(asked.length);
-        if let Some(wanted) = self.wanted.get_mut(&asked.hash) {
-            self.counts.doubled += u64::from(asked.second);
-            wanted.asked(asked.group, peer);
+        state.requested.insert(id, requested);
+        state.requested_bytes += cost_bytes(requested.length);
+        self.way_bytes += cost_bytes(requested.length);
+        if let Some(wanted) = self.wanted.get_mut(&requested.hash) {
+            self.counts.doubled += u64::from(requested.second);
+            wanted.requested(requested.group, peer);
         }
-        self.order_one(asked.hash);
+        self.order_one(requested.hash);
     }
 
     /// Notes a request for a list.
-    pub(super) fn note_list_asked(&mut self, peer: P, id: u32, hash: ContentHash) {
+    pub(super) fn note_list_requested(&mut self, peer: P, id: u32, hash: ContentHash) {
         if let (Some(state), Some(wanted)) = (self.peers.get_mut(&peer), self.wanted.get_mut(&hash)) {
             state.lists.insert(id, hash);
-            wanted.hashes_asked.insert(peer, id);
+            wanted.hashes_requested.insert(peer, id);
         }
     }
 

@@ -28,7 +28,7 @@ fn machine(peers: &[u8], blob: &GroupHashes, here: &[u32]) -> (Machine, Actions)
 }
 
 /// The groups asked of a peer, with the ids of the requests.
-fn asked(actions: &Actions, of: u8) -> Vec<(u32, u32)> {
+fn requested(actions: &Actions, of: u8) -> Vec<(u32, u32)> {
     let one = |action: &DownloadAction<u8, Vec<u8>>| match action {
         DownloadAction::Send { peer, message: ToProvider::Group { id, group, .. } } if *peer == of => Some((*group, *id)),
         _ => None,
@@ -52,7 +52,7 @@ fn a_length_that_is_hearsay_names_no_liar() {
         let mut actions = machine.handle(0, DownloadEvent::Want { blob: told, urgency: Urgency::Now });
         actions.extend(machine.handle(0, DownloadEvent::Unsure { hash: told.hash }));
         actions.extend(machine.handle(0, DownloadEvent::Prepared { hash: told.hash, hashes: None, here: Vec::new() }));
-        let mut asked = 0;
+        let mut requested = 0;
         while let Some(action) = actions.pop() {
             if let DownloadAction::Verify { peer, hash, serial, check, .. } = action {
                 actions.extend(machine.handle(1, DownloadEvent::Wrong { peer, hash, serial, check }));
@@ -62,7 +62,7 @@ fn a_length_that_is_hearsay_names_no_liar() {
                 assert!(!matches!(action, DownloadAction::Blame { .. } | DownloadAction::Complete { .. }), "{action:?}");
                 continue;
             };
-            asked += 1;
+            requested += 1;
             let message = match message {
                 ToProvider::Hashes { id, .. } => FromProvider::Hashes { id, hashes: truth.hashes().to_vec() },
                 ToProvider::Group { id, group, .. } if u64::from(group) * GROUP_BYTES < bytes.len() as u64 => {
@@ -73,7 +73,7 @@ fn a_length_that_is_hearsay_names_no_liar() {
             };
             actions.extend(machine.handle(1, DownloadEvent::Received { peer: 1, message }));
         }
-        assert!((1..10).contains(&asked) && machine.lacks(&1, &told.hash), "{length}: {asked}");
+        assert!((1..10).contains(&requested) && machine.lacks(&1, &told.hash), "{length}: {requested}");
     }
 }
 
@@ -81,28 +81,28 @@ fn a_length_that_is_hearsay_names_no_liar() {
 fn a_resumed_blob_asks_only_for_what_is_missing() {
     let blob = groups(6);
     let (_, actions) = machine(&[1], &blob, &[0, 2, 5]);
-    let groups: Vec<_> = asked(&actions, 1).into_iter().map(|(group, _)| group).collect();
+    let groups: Vec<_> = requested(&actions, 1).into_iter().map(|(group, _)| group).collect();
     assert_eq!(groups, [1, 3, 4]);
 }
 
 #[test]
 fn a_large_blob_is_split_over_its_providers() {
     let (_, actions) = machine(&[1, 2, 3], &groups(9), &[]);
-    let shares = [1, 2, 3].map(|peer| asked(&actions, peer).len());
+    let shares = [1, 2, 3].map(|peer| requested(&actions, peer).len());
     assert_eq!(shares, [3, 3, 3]);
 }
 
 #[test]
 fn a_silent_peer_is_replaced_within_two_seconds_and_hung_up_on_later() {
     let (mut machine, actions) = machine(&[1, 2], &groups(4), &[]);
-    let first = asked(&actions, 1);
-    for (_, id) in asked(&actions, 2) {
+    let first = requested(&actions, 1);
+    for (_, id) in requested(&actions, 2) {
         send(&mut machine, 10, 2, id);
     }
     let (mut replaced_ms, mut hung_up_ms) = (None, None);
     for now_ms in (100..10_000).step_by(100) {
         let actions = machine.handle(now_ms, DownloadEvent::Tick);
-        if asked(&actions, 2).len() == first.len() {
+        if requested(&actions, 2).len() == first.len() {
             replaced_ms.get_or_insert(now_ms);
         }
         if actions.contains(&DownloadAction::HangUp { peer: 1 }) {
@@ -124,18 +124,18 @@ fn the_only_peer_is_hung_up_on_when_it_stays_silent() {
 #[test]
 fn a_peer_that_drips_is_kept_only_while_nobody_else_has_it() {
     let (mut alone, actions) = machine(&[1], &groups(3), &[]);
-    let mine = asked(&actions, 1).len();
+    let mine = requested(&actions, 1).len();
     let mut cancelled_ms = None;
     for now_ms in (100..4000).step_by(100) {
         let mut actions = alone.handle(now_ms, DownloadEvent::Progress { peer: 1, bytes: now_ms / 10 });
         actions.extend(alone.handle(now_ms, DownloadEvent::Tick));
-        assert!(asked(&actions, 1).is_empty());
+        assert!(requested(&actions, 1).is_empty());
     }
     alone.handle(4000, DownloadEvent::PeerUp { peer: 2, requests_max: 1024 });
     for now_ms in (4100..7000).step_by(100) {
         alone.handle(now_ms, DownloadEvent::Progress { peer: 1, bytes: now_ms / 10 });
         let actions = alone.handle(now_ms, DownloadEvent::Tick);
-        if asked(&actions, 2).len() == mine {
+        if requested(&actions, 2).len() == mine {
             cancelled_ms.get_or_insert(now_ms);
         }
     }
@@ -145,19 +145,19 @@ fn a_peer_that_drips_is_kept_only_while_nobody_else_has_it() {
 #[test]
 fn a_wrong_group_blames_its_sender_and_is_asked_of_another() {
     let (mut machine, actions) = machine(&[1, 2], &groups(4), &[]);
-    let (group, id) = asked(&actions, 1)[0];
+    let (group, id) = requested(&actions, 1)[0];
     let actions = send(&mut machine, 10, 1, id);
     let [DownloadAction::Verify { peer: 1, hash, serial, check, .. }] = actions[..] else { panic!("{actions:?}") };
     let actions = machine.handle(12, DownloadEvent::Wrong { peer: 1, hash, serial, check });
     assert!(actions.contains(&DownloadAction::Blame { peer: 1, fault: Fault::WrongGroup { hash, group } }));
-    assert!(asked(&actions, 2).iter().any(|(again, _)| *again == group));
+    assert!(requested(&actions, 2).iter().any(|(again, _)| *again == group));
     assert!(machine.handle(13, DownloadEvent::PeerUp { peer: 1, requests_max: 9 }).is_empty(), "a liar is asked for nothing");
 }
 
 #[test]
 fn bytes_that_nobody_asked_for_are_never_verified() {
     let (mut machine, actions) = machine(&[1, 2], &groups(2), &[]);
-    let (_, id) = asked(&actions, 1)[0];
+    let (_, id) = requested(&actions, 1)[0];
     send(&mut machine, 10, 1, id);
     let again = send(&mut machine, 11, 1, id);
     assert!(again.contains(&DownloadAction::Blame { peer: 1, fault: Fault::Unsolicited }), "{again:?}");
@@ -185,7 +185,7 @@ fn bitfields_say_whom_to_ask_and_updates_change_that() {
 #[test]
 fn what_is_wanted_no_more_is_taken_back() {
     let (mut machine, actions) = machine(&[1], &groups(5), &[]);
-    let ids: Vec<_> = asked(&actions, 1).into_iter().map(|(_, id)| id).collect();
+    let ids: Vec<_> = requested(&actions, 1).into_iter().map(|(_, id)| id).collect();
     let actions = machine.handle(1, DownloadEvent::Unwant { hash: groups(5).blob().hash });
     let cancels: Vec<_> = ids.iter().map(|&id| DownloadAction::Send { peer: 1, message: ToProvider::Cancel { id } }).collect();
     assert_eq!((actions, machine.way_bytes()), (cancels, 0));

@@ -12,7 +12,7 @@ const DEMOTED_MAX_MS: u64 = 60_000;
 
 /// A group that a peer owes.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Asked {
+pub(super) struct Requested {
     pub(super) hash: ContentHash,
     pub(super) group: u32,
     pub(super) length: u64,
@@ -25,8 +25,8 @@ pub(super) struct Peer {
     pub(super) requests_max: u32,
     pub(super) pace: Pace,
     /// Groups that it owes, by request.
-    pub(super) asked: BTreeMap<u32, Asked>,
-    pub(super) asked_bytes: u64,
+    pub(super) requested: BTreeMap<u32, Requested>,
+    pub(super) requested_bytes: u64,
     pub(super) verifying_bytes: u64,
     pub(super) lists: BTreeMap<u32, ContentHash>,
     pub(super) follows: BTreeMap<u32, ModelId>,
@@ -46,8 +46,8 @@ impl Peer {
         Self {
             requests_max,
             pace: Pace::new(now_ms),
-            asked: BTreeMap::new(),
-            asked_bytes: 0,
+            requested: BTreeMap::new(),
+            requested_bytes: 0,
             verifying_bytes: 0,
             lists: BTreeMap::new(),
             follows: BTreeMap::new(),

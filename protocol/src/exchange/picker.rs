@@ -5,7 +5,7 @@
 
 use super::downloads::Downloads;
 use super::events::DownloadAction;
-use super::peer_state::Asked;
+use super::peer_state::Requested;
 use super::wanted::WantedPlace;
 use super::wanted::{Group, Room};
 use super::wire::ToProvider;
@@ -62,7 +62,7 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
             }
             Step::Hashes(hash) => {
                 let id = self.new_id();
-                self.note_list_asked(peer, id, hash);
+                self.note_list_requested(peer, id, hash);
                 self.actions.push(DownloadAction::Send { peer, message: ToProvider::Hashes { id, blob: hash } });
                 true
             }
@@ -82,14 +82,14 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     fn ask_group(&mut self, now_ms: u64, peer: P, hash: ContentHash, group: u32, second: bool) {
         let Some((urgency, length)) = self.wanted.get(&hash).map(|wanted| (wanted.urgency, wanted.blob.length)) else { return };
         let id = self.new_id();
-        self.note_asked(now_ms, peer, id, Asked { hash, group, length: group_length(length, group), second });
+        self.note_requested(now_ms, peer, id, Requested { hash, group, length: group_length(length, group), second });
         self.actions.push(DownloadAction::Send { peer, message: ToProvider::Group { id, urgency, blob: hash, group } });
     }
 
     /// Whether a blob comes a group at a time, and the peer owes one.
     fn is_spared(&self, peer: P, hash: &ContentHash) -> bool {
         let soon = self.wanted.get(hash).is_some_and(|wanted| wanted.urgency == Urgency::Soon);
-        soon && self.peers.get(&peer).is_some_and(|state| !state.asked.is_empty())
+        soon && self.peers.get(&peer).is_some_and(|state| !state.requested.is_empty())
     }
 
     fn has_room(&self, now_ms: u64, peer: P) -> bool {
@@ -98,8 +98,8 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let share = (WAY_BYTES_MAX / self.peers.len().max(1) as u64).max(2 * GROUP_BYTES);
         let window = state.pace.window_bytes().min(share);
         state.busy_until_ms <= now_ms
-            && state.asked.len() < state.requests_max as usize
-            && state.asked_bytes + state.verifying_bytes < window
+            && state.requested.len() < state.requests_max as usize
+            && state.requested_bytes + state.verifying_bytes < window
             && self.way_bytes + GROUP_BYTES <= WAY_BYTES_MAX
     }
 
@@ -120,11 +120,11 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
                 Room::Ready => {
                     let Some(&group) = wanted.missing.first() else { continue };
                     // Of a blob whose length is hearsay, a group may be beyond the end.
-                    if wanted.hashes.is_some() || wanted.hashes_asked.contains_key(&peer) && !wanted.unsure {
+                    if wanted.hashes.is_some() || wanted.hashes_requested.contains_key(&peer) && !wanted.unsure {
                         return Step::Group(hash, group);
                     }
-                    let asked = wanted.hashes_asked.contains_key(&peer);
-                    if wanted.hashes_asked.is_empty() || wanted.groups.len() <= SHORT_LIST_GROUPS && !asked {
+                    let requested = wanted.hashes_requested.contains_key(&peer);
+                    if wanted.hashes_requested.is_empty() || wanted.groups.len() <= SHORT_LIST_GROUPS && !requested {
                         return Step::Hashes(hash);
                     }
                 }
@@ -139,23 +139,23 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         if state.demoted_until_ms > now_ms {
             return None;
         }
-        let doubled = self.peers.values().flat_map(|state| state.asked.values()).filter(|asked| asked.second).count();
+        let doubled = self.peers.values().flat_map(|state| state.requested.values()).filter(|requested| requested.second).count();
         if doubled >= DOUBLED_MAX || self.order.first().is_some_and(|(urgency, ..)| *urgency == Urgency::Now) {
             return None;
         }
-        let mine_ms = state.pace.expected_ms(state.asked_bytes + GROUP_BYTES)?;
+        let mine_ms = state.pace.expected_ms(state.requested_bytes + GROUP_BYTES)?;
         let slow = self.peers.iter().filter(|(other, _)| **other != peer).filter_map(|(_, other)| {
             // What was asked last comes last.
-            let last = other.asked.values().rev().find(|asked| self.may_double(peer, asked))?;
-            let theirs_ms = other.pace.expected_ms(other.asked_bytes)?;
+            let last = other.requested.values().rev().find(|requested| self.may_double(peer, requested))?;
+            let theirs_ms = other.pace.expected_ms(other.requested_bytes)?;
             (theirs_ms > DOUBLE_FACTOR * mine_ms + DOUBLE_MS).then_some((theirs_ms, last.hash, last.group))
         });
         slow.max_by_key(|(theirs_ms, ..)| *theirs_ms).map(|(_, hash, group)| (hash, group))
     }
 
-    fn may_double(&self, peer: P, asked: &Asked) -> bool {
-        let (Some(state), Some(wanted)) = (self.peers.get(&peer), self.wanted.get(&asked.hash)) else { return false };
-        let once = matches!(wanted.group(asked.group), Group::Asked(holder) if holder != peer);
+    fn may_double(&self, peer: P, requested: &Requested) -> bool {
+        let (Some(state), Some(wanted)) = (self.peers.get(&peer), self.wanted.get(&requested.hash)) else { return false };
+        let once = matches!(wanted.group(requested.group), Group::Requested(holder) if holder != peer);
         once && wanted.hashes.is_some() && self.may_have(&peer, state, wanted)
     }
 }

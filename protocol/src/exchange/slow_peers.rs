@@ -28,10 +28,10 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
         let peers: Vec<_> = self.peers.keys().copied().collect();
         for peer in peers {
             let Some(state) = self.peers.get_mut(&peer) else { continue };
-            if state.asked.is_empty() && state.lists.is_empty() {
+            if state.requested.is_empty() && state.lists.is_empty() {
                 continue;
             }
-            let longest = state.asked.values().map(|asked| asked.hash).chain(state.lists.values().copied());
+            let longest = state.requested.values().map(|requested| requested.hash).chain(state.lists.values().copied());
             let longest = longest.filter_map(|hash| self.wanted.get(&hash)).map(|wanted| wanted.blob.length).max().unwrap_or(0);
             let patience_ms = WAIT_MAX_MS + longest / VERIFY_BYTES_PER_MS_MIN;
             let pulse = state.pace.pulse(now_ms, patience_ms);
@@ -52,18 +52,18 @@ impl<P: Copy + Ord, B: Payload> Downloads<P, B> {
     /// Takes back what another peer may have that is not slow.
     fn give_to_others(&mut self, now_ms: u64, peer: P) {
         let Some(state) = self.peers.get(&peer) else { return };
-        let hashes: BTreeSet<_> = state.asked.values().map(|asked| asked.hash).chain(state.lists.values().copied()).collect();
+        let hashes: BTreeSet<_> = state.requested.values().map(|requested| requested.hash).chain(state.lists.values().copied()).collect();
         let others: BTreeSet<_> = hashes.into_iter().filter(|hash| self.another_may_have(now_ms, peer, hash)).collect();
         if others.is_empty() {
             return;
         }
-        self.take_back(peer, |asked| others.contains(&asked.hash));
+        self.take_back(peer, |requested| others.contains(&requested.hash));
         if let Some(state) = self.peers.get_mut(&peer) {
             state.lists.retain(|_, hash| !others.contains(hash));
         }
         for hash in others {
             if let Some(wanted) = self.wanted.get_mut(&hash) {
-                wanted.hashes_asked.remove(&peer);
+                wanted.hashes_requested.remove(&peer);
             }
         }
     }

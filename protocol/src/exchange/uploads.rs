@@ -43,7 +43,7 @@ pub struct Uploads<P> {
     peers: BTreeMap<P, Peer>,
     blobs: HashMap<ContentHash, Blob>,
     /// Every blob of which something is in a queue. It is in `blobs` or in `to_open`.
-    asked: HashMap<ContentHash, Asked<P>>,
+    requested: HashMap<ContentHash, Requested<P>>,
     /// Blobs to open, in the order of asking.
     to_open: BTreeMap<u64, ContentHash>,
     next_place: u64,
@@ -59,7 +59,7 @@ type QueueKey = (Urgency, u32);
 
 /// Who asks for something of a blob, and where in their queues it is.
 #[derive(Debug)]
-struct Asked<P> {
+struct Requested<P> {
     by: BTreeMap<P, BTreeSet<QueueKey>>,
     /// Where it is in `to_open`.
     place: Option<u64>,
@@ -123,9 +123,9 @@ impl<P: Copy + Ord> Uploads<P> {
     /// Nobody there; at most `bytes_per_second_max` go out, if that is given.
     pub fn new(bytes_per_second_max: Option<u64>) -> Self {
         let bucket = bytes_per_second_max.map(|rate| Bucket { bytes_per_second: rate.max(1), bytes: 0, filled_ms: 0 });
-        let (blobs, asked, to_open) = (HashMap::new(), HashMap::new(), BTreeMap::new());
+        let (blobs, requested, to_open) = (HashMap::new(), HashMap::new(), BTreeMap::new());
         let (slots, waiting, actions) = (Vec::new(), VecDeque::new(), Vec::new());
-        Self { peers: BTreeMap::new(), blobs, asked, to_open, next_place: 0, slots, waiting, bucket, uses: 0, actions }
+        Self { peers: BTreeMap::new(), blobs, requested, to_open, next_place: 0, slots, waiting, bucket, uses: 0, actions }
     }
 
     /// Takes an event in and says what to do.
@@ -164,9 +164,9 @@ impl<P: Copy + Ord> Uploads<P> {
         self.dequeue(peer, key);
         let Some(state) = self.peers.get_mut(&peer) else { return };
         state.queue.insert(key, wish);
-        let asked = self.asked.entry(wish.hash).or_insert_with(|| Asked { by: BTreeMap::new(), place: None });
-        let is_new = asked.by.is_empty();
-        asked.by.entry(peer).or_default().insert(key);
+        let requested = self.requested.entry(wish.hash).or_insert_with(|| Requested { by: BTreeMap::new(), place: None });
+        let is_new = requested.by.is_empty();
+        requested.by.entry(peer).or_default().insert(key);
         if is_new && !self.blobs.contains_key(&wish.hash) {
             self.open_later(wish.hash);
         }
@@ -174,31 +174,31 @@ impl<P: Copy + Ord> Uploads<P> {
 
     fn dequeue(&mut self, peer: P, key: QueueKey) {
         if let Some(wish) = self.peers.get_mut(&peer).and_then(|state| state.queue.remove(&key)) {
-            self.forget_asked(peer, key, wish.hash);
+            self.forget_requested(peer, key, wish.hash);
         }
     }
 
     /// Takes out of `asked` what is no longer in a peer's queue.
-    fn forget_asked(&mut self, peer: P, key: QueueKey, hash: ContentHash) {
-        let Some(asked) = self.asked.get_mut(&hash) else { return };
-        if let Some(keys) = asked.by.get_mut(&peer) {
+    fn forget_requested(&mut self, peer: P, key: QueueKey, hash: ContentHash) {
+        let Some(requested) = self.requested.get_mut(&hash) else { return };
+        if let Some(keys) = requested.by.get_mut(&peer) {
             keys.remove(&key);
             if keys.is_empty() {
-                asked.by.remove(&peer);
+                requested.by.remove(&peer);
             }
         }
-        if asked.by.is_empty() {
-            if let Some(place) = asked.place {
+        if requested.by.is_empty() {
+            if let Some(place) = requested.place {
                 self.to_open.remove(&place);
             }
-            self.asked.remove(&hash);
+            self.requested.remove(&hash);
         }
     }
 
     /// Puts a blob that is asked for at the end of those to open.
     fn open_later(&mut self, hash: ContentHash) {
-        let Some(asked) = self.asked.get_mut(&hash) else { return };
-        asked.place = Some(self.next_place);
+        let Some(requested) = self.requested.get_mut(&hash) else { return };
+        requested.place = Some(self.next_place);
         self.to_open.insert(self.next_place, hash);
         self.next_place += 1;
     }
@@ -206,12 +206,12 @@ impl<P: Copy + Ord> Uploads<P> {
     /// Whether somebody asks for something of a blob who takes what is sent.
     fn is_wanted(&self, now_ms: u64, hash: &ContentHash) -> bool {
         let is_awake = |peer: &P| self.peers.get(peer).is_some_and(|state| !state.is_stuck(now_ms));
-        self.asked.get(hash).is_some_and(|asked| asked.by.keys().any(is_awake))
+        self.requested.get(hash).is_some_and(|requested| requested.by.keys().any(is_awake))
     }
 
     fn remove_peer(&mut self, peer: P) {
         if let Some(state) = self.peers.remove(&peer) {
-            state.queue.into_iter().for_each(|(key, wish)| self.forget_asked(peer, key, wish.hash));
+            state.queue.into_iter().for_each(|(key, wish)| self.forget_requested(peer, key, wish.hash));
         }
         self.slots.retain(|slot| slot.peer != peer);
         self.waiting.retain(|waiting| *waiting != peer);
@@ -251,7 +251,7 @@ impl<P: Copy + Ord> Uploads<P> {
 
     /// Refuses groups that a blob does not have, and takes the peer's turn on.
     fn check_wishes(&mut self, peer: P, hash: ContentHash, length: u64) {
-        let Some(keys) = self.asked.get(&hash).and_then(|asked| asked.by.get(&peer)) else { return };
+        let Some(keys) = self.requested.get(&hash).and_then(|requested| requested.by.get(&peer)) else { return };
         let Some(state) = self.peers.get(&peer) else { return };
         let count = group_count(length).unwrap_or(0);
         let is_beyond = |key| matches!(state.queue.get(key), Some(Wish { part: Part::Group(group), .. }) if *group >= count);
@@ -276,7 +276,7 @@ impl<P: Copy + Ord> Uploads<P> {
             let Some(&hash) = first else { return };
             if self.blobs.len() >= OPEN_BLOBS_MAX {
                 let open = self.blobs.iter().filter_map(|(hash, blob)| match blob {
-                    Blob::Open { used, .. } if !self.is_wanted(now_ms, hash) => Some((self.asked.contains_key(hash), *used, *hash)),
+                    Blob::Open { used, .. } if !self.is_wanted(now_ms, hash) => Some((self.requested.contains_key(hash), *used, *hash)),
                     _ => None,
                 });
                 let Some((later, _, oldest)) = open.min().filter(|(later, ..)| !later || self.is_wanted(now_ms, &hash)) else {
@@ -288,7 +288,7 @@ impl<P: Copy + Ord> Uploads<P> {
                     self.open_later(oldest);
                 }
             }
-            if let Some(place) = self.asked.get_mut(&hash).and_then(|asked| asked.place.take()) {
+            if let Some(place) = self.requested.get_mut(&hash).and_then(|requested| requested.place.take()) {
                 self.to_open.remove(&place);
             }
             self.blobs.insert(hash, Blob::Opening);
@@ -300,7 +300,7 @@ impl<P: Copy + Ord> Uploads<P> {
     fn opened(&mut self, hash: ContentHash, length: Option<u64>) {
         let Some(length) = length.filter(|&length| group_count(length).is_some()) else {
             self.blobs.remove(&hash);
-            let by = self.asked.get(&hash).map(|asked| asked.by.clone()).unwrap_or_default();
+            let by = self.requested.get(&hash).map(|requested| requested.by.clone()).unwrap_or_default();
             for (peer, key) in by.into_iter().flat_map(|(peer, keys)| keys.into_iter().map(move |key| (peer, key))) {
                 self.dequeue(peer, key);
                 self.actions.push(UploadAction::Send { peer, what: Sent::NotHave { id: key.1 } });
@@ -309,7 +309,7 @@ impl<P: Copy + Ord> Uploads<P> {
         };
         self.uses += 1;
         self.blobs.insert(hash, Blob::Open { length, used: self.uses });
-        let peers: Vec<_> = self.asked.get(&hash).into_iter().flat_map(|asked| asked.by.keys().copied()).collect();
+        let peers: Vec<_> = self.requested.get(&hash).into_iter().flat_map(|requested| requested.by.keys().copied()).collect();
         for peer in peers {
             self.check_wishes(peer, hash, length);
         }

@@ -39,11 +39,11 @@ fn what_is_taken_back_leaves_nothing() {
         // The second takes the place of the first, and is another blob's.
         uploads.handle(0, UploadEvent::Received { peer, message: group(round, blob, 0) });
         uploads.handle(0, UploadEvent::Received { peer, message: group(round, blob + 1, 0) });
-        for (hash, asked) in &uploads.asked {
-            let place = asked.place.map(|place| uploads.to_open[&place]);
+        for (hash, requested) in &uploads.requested {
+            let place = requested.place.map(|place| uploads.to_open[&place]);
             assert!(place == Some(*hash) || place.is_none() && uploads.blobs.contains_key(hash), "it is opened, or waits for that");
         }
-        let placed = uploads.asked.values().filter(|asked| asked.place.is_some()).count();
+        let placed = uploads.requested.values().filter(|requested| requested.place.is_some()).count();
         assert_eq!(uploads.to_open.len(), placed, "each waits once");
         if round % 2 == 0 {
             uploads.handle(0, UploadEvent::Received { peer, message: ToProvider::Cancel { id: round } });
@@ -51,7 +51,7 @@ fn what_is_taken_back_leaves_nothing() {
     }
     assert_eq!(uploads.open_requests(), 100);
     (0..3).for_each(|peer| drop(uploads.handle(0, UploadEvent::PeerDown { peer })));
-    assert!(uploads.asked.is_empty() && uploads.to_open.is_empty());
+    assert!(uploads.requested.is_empty() && uploads.to_open.is_empty());
 }
 
 #[test]

@@ -24,7 +24,7 @@ pub(super) enum Room {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Group<P> {
     Missing,
-    Asked(P),
+    Requested(P),
     AskedTwice(P, P),
     Verifying,
     Here,
@@ -39,7 +39,7 @@ pub(super) struct WantedBlob<P> {
     pub(super) room: Room,
     pub(super) hashes: Option<GroupHashes>,
     /// Peers that were asked for the hashes, by the request.
-    pub(super) hashes_asked: BTreeMap<P, u32>,
+    pub(super) hashes_requested: BTreeMap<P, u32>,
     pub(super) missing: BTreeSet<u32>,
     pub(super) groups: Vec<Group<P>>,
     pub(super) left: u32, // groups that are not here
@@ -62,7 +62,7 @@ impl<P: Copy + Ord> WantedBlob<P> {
             urgency,
             room: Room::None,
             hashes: GroupHashes::of_single(blob),
-            hashes_asked: BTreeMap::new(),
+            hashes_requested: BTreeMap::new(),
             missing: (0..count).collect(),
             groups: vec![Group::Missing; count as usize],
             left: count,
@@ -91,12 +91,12 @@ impl<P: Copy + Ord> WantedBlob<P> {
     }
 
     /// Notes that a group was asked of one more peer.
-    pub(super) fn asked(&mut self, group: u32, peer: P) {
+    pub(super) fn requested(&mut self, group: u32, peer: P) {
         self.missing.remove(&group);
         let slot = &mut self.groups[group as usize];
         *slot = match *slot {
-            Group::Asked(first) => Group::AskedTwice(first, peer),
-            _ => Group::Asked(peer),
+            Group::Requested(first) => Group::AskedTwice(first, peer),
+            _ => Group::Requested(peer),
         };
     }
 
@@ -104,9 +104,9 @@ impl<P: Copy + Ord> WantedBlob<P> {
     pub(super) fn release(&mut self, group: u32, peer: P) {
         let slot = &mut self.groups[group as usize];
         *slot = match *slot {
-            Group::Asked(first) if first == peer => Group::Missing,
-            Group::AskedTwice(first, second) if first == peer => Group::Asked(second),
-            Group::AskedTwice(first, second) if second == peer => Group::Asked(first),
+            Group::Requested(first) if first == peer => Group::Missing,
+            Group::AskedTwice(first, second) if first == peer => Group::Requested(second),
+            Group::AskedTwice(first, second) if second == peer => Group::Requested(first),
             other => other,
         };
         if *slot == Group::Missing {

@@ -367,8 +367,8 @@ fn stops(value: Option<Value>) -> Result<Vec<String>, ApiError> {
 }
 
 fn chat_logprobs(fields: &mut Fields) -> Result<Option<usize>, ApiError> {
-    let (asked, top) = (fields.flag("logprobs")?, fields.count("top_logprobs", (0, 20))?);
-    match (asked, top) {
+    let (submitted, top) = (fields.flag("logprobs")?, fields.count("top_logprobs", (0, 20))?);
+    match (submitted, top) {
         (false, Some(top)) if top > 0 => Err(ApiError::invalid("top_logprobs needs logprobs: true").param("top_logprobs")),
         (true, top) => Ok(Some(top.unwrap_or(0) as usize)),
         (false, _) => Ok(None),

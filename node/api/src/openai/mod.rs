@@ -68,7 +68,7 @@ pub(super) async fn completions(
 }
 
 /// An answer on its way.
-struct Asked {
+struct Submitted {
     ask: Ask,
     model: Arc<ReadyModel>,
     prompt: PromptTokens,
@@ -95,7 +95,7 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
     let prompt = PromptTokens::of(&request);
     let mut events = api.generation.ask(&model, &user, request)?;
     if !ask.stream {
-        return whole(Asked { ask, model, prompt, events }).await;
+        return whole(Submitted { ask, model, prompt, events }).await;
     }
     // What fails at once is told by the status, not in the stream.
     let first = match tokio::time::timeout(STATUS_PATIENCE, events.recv()).await {
@@ -104,7 +104,7 @@ async fn answer_to(api: Arc<Api>, asker: Asker, ask: Ask) -> Result<Response, Ap
         Ok(first) => first,
         Err(_) => None,
     };
-    Ok(stream(Asked { ask, model, prompt, events }, first))
+    Ok(stream(Submitted { ask, model, prompt, events }, first))
 }
 
 /// A whole answer, as a value again.
@@ -123,8 +123,8 @@ fn with_tokens(ask: Ask, model: Arc<ReadyModel>, limits: &MediaLimits) -> Result
     Ok((ask, model, request))
 }
 
-async fn whole(asked: Asked) -> Result<Response, ApiError> {
-    let Asked { ask, model, prompt, mut events } = asked;
+async fn whole(submitted: Submitted) -> Result<Response, ApiError> {
+    let Submitted { ask, model, prompt, mut events } = submitted;
     let mut piece = AnswerPiece::default();
     let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
     while let Some(event) = events.recv().await {
@@ -147,11 +147,11 @@ fn identifier() -> u128 {
 }
 
 /// Sends an answer as it comes.
-fn stream(asked: Asked, first: Option<AnswerEvent>) -> Response {
+fn stream(submitted: Submitted, first: Option<AnswerEvent>) -> Response {
     let (sender, chunks) = mpsc::channel::<Bytes>(1);
     tokio::spawn(async move {
         let mut streaming = Streaming { sender, sent: Vec::new(), again: None, unsent: AnswerPiece::default() };
-        if let Err(ended) = streaming.run(asked, first).await {
+        if let Err(ended) = streaming.run(submitted, first).await {
             match ended {
                 Ended::Gone => {}
                 Ended::Failed(error) => drop(streaming.say(&sse::error(&error)).await),
@@ -180,8 +180,8 @@ struct Streaming {
 }
 
 impl Streaming {
-    async fn run(&mut self, asked: Asked, first: Option<AnswerEvent>) -> Result<(), Ended> {
-        let Asked { ask, model, prompt, mut events } = asked;
+    async fn run(&mut self, submitted: Submitted, first: Option<AnswerEvent>) -> Result<(), Ended> {
+        let Submitted { ask, model, prompt, mut events } = submitted;
         let mut reply = Reply::new(&ask, &model, identifier(), now_ms());
         if let Some(chunk) = reply.first_chunk() {
             self.data(&chunk).await?;

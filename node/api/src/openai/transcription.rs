@@ -62,7 +62,7 @@ pub(crate) async fn transcriptions(
     };
     let file = form.file.ok_or_else(|| missing("file"))?;
     let model = form.model.ok_or_else(|| missing("model"))?;
-    let asked = match (&form.prompt, &form.language) {
+    let submitted = match (&form.prompt, &form.language) {
         (Some(prompt), _) => prompt.clone(),
         (None, Some(language)) => format!("{PROMPT} The language is {language}."),
         (None, None) => PROMPT.to_owned(),
@@ -78,7 +78,7 @@ pub(crate) async fn transcriptions(
     };
     let sound =
         GivenMedium { kind: MediumKind::Audio, name: "file".to_owned(), source: MediaSource::Bytes(file), fps: FPS_DEFAULT, sound: None };
-    let ask = Ask::about(model, sound, asked, form.temperature.unwrap_or(0.0));
+    let ask = Ask::about(model, sound, submitted, form.temperature.unwrap_or(0.0));
     let answer = reply_text(answer_to(api, asker, ask).await?).await?;
     let text = answer["choices"][0]["message"]["content"].as_str().unwrap_or_default().trim().to_owned();
     let count = |name: &str| answer["usage"][name].as_u64().unwrap_or(0);

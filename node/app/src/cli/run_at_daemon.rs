@@ -84,15 +84,15 @@ fn converse(context: &Context, args: &RunArgs, daemon: &Daemon) -> Result<(), Fa
     let (mut messages, mut text) = (Vec::new(), String::new());
     loop {
         let Some(line) = next_line()? else { return print("\n") };
-        let asked = [&messages[..], &[json!({"role": "user", "content": line})]].concat();
+        let requested = [&messages[..], &[json!({"role": "user", "content": line})]].concat();
         let continued = format!("{text}{line}");
-        let what = if args.raw { json!({"prompt": continued}) } else { json!({"messages": asked}) };
+        let what = if args.raw { json!({"prompt": continued}) } else { json!({"messages": requested}) };
         match ask(context, args, daemon, what) {
             Ok(answer) => {
                 answer.end_line()?;
                 note(&answer.summary());
                 text = continued + &answer.text;
-                messages = asked;
+                messages = requested;
                 messages.push(json!({"role": "assistant", "content": answer.text.trim()}));
             }
             Err(failure) if matches!(failure.kind, Kind::Interrupted | Kind::Unread) => return Err(failure),

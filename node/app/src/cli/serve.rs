@@ -288,9 +288,9 @@ fn listen_addresses(texts: &[String], group: Option<GroupKey>) -> Result<Vec<Mul
 }
 
 /// A socket for the API. Where the user has named none and the usual one is taken, by another node mostly, any will do.
-fn api_address(asked: Option<ApiAddress>) -> Result<Option<TcpListener>, Failure> {
+fn api_address(requested: Option<ApiAddress>) -> Result<Option<TcpListener>, Failure> {
     let usual = SocketAddr::from((Ipv4Addr::LOCALHOST, DEFAULT_API_PORT));
-    match asked {
+    match requested {
         Some(ApiAddress::Nowhere) => Ok(None),
         Some(ApiAddress::At(address)) => Server::bind(address).map(Some),
         None => match Server::bind(usual) {

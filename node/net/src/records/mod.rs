@@ -258,7 +258,7 @@ impl Records {
     }
 
     /// Takes in what a peer was asked for, or what this node says itself.
-    pub fn take_asked(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
+    pub fn take_requested(&mut self, now_ms: u64, kind: RecordKind, bytes: Vec<u8>) -> Result<(), Refused> {
         self.open(now_ms, kind, bytes, Checked::Before)
     }
 

@@ -131,7 +131,7 @@ struct Waiting {
     /// While it runs at peers; gone once its bytes are on their way.
     request: Option<ExpertRequest>,
     /// Peers that were asked to run it.
-    asked: Vec<PeerId>,
+    requested_from: Vec<PeerId>,
 }
 
 /// Experts on their way from peers.
@@ -216,7 +216,7 @@ impl Dispatcher {
                 Way::Fetch => !here && late != Some(Lateness::Late),
                 Way::Run(peer) => {
                     request.precision.is_packed()
-                        && !waiting.asked.contains(&peer)
+                        && !waiting.requested_from.contains(&peer)
                         && self.remote.as_ref().is_some_and(|remote| !remote.lacks(peer, &blob.hash))
                 }
             };
@@ -226,7 +226,7 @@ impl Dispatcher {
                     let _ = self.reads.send((self.round, Read::Wanted(request))); // the readers live as long as this does
                 }
                 Some(Way::Run(peer)) => {
-                    waiting.asked.push(peer);
+                    waiting.requested_from.push(peer);
                     waiting.request = Some(request);
                     runs.entry(peer).or_default().push((slot, blob));
                 }
@@ -404,7 +404,8 @@ impl ExpertSource for Dispatcher {
             self.rows = LayerRows::of(inputs, requests.iter().map(|request| request.slot.expert), self.hidden_size);
         }
         let slots: Vec<_> = requests.iter().map(|request| request.slot).collect();
-        self.waiting.extend(requests.into_iter().map(|request| (request.slot, Waiting { request: Some(request), asked: Vec::new() })));
+        self.waiting
+            .extend(requests.into_iter().map(|request| (request.slot, Waiting { request: Some(request), requested_from: Vec::new() })));
         self.place(&slots, None);
     }
 

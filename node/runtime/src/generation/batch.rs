@@ -276,7 +276,7 @@ impl Batch {
             active.prefilled = Some(instant());
             active.advance(&mut self.loaded.engine, 0);
             let mut counts = self.shared.activity.lock();
-            counts.first_token_came(instant() - active.job.asked);
+            counts.first_token_came(instant() - active.job.queued_at);
             counts.tokens_came(1);
         }
         self.count_uses(&[at]);
@@ -466,7 +466,7 @@ impl Active {
             bytes_fetched: tally.first.fetched * expert_bytes,
             experts: tally,
             cached,
-            queued: admitted - job.asked,
+            queued: admitted - job.queued_at,
             prefill: prefilled - admitted,
             decode: instant() - prefilled,
         };

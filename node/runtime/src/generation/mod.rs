@@ -101,7 +101,7 @@ struct Job {
     user: String,
     request: GenerateRequest,
     events: mpsc::Sender<AnswerEvent>,
-    asked: Instant,
+    queued_at: Instant,
 }
 
 /// What becomes of a request.
@@ -260,7 +260,7 @@ impl Generation {
     pub fn ask(&self, model: &ReadyModel, user: &str, request: GenerateRequest) -> Result<mpsc::Receiver<AnswerEvent>, Stopped> {
         // Room for the whole answer: whoever reads slowly does not hold up the others.
         let (events, receiver) = mpsc::channel(request.tokens_max.saturating_add(EVENTS_MORE));
-        let job = Job { user: user.to_owned(), request, events, asked: instant() };
+        let job = Job { user: user.to_owned(), request, events, queued_at: instant() };
         self.push(user, Item { found: model.found.clone(), task: Task::Answer(job) })?;
         Ok(receiver)
     }
