@@ -165,10 +165,19 @@ def decode_body(r, layers, experts):
 
     out = {"version": r.number(2), "model": r.hash(), "probes": r.hash()}
     domain_sizes = dict(probes=4, tokens=8, square_tokens=8)
-    domains = out["domains"] = r.list(1, 16, lambda: {"name": r.text(DOMAIN_NAME), **r.numbers(**domain_sizes)})
+    need(out["version"] in (1, 2), Malformed("another version"))
+    modality = dict(modality=1) if out["version"] == 2 else {}
+    domains = r.list(1, 16 * 3, lambda: {"name": r.text(DOMAIN_NAME), **r.numbers(**modality, **domain_sizes)})
+    out["domains"] = domains
+    need(len({d["name"] for d in domains}) <= 16, Malformed("too many domains"))
     out["experts"] = r.list(layers * experts, layers * experts, expert)
-    need(not r.rest and out["version"] == 1, Malformed("bytes left over, or another version"))
-    ascending([d["name"] for d in domains])
+    need(not r.rest, Malformed("bytes left over"))
+    ascending([(d["name"], d.get("modality", 0)) for d in domains])
+    if modality:
+        need(all(d["modality"] < 3 for d in domains) and any(d["modality"] for d in domains), Malformed("modality"))
+        for e in out["experts"]:
+            of = [sum(c["routed"] for c, d in zip(e["domains"], domains) if d["modality"] == m) for m in range(3)]
+            need(of == e["modalities"], Malformed("modalities"))
     for row, e in enumerate(out["experts"]):
         for d, of in zip(e["domains"], domains):
             need(d["hits"] <= d["trials"] <= d["routed"] <= of["tokens"], Malformed("counts"))

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use protocol::profile::Modality;
-use protocol::{ExpertSlot, ModelManifest, PartKind};
+use protocol::{ModelManifest, PartKind};
 
 use crate::activation_log::{ActivationLog, TokenPlace};
 use crate::experts::{Experts, ExpertsError};
@@ -17,6 +17,7 @@ pub use crate::mixer::kv_cache::KvPrecision;
 pub use crate::mixer::rope::Position;
 use crate::mixer::{MixerInput, Share};
 use crate::model::{MixerWeights, Model};
+pub use crate::moe_layer::LeftOut;
 use crate::moe_layer::{LOOKING_AHEAD, TokenPlaces, Watch, feed_forward, predict};
 use crate::pool::Pool;
 use crate::session::Session;
@@ -79,7 +80,7 @@ pub struct Engine {
     /// Where routing is noted down, if it is.
     pub log: Option<ActivationLog>,
     /// Experts whose results are left out, to measure what they are good for. The router does not know; nothing else is changed.
-    pub left_out: Vec<ExpertSlot>,
+    pub left_out: Vec<LeftOut>,
 }
 
 /// What a sequence goes on with.
@@ -444,7 +445,7 @@ impl Engine {
                 experts,
                 &mut work.moe,
                 &mut work.out,
-                Watch { log: log.as_mut().map(|log| (log, &place as TokenPlaces<'_>)), left_out },
+                Watch { log: log.as_mut().map(|log| (log, &place as TokenPlaces<'_>)), left_out, modalities: &modalities },
             );
             if let Err(error) = result {
                 experts.cancel();

@@ -111,6 +111,32 @@ impl TowerSource for NoTowers {
     }
 }
 
+/// Takes in a whole prompt, in an empty session; `each` sees the logits behind each of its tokens.
+pub fn read<E: From<GenerateError>>(
+    engine: &mut Engine,
+    towers: &mut dyn TowerSource,
+    (prompt, media): (&[u32], Option<&Arc<MediaPrompt>>),
+    mut each: impl FnMut(usize, &[f32]) -> Result<(), E>,
+) -> Result<(), E> {
+    let request = GenerateRequest {
+        prompt: prompt.to_vec(),
+        media: media.cloned(),
+        tokens_max: 0,
+        sampling: Sampling::GREEDY,
+        eos_token_ids: Vec::new(),
+        stop_strings: Vec::new(),
+        top_logprobs: None,
+    };
+    let mut sequence = Sequence::new(engine.session(), Answer::new(request, None));
+    let mut first = 0;
+    while first < prompt.len() {
+        let rows = sequence.take_in_for(engine, towers, usize::MAX, Want::All)?;
+        (0..rows).try_for_each(|row| each(first + row, engine.logits_of(row)))?;
+        first += rows;
+    }
+    Ok(())
+}
+
 /// Answers `request` in `session`; `on_progress` may break off after any token. When it fails, the session is as it was before.
 pub fn generate(
     engine: &mut Engine,

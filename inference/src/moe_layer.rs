@@ -14,6 +14,7 @@ use crate::work_sizes::WorkSizes;
 use protocol::ExpertSlot;
 use protocol::decoder::Router;
 use protocol::precision::PANEL_ROWS;
+use protocol::profile::Modality;
 
 /// Experts of a prefill that are in use at a time.
 const WAVE: usize = 32;
@@ -137,12 +138,29 @@ impl MoeWork {
 /// Each row's token and its place.
 pub(crate) type TokenPlaces<'a> = &'a dyn Fn(usize) -> TokenPlace;
 
+/// An expert whose results are left out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct LeftOut {
+    /// Which.
+    pub slot: ExpertSlot,
+    /// For tokens of this modality alone, or for all.
+    pub modality: Option<Modality>,
+}
+
+impl From<ExpertSlot> for LeftOut {
+    fn from(slot: ExpertSlot) -> Self {
+        Self { slot, modality: None }
+    }
+}
+
 /// Who watches a pass, or interferes with it.
 pub(crate) struct Watch<'a> {
     /// Where routing is noted down.
     pub(crate) log: Option<(&'a mut ActivationLog, TokenPlaces<'a>)>,
     /// Experts whose results are left out.
-    pub(crate) left_out: &'a [ExpertSlot],
+    pub(crate) left_out: &'a [LeftOut],
+    /// What each row stands for.
+    pub(crate) modalities: &'a [Modality],
 }
 
 /// Writes the feed-forward output of layer `number` for `x`, cut into `token_tiles`, to `out`.
@@ -171,7 +189,11 @@ pub(crate) fn feed_forward(
             work.tokens.fill(pool, x.width(), forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
             work.logits.resize(tokens);
             project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
-            let left_out = |expert| watch.left_out.contains(&ExpertSlot { part: model.part, layer: number as u32, expert });
+            let left_out = |row: usize, expert| {
+                let slot = ExpertSlot { part: model.part, layer: number as u32, expert };
+                let of_row = |modality| modality == watch.modalities[row];
+                watch.left_out.iter().any(|one| one.slot == slot && one.modality.is_none_or(of_row))
+            };
             if work.route(pool, model, tokens, left_out).is_err() {
                 return Err(ExpertsError::Router { layer: number as u32 });
             }
@@ -209,7 +231,7 @@ pub(crate) fn predict(
     work.logits.resize(tokens);
     project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
     // What this guess cannot say, the layer itself will.
-    if work.route(pool, model, tokens, |_| false).is_ok() {
+    if work.route(pool, model, tokens, |_, _| false).is_ok() {
         std::mem::swap(&mut work.wanted, &mut work.prefetch);
     }
 }
@@ -256,7 +278,13 @@ impl MoeWork {
 
     /// Chooses each token's experts and lists the tokens of each expert; those that are left out weigh nothing. Fails where a router's output is
     /// no number: with such weights, some experts would be chosen all the same.
-    fn route(&mut self, pool: &mut Pool, model: &Model, tokens: usize, left_out: impl Fn(u32) -> bool) -> Result<(), RouterNotFinite> {
+    fn route(
+        &mut self,
+        pool: &mut Pool,
+        model: &Model,
+        tokens: usize,
+        left_out: impl Fn(usize, u32) -> bool,
+    ) -> Result<(), RouterNotFinite> {
         let moe = model.decoder().moe().expect("a router chooses among experts");
         let (k, experts, Router::Softmax { normalise }) = (moe.per_token as usize, moe.experts as usize, moe.router);
         let logits = &self.logits;
@@ -290,7 +318,7 @@ impl MoeWork {
         for (token, choices) in choices.chunks_exact(k).enumerate() {
             for choice in choices {
                 let place = &mut self.starts[choice.expert as usize];
-                let weight = if left_out(choice.expert) { 0.0 } else { choice.weight };
+                let weight = if left_out(token, choice.expert) { 0.0 } else { choice.weight };
                 self.assigned[*place as usize] = (token as u32, weight);
                 *place += 1;
             }

@@ -1,22 +1,31 @@
-//! What a model's experts do with texts of known domains: counts for a profile.
+//! What a model's experts do with texts of known domains, and with questions about pictures and sounds: counts for a profile.
 //!
 //! First each probe is read once, and noted which experts each token used and how likely the token after it was. Then single tokens are computed
 //! again, each without one of its experts: a *trial* leaves the expert's result out, with the weights of the others as they were, and finishes the
-//! forward pass. It is a *hit* when the token that follows became less likely. Which tokens an expert is tried on, and in which order, follows from the probes
+//! forward pass. It is a *hit* when the token that follows became less likely. Of a question, all is computed again, the expert left out for its tokens
+//! of one modality, and it is a hit when the answer as a whole became less likely. Which tokens an expert is tried on, and in which order, follows from the probes
 //! alone, so that whoever has the model counts the same. Keeps no time and no files: whoever drives it does.
 
 use protocol::profile::lift::{Z_95, wilson};
-use protocol::profile::{COACTIVE_MAX, DomainTotal, GATE_UNIT, Modality, ProbeSet, ProfileBody};
-use protocol::{ExpertSlot, ModelId};
+use std::sync::Arc;
+
+use protocol::profile::{COACTIVE_MAX, DomainTotal, GATE_UNIT, Modality, ProfileBody};
+use protocol::{ContentHash, ExpertSlot, ModelId};
 use serde::{Deserialize, Serialize};
 
 use crate::activation_log::ActivationLog;
-use crate::engine::{Engine, ForwardError};
+use crate::engine::{Engine, ForwardError, LeftOut};
+use crate::generate::{GenerateError, TowerSource, read};
+use crate::media::prompt::MediaPrompt;
 use crate::perplexity::negative_log_likelihood;
-use crate::tokenizer::{SpecialTokens, Tokenizer, TokenizerError};
+use crate::tokenizer::TokenizerError;
 
-/// Tokens of a probe that are read; what is longer is cut.
+/// Tokens of a text that are read; what is longer is cut.
 pub const PROBE_TOKENS_MAX: usize = 512;
+/// Most tokens of a question with its media and its answer.
+pub const QUESTION_TOKENS_MAX: usize = 4096;
+/// In place of a token: the whole probe.
+const WHOLE: u32 = u32::MAX;
 /// Trials that an expert has in a domain at a time.
 const TRIALS_AT_ONCE: u32 = 8;
 /// Pairs of expert and domain that are tried at a time, at most.
@@ -24,8 +33,32 @@ pub const PAIRS_AT_ONCE: usize = 128;
 /// After so many trials in a domain an expert has had enough.
 pub const TRIALS_MAX: u32 = 256;
 
-/// The probes of one domain, as tokens.
-type Tokens = Vec<Vec<u32>>;
+/// A probe, as a model reads it.
+#[derive(Clone, Debug)]
+pub struct ProbeTokens {
+    /// Its tokens; the answer to a question is the end of them.
+    pub tokens: Vec<u32>,
+    /// What stands in place of some of them.
+    pub media: Option<Arc<MediaPrompt>>,
+    /// Where the answer begins, if it is a question.
+    pub answer: Option<usize>,
+}
+
+impl ProbeTokens {
+    /// What each token stands for.
+    fn modalities(&self) -> Vec<Modality> {
+        let mut modalities = vec![Modality::Text; self.tokens.len()];
+        for run in self.media.iter().flat_map(|media| &media.runs) {
+            modalities[run.first..][..run.rows.len()].fill(run.source.modality());
+        }
+        modalities
+    }
+
+    /// The first token that is foretold, and scored.
+    fn scored_from(&self) -> usize {
+        self.answer.unwrap_or(1).max(1)
+    }
+}
 
 /// Why a probe cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -36,6 +69,9 @@ pub enum ProfileError {
     /// The model cannot take it in.
     #[error(transparent)]
     Forward(#[from] ForwardError),
+    /// Nor with its media.
+    #[error(transparent)]
+    Read(#[from] GenerateError),
     /// What was noted down earlier is not about these probes.
     #[error("what was noted down earlier is about other probes")]
     Other,
@@ -48,9 +84,9 @@ pub struct Reading {
     probe: u32,
     /// Experts of each token in each layer with experts, (tokens, layers, k).
     experts: Vec<u16>,
-    /// The weights that experts were given, in parts of [`GATE_UNIT`], by number in the order of the body.
+    /// The weights that experts were given, in parts of [`GATE_UNIT`], by number in the order of the body; as often again for the next modality.
     gate_mass: Vec<(u32, u64)>,
-    /// Negative log-likelihood of each next token, as bits of f64.
+    /// Negative log-likelihood of each token that is scored, as bits of f64.
     losses: Vec<u64>,
 }
 
@@ -69,47 +105,65 @@ pub struct Trials {
 
 /// A profile in the making.
 pub struct Profiler {
-    probes: Vec<Tokens>,
+    probes: Vec<Vec<ProbeTokens>>,
+    /// By the set's domain and modality: the number among the body's domains.
+    domains_of: Vec<[Option<usize>; 3]>,
     readings: Vec<Vec<Option<Reading>>>,
     body: ProfileBody,
     slots: Vec<ExpertSlot>,
     /// Number of each layer among those with experts.
     layers: Vec<u32>,
     k: usize,
-    /// By domain and expert: the tokens that it is tried on, in order, once the domain's probes are read.
+    /// By the body's domain and expert: the tokens that it is tried on, in order, once the domain's probes are read.
     tokens_of: Vec<Vec<Vec<(u32, u32)>>>,
 }
 
 impl Profiler {
-    /// Nothing read yet.
-    pub fn new(engine: &Engine, model: ModelId, tokenizer: &Tokenizer, set: &ProbeSet) -> Result<Self, ProfileError> {
+    /// Nothing read yet of a set with that hash: its domains, ascending by name, and their probes.
+    pub fn new(engine: &Engine, model: ModelId, set: ContentHash, domains: Vec<(String, Vec<ProbeTokens>)>) -> Result<Self, ProfileError> {
         let decoder = engine.model().decoder();
-        let mut probes = Vec::new();
-        let tokens_max = PROBE_TOKENS_MAX.min(engine.context());
-        for texts in set.domains().values() {
-            let mut domain = Vec::with_capacity(texts.len());
-            for text in texts {
-                let mut tokens = tokenizer.encode(text, SpecialTokens::AsWritten)?;
-                tokens.truncate(tokens_max);
-                if let Some(&token) = tokens.iter().find(|&&token| token >= decoder.vocab_size) {
-                    return Err(ForwardError::Token { token, vocab_size: decoder.vocab_size }.into());
-                }
-                domain.push(tokens);
+        let (mut probes, mut totals, mut domains_of) = (Vec::new(), Vec::new(), Vec::new());
+        for (name, of_domain) in domains {
+            let all = of_domain.iter().flat_map(|probe| &probe.tokens);
+            if let Some(&token) = all.clone().find(|&&token| token >= decoder.vocab_size) {
+                return Err(ForwardError::Token { token, vocab_size: decoder.vocab_size }.into());
             }
-            probes.push(domain);
+            let counts: Vec<[u64; 3]> = of_domain
+                .iter()
+                .map(|probe| {
+                    let mut counts = [0; 3];
+                    probe.modalities().iter().for_each(|&modality| counts[modality as usize] += 1);
+                    counts
+                })
+                .collect();
+            let mut numbers = [None; 3];
+            for modality in Modality::ALL {
+                let of = counts.iter().map(|counts| counts[modality as usize]);
+                // A domain of texts has them, even if they are empty.
+                if modality == Modality::Text || of.clone().any(|count| count > 0) {
+                    numbers[modality as usize] = Some(totals.len());
+                    totals.push(DomainTotal {
+                        name: name.clone(),
+                        modality,
+                        probes: if modality == Modality::Text {
+                            of_domain.len() as u32
+                        } else {
+                            of.clone().filter(|&n| n > 0).count() as u32
+                        },
+                        tokens: of.clone().sum(),
+                        square_tokens: of.map(|n| n * n).sum(),
+                    });
+                }
+            }
+            domains_of.push(numbers);
+            probes.push(of_domain);
         }
-        let domains = set.domains().keys().zip(&probes).map(|(name, probes)| DomainTotal {
-            name: name.clone(),
-            probes: probes.len() as u32,
-            tokens: probes.iter().map(|tokens| tokens.len() as u64).sum(),
-            square_tokens: probes.iter().map(|tokens| (tokens.len() as u64).pow(2)).sum(),
-        });
         let slots: Vec<_> = engine.model().manifest.text().slots().collect();
-        let body = ProfileBody::new(model, set.hash(), domains.collect(), slots.len());
+        let tokens_of = vec![Vec::new(); totals.len()];
+        let body = ProfileBody::new(model, set, totals, slots.len());
         let readings = probes.iter().map(|domain| vec![None; domain.len()]).collect();
         let (layers, k) = (decoder.moe_layers().collect(), decoder.experts_per_token() as usize);
-        let tokens_of = vec![Vec::new(); probes.len()];
-        Ok(Self { probes, readings, body, slots, layers, k, tokens_of })
+        Ok(Self { probes, domains_of, readings, body, slots, layers, k, tokens_of })
     }
 
     /// Tokens of all probes.
@@ -128,40 +182,32 @@ impl Profiler {
     }
 
     /// Reads the next probe that was not read yet; `None` when all have been.
-    pub fn read_next(&mut self, engine: &mut Engine) -> Result<Option<Reading>, ProfileError> {
+    pub fn read_next(&mut self, engine: &mut Engine, towers: &mut dyn TowerSource) -> Result<Option<Reading>, ProfileError> {
         let mut readings = self.readings.iter().enumerate();
         let next = readings.find_map(|(domain, probes)| Some((domain, probes.iter().position(Option::is_none)?)));
         let Some((domain, probe)) = next else { return Ok(None) };
-        let reading = self.read(engine, domain, probe)?;
+        let reading = self.read(engine, towers, domain, probe)?;
         self.take_reading(reading.clone())?;
         Ok(Some(reading))
     }
 
-    fn read(&self, engine: &mut Engine, domain: usize, probe: usize) -> Result<Reading, ProfileError> {
-        let tokens = &self.probes[domain][probe];
-        let mut losses = Vec::with_capacity(tokens.len());
-        let mut session = engine.session();
-        let mut log = ActivationLog::new(tokens.len().max(1) * self.layers.len().max(1));
+    fn read(&self, engine: &mut Engine, towers: &mut dyn TowerSource, domain: usize, probe: usize) -> Result<Reading, ProfileError> {
+        let here = &self.probes[domain][probe];
+        let mut log = ActivationLog::new(here.tokens.len().max(1) * self.layers.len().max(1));
         log.domain = Some(domain as u16);
         let log = engine.log.replace(log);
-        let read = if tokens.is_empty() {
-            Ok(())
-        } else {
-            engine.forward_each(&mut session, tokens, |place, logits| {
-                losses.extend(tokens.get(place + 1).map(|&next| negative_log_likelihood(logits, next).to_bits()));
-                Ok::<_, ForwardError>(())
-            })
-        };
+        let losses = losses(engine, towers, here);
         let routed = std::mem::replace(&mut engine.log, log).expect("it was put there");
-        read?;
-        let mut experts = vec![0; tokens.len() * self.layers.len() * self.k];
-        let mut mass = vec![0u64; self.slots.len()];
+        let losses = losses?;
+        let mut experts = vec![0; here.tokens.len() * self.layers.len() * self.k];
+        let mut mass = vec![0u64; Modality::ALL.len() * self.slots.len()];
         for entry in routed.entries() {
             let layer = self.layers.binary_search(&entry.layer).expect("only layers with experts route");
             let row = (entry.position * self.layers.len() + layer) * self.k;
             for (place, choice) in experts[row..][..self.k].iter_mut().zip(entry.choices) {
                 *place = choice.expert as u16;
-                mass[self.number(layer, choice.expert)] += (f64::from(choice.weight) * GATE_UNIT as f64).round() as u64;
+                let number = entry.modality as usize * self.slots.len() + self.number(layer, choice.expert);
+                mass[number] += (f64::from(choice.weight) * GATE_UNIT as f64).round() as u64;
             }
         }
         let gate_mass = (0..).zip(mass).filter(|(_, mass)| *mass > 0).collect();
@@ -171,29 +217,40 @@ impl Profiler {
     /// Takes in what was read, now or earlier.
     pub fn take_reading(&mut self, reading: Reading) -> Result<(), ProfileError> {
         let (domain, probe) = (reading.domain as usize, reading.probe as usize);
-        let tokens = self.probes.get(domain).and_then(|probes| probes.get(probe)).ok_or(ProfileError::Other)?.len();
+        let here = self.probes.get(domain).and_then(|probes| probes.get(probe)).ok_or(ProfileError::Other)?;
+        let (tokens, modalities) = (here.tokens.len(), here.modalities());
         let per_layer = self.slots.iter().map(|slot| slot.expert + 1).max().unwrap_or(0);
+        let numbers = self.domains_of[domain];
+        let has_domain = |number: u32| numbers.get(number as usize / self.slots.len().max(1)).is_some_and(Option::is_some);
         let fits = reading.experts.len() == tokens * self.layers.len() * self.k
-            && reading.losses.len() + 1 == tokens.max(1)
+            && reading.losses.len() == tokens.saturating_sub(here.scored_from())
             && reading.experts.iter().all(|&expert| u32::from(expert) < per_layer)
-            && reading.gate_mass.iter().all(|(expert, _)| (*expert as usize) < self.slots.len());
+            && reading.gate_mass.iter().all(|(number, _)| has_domain(*number));
         if !fits || self.readings[domain][probe].is_some() {
             return Err(ProfileError::Other);
         }
-        let mut routed = vec![0u32; self.slots.len()];
-        for (at, &expert) in reading.experts.iter().enumerate() {
-            routed[self.number(at / self.k % self.layers.len(), u32::from(expert))] += 1;
+        for modality in Modality::ALL {
+            let Some(number) = numbers[modality as usize] else { continue };
+            let mut routed = vec![0u32; self.slots.len()];
+            for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
+                if modalities[row / self.layers.len()] == modality {
+                    experts.iter().for_each(|&expert| routed[self.number(row % self.layers.len(), u32::from(expert))] += 1);
+                }
+            }
+            let tokens = modalities.iter().filter(|&&of| of == modality).count() as u32;
+            for (counts, &routed) in self.body.experts.iter_mut().zip(&routed).filter(|(_, routed)| **routed > 0) {
+                counts.tokens += u64::from(routed);
+                counts.modalities[modality as usize] += u64::from(routed);
+                let of = &mut counts.domains[number];
+                of.routed += routed;
+                of.square_routed += routed * routed;
+                of.cross += routed * tokens;
+            }
         }
-        for (counts, &routed) in self.body.experts.iter_mut().zip(&routed).filter(|(_, routed)| **routed > 0) {
-            counts.tokens += u64::from(routed);
-            counts.modalities[Modality::Text as usize] += u64::from(routed);
-            let of = &mut counts.domains[domain];
-            of.routed += routed;
-            of.square_routed += routed * routed;
-            of.cross += routed * tokens as u32;
-        }
-        for &(expert, mass) in &reading.gate_mass {
-            self.body.experts[expert as usize].domains[domain].gate_mass += mass;
+        for &(number, mass) in &reading.gate_mass {
+            let (modality, expert) = (number as usize / self.slots.len(), number as usize % self.slots.len());
+            let domain = numbers[modality].expect("checked above");
+            self.body.experts[expert].domains[domain].gate_mass += mass;
         }
         self.readings[domain][probe] = Some(reading);
         if self.readings[domain].iter().all(Option::is_some) {
@@ -205,18 +262,29 @@ impl Profiler {
         Ok(())
     }
 
-    /// Lays down which tokens of a domain each expert is tried on.
+    /// Lays down which tokens of a domain of the set each expert is tried on.
     fn lay_down_trials(&mut self, domain: usize) {
-        let mut tokens_of = vec![Vec::new(); self.slots.len()];
-        for reading in self.readings[domain].iter().flatten() {
-            for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
-                let (token, layer) = (row / self.layers.len(), row % self.layers.len());
-                if token < reading.losses.len() {
-                    experts.iter().for_each(|&expert| tokens_of[self.number(layer, u32::from(expert))].push((reading.probe, token as u32)));
+        for modality in Modality::ALL {
+            let Some(number) = self.domains_of[domain][modality as usize] else { continue };
+            let mut tokens_of = vec![Vec::new(); self.slots.len()];
+            for (probe, reading) in self.probes[domain].iter().zip(self.readings[domain].iter().flatten()) {
+                let modalities = probe.modalities();
+                for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
+                    let (token, layer) = (row / self.layers.len(), row % self.layers.len());
+                    // A text is tried token by token, a question as a whole.
+                    let at = if probe.answer.is_some() { WHOLE } else { token as u32 };
+                    if modalities[token] == modality && (at == WHOLE || token < reading.losses.len()) {
+                        for &expert in experts {
+                            let tokens = &mut tokens_of[self.number(layer, u32::from(expert))];
+                            if tokens.last() != Some(&(reading.probe, at)) {
+                                tokens.push((reading.probe, at));
+                            }
+                        }
+                    }
                 }
             }
+            self.tokens_of[number] = tokens_of.into_iter().map(spread).collect();
         }
-        self.tokens_of[domain] = tokens_of.into_iter().map(spread).collect();
     }
 
     /// Counts which experts are used together.
@@ -264,7 +332,7 @@ impl Profiler {
     /// Makes the trials of a round, domain by domain; `go_on` is asked before each. Returns what was found of the domains that it got through.
     pub fn try_round(
         &mut self,
-        engine: &mut Engine,
+        (engine, towers): (&mut Engine, &mut dyn TowerSource),
         round: &[Trials],
         mut go_on: impl FnMut() -> bool,
     ) -> Result<Vec<Trials>, ProfileError> {
@@ -274,7 +342,7 @@ impl Profiler {
         for of_domain in round.chunk_by(|a, b| a.domain == b.domain) {
             let begun = |next: &Trials| self.body.experts[next.expert as usize].domains[next.domain as usize];
             let from: Vec<_> = of_domain.iter().map(|next| begun(next).trials).collect();
-            let Some(hits) = self.hits(engine, of_domain, &from, &mut go_on)? else { break };
+            let Some(hits) = self.hits((engine, towers), of_domain, &from, &mut go_on)? else { break };
             let found = of_domain.iter().zip(hits).map(|(next, hits)| Trials { hits: begun(next).hits + hits, ..*next });
             let found: Vec<_> = found.collect();
             found.iter().try_for_each(|trials| self.take_trials(*trials))?;
@@ -296,18 +364,23 @@ impl Profiler {
     }
 
     /// Hits in the first `trials` trials of a pair, computed anew: to compare with what somebody says. `None` when it was broken off.
-    pub fn replay(&self, engine: &mut Engine, claim: Trials, mut go_on: impl FnMut() -> bool) -> Result<Option<u32>, ProfileError> {
+    pub fn replay(
+        &self,
+        (engine, towers): (&mut Engine, &mut dyn TowerSource),
+        claim: Trials,
+        mut go_on: impl FnMut() -> bool,
+    ) -> Result<Option<u32>, ProfileError> {
         let tokens = self.tokens_of.get(claim.domain as usize).and_then(|experts| experts.get(claim.expert as usize));
         if tokens.is_none_or(|tokens| tokens.len() < claim.trials as usize) {
             return Err(ProfileError::Other);
         }
-        Ok(self.hits(engine, &[claim], &[0], &mut go_on)?.map(|hits| hits[0]))
+        Ok(self.hits((engine, towers), &[claim], &[0], &mut go_on)?.map(|hits| hits[0]))
     }
 
     /// Hits of each of `round` in its trials from `from` on. A probe is read once, and then gone back through.
     fn hits(
         &self,
-        engine: &mut Engine,
+        (engine, towers): (&mut Engine, &mut dyn TowerSource),
         round: &[Trials],
         from: &[u32],
         go_on: &mut dyn FnMut() -> bool,
@@ -324,24 +397,36 @@ impl Profiler {
             if !go_on() {
                 return Ok(None);
             }
-            let (domain, probe, last, _) = of_probe[0];
-            let tokens = &self.probes[domain as usize][probe as usize];
-            let reading = self.readings[domain as usize][probe as usize].as_ref().expect("all are read before any is tried");
+            let (number, probe, last, _) = of_probe[0];
+            let modality = self.body.domains[number as usize].modality;
+            let domain = self.domains_of.iter().position(|of| of[modality as usize] == Some(number as usize)).expect("each is of one");
+            let here = &self.probes[domain][probe as usize];
+            let reading = self.readings[domain][probe as usize].as_ref().expect("all are read before any is tried");
+            let sum = |losses: &[u64]| losses.iter().map(|&loss| f64::from_bits(loss)).sum::<f64>();
             let mut session = engine.session();
-            if last > 0 {
-                engine.forward(&mut session, &tokens[..last as usize])?;
+            if last > 0 && last != WHOLE {
+                engine.forward(&mut session, &here.tokens[..last as usize])?;
             }
             for &(_, _, token, number) in of_probe {
                 if !go_on() {
                     return Ok(None);
                 }
-                session.rewind(token as usize);
-                engine.left_out = vec![self.slots[round[number].expert as usize]];
-                let loss = engine
-                    .forward(&mut session, &tokens[token as usize..=token as usize])
-                    .map(|logits| negative_log_likelihood(logits, tokens[token as usize + 1]));
-                engine.left_out.clear();
-                hits[number] += u32::from(loss? > f64::from_bits(reading.losses[token as usize]));
+                let slot = self.slots[round[number].expert as usize];
+                let is_hit = if token == WHOLE {
+                    engine.left_out = vec![LeftOut { slot, modality: Some(modality) }];
+                    let found = losses(engine, towers, here);
+                    engine.left_out.clear();
+                    sum(&found?) > sum(&reading.losses)
+                } else {
+                    session.rewind(token as usize);
+                    engine.left_out = vec![slot.into()];
+                    let (token, next) = (token as usize, here.tokens[token as usize + 1]);
+                    let loss =
+                        engine.forward(&mut session, &here.tokens[token..=token]).map(|logits| negative_log_likelihood(logits, next));
+                    engine.left_out.clear();
+                    loss? > f64::from_bits(reading.losses[token])
+                };
+                hits[number] += u32::from(is_hit);
             }
         }
         Ok(Some(hits))
@@ -351,6 +436,18 @@ impl Profiler {
     fn number(&self, layer: usize, expert: u32) -> usize {
         layer * (self.slots.len() / self.layers.len().max(1)) + expert as usize
     }
+}
+
+/// Reads a probe: negative log-likelihoods of the tokens that are scored, as bits of f64.
+fn losses(engine: &mut Engine, towers: &mut dyn TowerSource, probe: &ProbeTokens) -> Result<Vec<u64>, ProfileError> {
+    let (tokens, from) = (&probe.tokens, probe.scored_from());
+    let mut losses = Vec::with_capacity(tokens.len().saturating_sub(from));
+    read(engine, towers, (tokens, probe.media.as_ref()), |place, logits| {
+        let next = tokens.get(place + 1).filter(|_| place + 1 >= from);
+        losses.extend(next.map(|&next| negative_log_likelihood(logits, next).to_bits()));
+        Ok::<_, ProfileError>(())
+    })?;
+    Ok(losses)
 }
 
 /// Puts tokens, which come probe by probe, in the order in which an expert is tried on them: one of each probe, then another of each, since tokens of

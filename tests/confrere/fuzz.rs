@@ -15,7 +15,7 @@ use protocol::exchange::{Bitfield, FromProvider, ToProvider, Urgency};
 use protocol::execute::{self, ExecuteAnswer, ExecuteRequest, Receipt, ReceiptResult, RequestHead, Task, row_bytes};
 use protocol::expert_blob::ExpertShape;
 use protocol::message::{FetchAnswer, Listing, Request, Subject};
-use protocol::profile::{DomainTotal, ProfileBody};
+use protocol::profile::{DomainTotal, Modality, ProfileBody};
 use protocol::query::{Query, QueryAnswer};
 use protocol::status::{Holding, Status};
 use protocol::ticket::Ticket;
@@ -177,7 +177,7 @@ fn no_parser_of_requests_panics() {
     feed("query", &query.to_frame()[4..], inputs(50_000), |bytes| drop(Query::from_body(bytes)));
     let answer = QueryAnswer { domains: vec!["code".into()], experts: vec![3, 1], ..QueryAnswer::default() };
     feed("query answer", &answer.to_frame()[4..], inputs(50_000), |bytes| drop(QueryAnswer::from_body(bytes)));
-    let domain = DomainTotal { name: "code".into(), probes: 1, tokens: 10, square_tokens: 100 };
+    let domain = DomainTotal { name: "code".into(), modality: Modality::Text, probes: 1, tokens: 10, square_tokens: 100 };
     let slots: Vec<_> = (0..4).map(|expert| protocol::ExpertSlot::text(0, expert)).collect();
     let body = ProfileBody::new(ModelId(expert), expert, vec![domain], slots.len());
     feed("profile", &body.to_bytes(), inputs(50_000), |bytes| {

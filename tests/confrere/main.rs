@@ -27,6 +27,7 @@ mod nodes;
 mod old_data;
 mod omni;
 mod omni_nodes;
+mod omni_profile;
 mod parity;
 mod profiles;
 mod refusals;

@@ -18,9 +18,11 @@ cleanup() {
     rm -rf "$work"
 }
 trap cleanup EXIT
-x86() { "$root/target/release/confrere" "$@"; }
+x86_program=("$root/target/release/confrere")
 # With every extension, and as the Raspberry Pi 4, which has no dot products.
-arm() { QEMU_CPU=${QEMU_CPU:-max} qemu-aarch64 -L /usr/aarch64-linux-gnu "$root/target/$target/release/confrere" "$@"; }
+arm_program=(env "QEMU_CPU=${QEMU_CPU:-max}" qemu-aarch64 -L /usr/aarch64-linux-gnu "$root/target/$target/release/confrere")
+x86() { "${x86_program[@]}" "$@"; }
+arm() { "${arm_program[@]}" "$@"; }
 field() { python3 -c "import json, sys; answer = json.load(open(sys.argv[1])); print(answer$2)" "$1"; }
 words=(--raw --temperature 0 --max-tokens 24 --threads 1 --json)
 x86 --data-dir "$work/x86" --quiet import models/confrere-18m --name m --precision q4 >/dev/null
@@ -29,7 +31,8 @@ x86 --data-dir "$work/x86" run m "fn main() {" "${words[@]}" >"$work/alone" 2>/d
 
 # serve NODE DATA: starts a node that runs experts for anybody; its address goes to $address.
 serve() {
-    "$1" --data-dir "$work/$2" serve --listen 127.0.0.1:0 --threads 1 --execute-for any >"$work/$2.out" 2>"$work/$2.err" &
+    local -n program="$1_program" # not the function: what is to be ended is the program, and no shell around it
+    "${program[@]}" --data-dir "$work/$2" serve --listen 127.0.0.1:0 --threads 1 --execute-for any >"$work/$2.out" 2>"$work/$2.err" &
     servers+=($!)
     for _ in $(seq 300); do
         address=$(sed -n 's|\(/ip4/127.0.0.1/tcp/.*\)|\1|p' "$work/$2.out" | head -1)

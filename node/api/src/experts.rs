@@ -11,7 +11,7 @@ use protocol::ExpertSlot;
 use protocol::profile::Modality;
 use protocol::profile::lift::{Ranked, ranking};
 use runtime::data_dir::LocalModel;
-use runtime::specialists::{check_layer, domain_json, map_json, own_body};
+use runtime::specialists::{Subject, check_layer, domain_json, map_json, own_body};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -33,7 +33,8 @@ pub(super) const IN_MEMORY: u8 = 3;
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct WhichQuery {
-    domain: String,
+    domain: Option<String>,
+    modality: Option<String>,
     model: Option<String>,
     layer: Option<u32>,
     top: Option<usize>,
@@ -52,7 +53,8 @@ pub(super) async fn which(State(api): State<Arc<Api>>, query: QueryParams<WhichQ
     if top == 0 {
         return Err(ApiError::invalid("top must be at least 1").param("top"));
     }
-    let json = reading(&api, move |api| Ok(domain_json(&api.library.open, &found, &query.domain, query.layer, top)?)).await?;
+    let subject = Subject::new(query.domain, query.modality.as_deref())?;
+    let json = reading(&api, move |api| Ok(domain_json(&api.library.open, &found, &subject, query.layer, top)?)).await?;
     Ok(Json(json))
 }
 
@@ -142,7 +144,7 @@ pub(super) async fn one(
             Some(body) => {
                 let of = |domain: usize| ranking(&body, domain).into_iter().find(|one| one.expert == number);
                 let all = body.domains.iter().enumerate();
-                all.filter_map(|(domain, about)| Some(domain_of_one(&about.name, &of(domain)?))).collect()
+                all.filter_map(|(domain, about)| Some(domain_of_one(&about.label(), &of(domain)?))).collect()
             }
         };
         let holding: Vec<_> =

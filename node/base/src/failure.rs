@@ -205,6 +205,7 @@ impl From<TokenizerError> for Failure {
 impl From<ProfileError> for Failure {
     fn from(error: ProfileError) -> Self {
         match error {
+            ProfileError::Read(error) => error.into(),
             ProfileError::Forward(error) => error.into(),
             ProfileError::Tokenizer(error) => error.into(),
             ProfileError::Other => Self::new(Kind::Integrity, error.to_string()),

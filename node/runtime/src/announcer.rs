@@ -267,10 +267,10 @@ impl Announcer {
 
 /// The head of a profile, with what its body comes to.
 pub(crate) fn profile_head(head: RecordHead, profile: &Profile, body: &ProfileBody) -> ProfileHead {
-    let summary = body.domains.iter().enumerate().map(|(number, domain)| {
+    let summary = body.names().into_iter().filter_map(|name| Some((name, body.domain(name)?))).map(|(name, number)| {
         let counts = body.experts.iter().map(|counts| counts.domains[number]);
         DomainSummary {
-            domain: domain.name.clone(),
+            domain: name.to_owned(),
             experts: ranking(body, number).iter().filter(|one| one.is_specialist()).count() as u32,
             trials: counts.clone().map(|counts| u64::from(counts.trials)).sum(),
             hits: counts.map(|counts| u64::from(counts.hits)).sum(),

@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use base::clock::{instant, interrupted, now_ms};
 use base::failure::{Failure, Kind};
-use inference::engine::Engine;
 use inference::profiler::{ProfileError, Profiler, TRIALS_MAX, Trials};
 use net::fetcher::{FetchItem, Fetched};
 use net::link::Wanted;
@@ -23,7 +22,8 @@ use tokio::sync::mpsc;
 
 use crate::data_dir::{LocalModel, OpenDataDir};
 use crate::federation::Federation;
-use crate::specialists::no_such_domain;
+use crate::loading::Loaded;
+use crate::specialists::{Subject, no_such_domain};
 
 /// For peers to turn up, and for each to answer.
 const PATIENCE: Duration = Duration::from_secs(5);
@@ -238,14 +238,12 @@ impl Claims {
     }
 
     /// Experts by what is most to be relied on: of each, what the node says that is trusted most, and by the number of that claim. Best first.
-    pub fn ranking(&self, domain: &str) -> Vec<(Ranked, usize)> {
+    pub fn ranking(&self, subject: &Subject) -> Vec<(Ranked, usize)> {
         let mut rows: BTreeMap<usize, (Ranked, usize)> = BTreeMap::new();
         let mut order: Vec<_> = (0..self.held.len()).filter(|&number| self.held[number].counts()).collect();
         order.sort_by(|&a, &b| self.reliance(b).total_cmp(&self.reliance(a)));
         for number in order {
-            let body = &self.held[number].body;
-            let Some(domain) = body.domain(domain) else { continue };
-            for one in ranking(body, domain) {
+            for one in subject.ranking(&self.held[number].body).into_iter().flatten() {
                 rows.entry(one.expert).or_insert((one, number));
             }
         }
@@ -288,7 +286,7 @@ impl Claims {
     pub fn check(
         &mut self,
         network: &Network,
-        (profiler, engine): (&Profiler, &mut Engine),
+        (profiler, loaded): (&Profiler, &mut Loaded),
         build_profile: ContentHash,
         sample: &Sample<'_>,
         until: Instant,
@@ -320,7 +318,7 @@ impl Claims {
                 }
                 None => {}
             }
-            let Replayed { check, trials } = replay(claim, (profiler, &mut *engine), sample, || instant() < until && !interrupted())?;
+            let Replayed { check, trials } = replay(claim, (profiler, &mut *loaded), sample, || instant() < until && !interrupted())?;
             match check {
                 Check::Refuted(_) => {
                     if network.records.note_checked(claim.node, body, domain, false)? {
@@ -362,7 +360,7 @@ struct Replayed {
 /// Compares a claim with what comes of measuring again.
 fn replay(
     claim: &Claim,
-    (profiler, engine): (&Profiler, &mut Engine),
+    (profiler, loaded): (&Profiler, &mut Loaded),
     sample: &Sample<'_>,
     mut go_on: impl FnMut() -> bool,
 ) -> Result<Replayed, Failure> {
@@ -390,7 +388,7 @@ fn replay(
             return refuted(format!("of expert number {} it says more trials than anybody makes", one.expert));
         }
         let said = Trials { expert: one.expert as u32, domain: sample.domain as u32, trials: one.counts.trials, hits: one.counts.hits };
-        let hits = match profiler.replay(engine, said, &mut go_on) {
+        let hits = match profiler.replay((&mut loaded.engine, &mut loaded.towers), said, &mut go_on) {
             Ok(Some(hits)) => hits,
             Ok(None) => return Ok(Replayed { check: Check::Not("no time (--check TIME)"), trials }),
             Err(ProfileError::Other) => {

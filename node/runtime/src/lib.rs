@@ -15,6 +15,7 @@ pub mod library;
 pub mod loading;
 pub mod media;
 pub mod memory;
+pub mod message_files;
 pub mod models;
 pub mod opinions;
 pub mod peer_book;

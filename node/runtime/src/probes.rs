@@ -1,11 +1,25 @@
 //! The probe set that ships with Confrere, and those that users bring.
 
+use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use base::failure::{Failure, Kind, io_failure};
-use protocol::profile::ProbeSet;
+use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
+use inference::engine::Position;
+use inference::media::limits::MediaLimits;
+use inference::media::prompt::MediaPrompt;
+use inference::profiler::{PROBE_TOKENS_MAX, ProbeTokens, QUESTION_TOKENS_MAX};
+use inference::sampler::Sampling;
+use inference::tokenizer::{SpecialTokens, Tokenizer};
+use protocol::profile::{Probe, ProbeMedium, ProbePart, ProbeSet, ProbeSetError};
+use protocol::{ContentHash, ModelManifest};
 
-/// Longest file of a domain's probes, in bytes.
+use crate::media::{GivenMedium, MediaSound, MediaSource, Senses, prepare};
+use crate::message_files::{Question, read_questions};
+use crate::prompt::{ModelText, Prompt, PromptError};
+
+/// Longest file of a domain's probes, or of a medium, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
 const SHIPPED: [(&str, &str); 9] = [
@@ -20,26 +34,141 @@ const SHIPPED: [(&str, &str); 9] = [
     ("stories", include_str!("../probes/stories.txt")),
 ];
 
-/// The probe set that ships with Confrere.
-pub fn shipped() -> ProbeSet {
-    ProbeSet::from_texts(SHIPPED).expect("a test reads it")
+/// A probe set, and where its media are.
+pub struct Probes {
+    /// The set.
+    pub set: ProbeSet,
+    /// The questions of its domains, in the order of their probes.
+    questions: BTreeMap<String, Vec<Question>>,
 }
 
-/// The probe set of a directory: a file DOMAIN.txt for each domain, with probes between lines of `%%`.
-pub fn read(dir: &Path) -> Result<ProbeSet, Failure> {
-    let mut texts = Vec::new();
+/// The probe set that ships with Confrere.
+pub fn shipped() -> Probes {
+    Probes { set: ProbeSet::from_texts(SHIPPED).expect("a test reads it"), questions: BTreeMap::new() }
+}
+
+/// The probe set of a directory. For each domain there is a file DOMAIN.txt, with probes between lines of `%%`, or DOMAIN.jsonl, with
+/// [questions](read_questions).
+pub fn read(dir: &Path) -> Result<Probes, Failure> {
+    let wrong = |error: ProbeSetError| Failure::new(Kind::Usage, format!("{}: {error}", dir.display()));
+    let (mut domains, mut questions) = (BTreeMap::new(), BTreeMap::new());
     for entry in std::fs::read_dir(dir).map_err(|error| io_failure("list", dir, &error))? {
         let path = entry.map_err(|error| io_failure("list", dir, &error))?.path();
-        if path.extension().is_none_or(|extension| extension != "txt") {
-            continue;
-        }
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
-        let bytes = store::disk::read_file(&path, FILE_BYTES_MAX).map_err(|error| io_failure("read", &path, &error))?.unwrap_or_default();
-        let text = String::from_utf8(bytes).map_err(|_| Failure::new(Kind::Usage, format!("{} is not UTF-8", path.display())))?;
-        texts.push((name, text));
+        let probes = match path.extension().and_then(|extension| extension.to_str()) {
+            Some("txt") => {
+                let text = String::from_utf8(read_file(&path)?);
+                let text = text.map_err(|_| Failure::new(Kind::Usage, format!("{} is not UTF-8", path.display())))?;
+                let set = ProbeSet::from_texts([(name.as_str(), text.as_str())]).map_err(wrong)?;
+                set.domains()[&name].clone()
+            }
+            Some("jsonl") => {
+                let asked = read_questions(&path)?;
+                let probes = asked.iter().map(probe_of).collect::<Result<_, _>>()?;
+                questions.insert(name.clone(), asked);
+                probes
+            }
+            _ => continue,
+        };
+        if domains.insert(name.clone(), probes).is_some() {
+            return Err(Failure::new(Kind::Usage, format!("{}: domain {name} has two files", dir.display())));
+        }
     }
-    let set = ProbeSet::from_texts(texts.iter().map(|(name, text)| (name.as_str(), text.as_str())));
-    set.map_err(|error| Failure::new(Kind::Usage, format!("{}: {error}", dir.display())))
+    Ok(Probes { set: ProbeSet::new(domains).map_err(wrong)?, questions })
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
+    let bytes = store::disk::read_file(path, FILE_BYTES_MAX).map_err(|error| io_failure("read", path, &error))?;
+    bytes.ok_or_else(|| Failure::new(Kind::NotFound, format!("cannot read {}: there is no such file", path.display())))
+}
+
+/// A question with its media by their hashes.
+fn probe_of(question: &Question) -> Result<Probe, Failure> {
+    let hash = |path: &Path| Ok::<_, Failure>(ContentHash::of(&read_file(path)?));
+    let source = |given: &GivenMedium| match &given.source {
+        MediaSource::Path(path) => hash(path),
+        MediaSource::Bytes(bytes) => Ok(ContentHash::of(bytes)),
+    };
+    let mut media = question.media.iter();
+    let parts = question.content.iter().map(|part| {
+        let kind = match part {
+            ContentPart::Text(text) => return Ok(ProbePart::Text(text.clone())),
+            ContentPart::Medium(kind) => kind,
+        };
+        let given = media.next().expect("each medium has a part");
+        Ok(ProbePart::Medium(match kind {
+            MediumKind::Image => ProbeMedium::Image(source(given)?),
+            MediumKind::Audio => ProbeMedium::Audio(source(given)?),
+            MediumKind::Video => {
+                let sound = match &given.sound {
+                    None => None,
+                    Some(MediaSound::Own) => Some(source(given)?),
+                    Some(MediaSound::Path(path)) => Some(hash(path)?),
+                };
+                ProbeMedium::Video(source(given)?, (given.fps * 1000.0).round() as u32, sound)
+            }
+        }))
+    });
+    Ok(Probe::Question(parts.collect::<Result<_, Failure>>()?, question.answer.clone()))
+}
+
+impl Probes {
+    /// Tokens that the longest probe may have.
+    pub fn tokens_max(&self) -> usize {
+        if self.questions.is_empty() { PROBE_TOKENS_MAX } else { QUESTION_TOKENS_MAX }
+    }
+
+    /// The probes as a model reads them, `context` tokens at most each.
+    pub fn tokens(&self, text: &ModelText, manifest: &ModelManifest, context: usize) -> Result<Vec<(String, Vec<ProbeTokens>)>, Failure> {
+        let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read probes");
+        let tokenizer = text.tokenizer.as_ref().ok_or_else(missing)?;
+        let domain = |(name, probes): (&String, &Vec<Probe>)| {
+            let mut questions = self.questions.get(name).into_iter().flatten();
+            let one = |(number, probe): (usize, &Probe)| match probe {
+                Probe::Text(probe) => {
+                    let mut tokens = tokenizer.encode(probe, SpecialTokens::AsWritten)?;
+                    tokens.truncate(PROBE_TOKENS_MAX.min(context));
+                    Ok(ProbeTokens { tokens, media: None, answer: None })
+                }
+                Probe::Question(..) => {
+                    let question = questions.next().expect("each has one");
+                    let read = question_tokens(question, (text, tokenizer), manifest, context);
+                    read.map_err(|failure| failure.about(format_args!("question {number} of {name}")))
+                }
+            };
+            Ok((name.clone(), (1..).zip(probes).map(one).collect::<Result<_, Failure>>()?))
+        };
+        self.set.domains().iter().map(domain).collect()
+    }
+}
+
+fn question_tokens(
+    question: &Question,
+    (text, tokenizer): (&ModelText, &Tokenizer),
+    manifest: &ModelManifest,
+    context: usize,
+) -> Result<ProbeTokens, Failure> {
+    let limits = MediaLimits::default();
+    let senses = Senses { vision: manifest.vision(), audio: manifest.audio(), limits: &limits };
+    let media = prepare(senses, &question.media)?;
+    let messages = [Message { role: Role::User, content: Content::Parts(question.content.clone()) }];
+    let request = text.request(Prompt::WithMedia(&messages, media), (context, 1), Sampling::GREEDY, &manifest.generation);
+    let request = request.map_err(PromptError::into_failure)?;
+    let mut tokens = request.prompt;
+    let answer = tokens.len();
+    tokens.extend(tokenizer.encode(&question.answer, SpecialTokens::AsWritten)?);
+    tokens.extend(request.eos_token_ids.first());
+    if tokens.len() > context {
+        return Err(Failure::new(Kind::Usage, format!("takes {} tokens, and {context} is the most", tokens.len())));
+    }
+    // The answer goes on where the question ends.
+    let media = request.media.map(|media| {
+        let mut positions = media.positions.clone();
+        let last = positions.last().map_or(-1.0, |last| last.time);
+        positions.extend((1..=tokens.len() - answer).map(|i| Position::all(last + i as f32)));
+        Arc::new(MediaPrompt { positions, runs: media.runs.clone(), media: media.media.clone() })
+    });
+    Ok(ProbeTokens { tokens, media, answer: Some(answer) })
 }
 
 #[cfg(test)]
@@ -48,13 +177,13 @@ mod tests {
 
     #[test]
     fn the_shipped_set_has_domains_enough_and_a_hundred_probes_of_each() {
-        let set = shipped();
+        let set = shipped().set;
         assert!(set.domains().len() >= 8);
         for (domain, probes) in set.domains() {
             assert_eq!(probes.len(), 100, "{domain}");
-            assert!(probes.iter().all(|probe| probe.len() < 1024), "{domain}");
+            assert!(probes.iter().all(|probe| probe.text().is_some_and(|text| text.len() < 1024)), "{domain}");
         }
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("probes");
-        assert_eq!(read(&dir).expect("it is a set").hash(), set.hash());
+        assert_eq!(read(&dir).expect("it is a set").set.hash(), set.hash());
     }
 }

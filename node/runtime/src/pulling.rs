@@ -58,7 +58,7 @@ fn of_domain(
     }
     let order = claims.by_use(domain);
     if order.is_empty() {
-        claims.domains.extend(claims.held.iter().flat_map(|claim| claim.body.domains.iter().map(|of| of.name.clone())));
+        claims.domains.extend(claims.held.iter().flat_map(|claim| claim.body.names().into_iter().map(str::to_owned)));
         claims.domains.sort();
         claims.domains.dedup();
         return Err(unknown_domain(domain, &claims.domains, &claims));

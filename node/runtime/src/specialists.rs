@@ -3,8 +3,8 @@
 use base::clock::now_ms;
 use base::failure::{Failure, Kind};
 use protocol::ExpertSlot;
-use protocol::profile::ProfileBody;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, Ranked, ranking};
+use protocol::profile::{DomainTotal, Modality, ProfileBody};
 use serde_json::{Value, json};
 
 use crate::data_dir::{LocalModel, OpenDataDir};
@@ -53,14 +53,72 @@ pub fn model_of(open: &OpenDataDir, model: Option<&str>) -> Result<LocalModel, F
     }
 }
 
-/// The experts that serve a domain, best first, as this node's own profile has them.
-pub fn domain_json(open: &OpenDataDir, found: &LocalModel, domain: &str, layer: Option<u32>, top: usize) -> Result<Value, Failure> {
+/// What experts are asked for.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    domain: Option<String>,
+    modality: Option<Modality>,
+}
+
+impl Subject {
+    /// A domain, its tokens of a modality, or all tokens of a modality.
+    pub fn new(domain: Option<String>, modality: Option<&str>) -> Result<Self, Failure> {
+        let known = || Modality::ALL.map(Modality::name).join(", ");
+        let named = |name| {
+            Modality::named(name).ok_or_else(|| Failure::new(Kind::Usage, format!("no modality is called {name} (known: {})", known())))
+        };
+        let modality = modality.map(named).transpose()?;
+        if domain.is_none() && modality.is_none() {
+            return Err(Failure::new(Kind::Usage, format!("a domain is missing, or a modality ({})", known())));
+        }
+        Ok(Self { domain, modality })
+    }
+
+    /// What people see.
+    pub fn text(&self) -> String {
+        let parts = [self.domain.as_deref(), self.modality.map(Modality::name)];
+        parts.into_iter().flatten().collect::<Vec<_>>().join("/")
+    }
+
+    /// The experts that serve it, as a body of a profile has them; `None` where that says nothing of it.
+    pub fn ranking(&self, body: &ProfileBody) -> Option<Vec<Ranked>> {
+        match (&self.domain, self.modality) {
+            (Some(domain), Some(modality)) => Some(ranking(body, body.domain_of(domain, modality)?)),
+            (Some(domain), None) => Some(ranking(body, body.domain(domain)?)),
+            (None, modality) => {
+                let body = body.by_modality();
+                Some(ranking(&body, body.domain(modality?.name())?))
+            }
+        }
+    }
+
+    /// The domain, where it is one.
+    pub fn domain(&self) -> Option<&str> {
+        self.domain.as_deref()
+    }
+
+    /// Says what a body knows instead.
+    fn unknown(&self, body: &ProfileBody) -> Failure {
+        let known: Vec<_> = body.names().into_iter().map(str::to_owned).collect();
+        match (&self.domain, self.modality) {
+            (Some(domain), _) if body.domain(domain).is_none() => no_such_domain(domain, &known),
+            (Some(domain), modality) => {
+                Failure::new(Kind::NotFound, format!("domain {domain} has no tokens of {}", modality.map_or("", Modality::name)))
+            }
+            (None, modality) => {
+                Failure::new(Kind::NotFound, format!("the profile is by probes without {}", modality.map_or("", Modality::name)))
+            }
+        }
+    }
+}
+
+/// The experts that serve a domain or a modality, best first, as this node's own profile has them.
+pub fn domain_json(open: &OpenDataDir, found: &LocalModel, subject: &Subject, layer: Option<u32>, top: usize) -> Result<Value, Failure> {
     let body = own_body(open, found)?.ok_or_else(|| no_profile(&found.name))?;
-    let number = domain_of(&body, domain)?;
+    let ranked = subject.ranking(&body).ok_or_else(|| subject.unknown(&body))?;
     check_layer(found, layer)?;
     let experts: Vec<_> = found.manifest.text().placed_experts().collect();
-    let rows: Vec<_> =
-        ranking(&body, number).into_iter().filter(|one| layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
+    let rows: Vec<_> = ranked.into_iter().filter(|one| layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
     let usage = open.dir.usage(found.id, experts.len())?;
     let (tested, specialists) = (rows.len(), rows.iter().filter(|one| one.is_specialist()).count());
     let row = |one: &Ranked| {
@@ -71,17 +129,9 @@ pub fn domain_json(open: &OpenDataDir, found: &LocalModel, domain: &str, layer: 
     };
     let rows: Vec<_> = rows.iter().take(top).map(row).collect();
     Ok(json!({
-        "model": found.id.to_string(), "name": found.name, "domain": domain, "probes": body.probes.to_string(), "precision": found.manifest.precision_text(),
+        "model": found.id.to_string(), "name": found.name, "domain": subject.text(), "probes": body.probes.to_string(), "precision": found.manifest.precision_text(),
         "tested": tested, "specialists": specialists, "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows,
     }))
-}
-
-/// The number of a domain, or an error that lists those that there are.
-pub(crate) fn domain_of(body: &ProfileBody, name: &str) -> Result<usize, Failure> {
-    body.domain(name).ok_or_else(|| {
-        let known: Vec<_> = body.domains.iter().map(|domain| domain.name.clone()).collect();
-        no_such_domain(name, &known)
-    })
 }
 
 /// The leading domain of each expert, by the number of the domain, and the lower bound of its lift there; −1 and 0 where it has none.
@@ -101,7 +151,7 @@ pub(crate) fn leading_domains(body: &ProfileBody) -> (Vec<i32>, Vec<f64>) {
 pub fn map_json(open: &OpenDataDir, found: &LocalModel) -> Result<Value, Failure> {
     let decoder = found.manifest.decoder();
     let (names, (leading, lift)) = match own_body(open, found)? {
-        Some(body) => (body.domains.iter().map(|domain| domain.name.clone()).collect(), leading_domains(&body)),
+        Some(body) => (body.domains.iter().map(DomainTotal::label).collect(), leading_domains(&body)),
         None => (Vec::new(), (vec![-1; found.manifest.text().experts.len()], vec![0.0; found.manifest.text().experts.len()])),
     };
     Ok(json!({

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::hash::{ContentHash, ModelId};
+use crate::profile::Modality;
 use serde_json::Value;
 
 fn number(v: &Value, name: &str) -> u64 {
@@ -11,6 +12,7 @@ fn number(v: &Value, name: &str) -> u64 {
 fn body(world: &Value) -> ProfileBody {
     let domains = world["domains"].as_array().expect("a list").iter().enumerate().map(|(i, v)| DomainTotal {
         name: format!("d{i:02}"),
+        modality: Modality::Text,
         probes: number(v, "probes") as u32,
         tokens: number(v, "tokens"),
         square_tokens: number(v, "square_tokens"),
@@ -66,7 +68,7 @@ fn of_experts_that_are_alike_few_are_called_specialists() {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 33) as f64 / f64::from(1u32 << 31)
     };
-    let total = |i| DomainTotal { name: format!("d{i}"), probes: 100, tokens: 8000, square_tokens: 640_000 };
+    let total = |i| DomainTotal { name: format!("d{i}"), modality: Modality::Text, probes: 100, tokens: 8000, square_tokens: 640_000 };
     let hash = ContentHash::of(b"");
     let mut body = ProfileBody::new(ModelId(hash), hash, (0..5).map(total).collect(), 2000);
     for counts in &mut body.experts {

@@ -99,14 +99,20 @@ ENCODE = {
         **PRELUDE, subject=array, facet=u8, from_ms=u64, until_ms=u64, good=u32, bad=u32, evidence=list_of(array)),
     "node": struct(
         **PRELUDE, memory_bytes=u64, disk_bytes=u64, experts_per_second=u32, addresses=list_of(text), models=list_of(array)),
-    "body": struct(
+    "body": lambda value: encode_body(value),
+}
+
+
+def encode_body(value):
+    """Version 2 says of each domain which modality its tokens are of."""
+    modality = dict(modality=u8) if any("modality" in domain for domain in value["domains"]) else {}
+    return struct(
         version=u16, model=array, probes=array,
-        domains=list_of(struct(name=text, probes=u32, tokens=u64, square_tokens=u64)),
+        domains=list_of(struct(name=text, **modality, probes=u32, tokens=u64, square_tokens=u64)),
         experts=list_of(struct(
             tokens=u64, modalities=lambda m: b"".join(map(u64, m)),
             domains=list_of(struct(routed=u32, gate_mass=u64, square_routed=u32, cross=u32, trials=u32, hits=u32)),
-            coactive=list_of(struct(expert=u32, count=u32))))),
-}
+            coactive=list_of(struct(expert=u32, count=u32)))))(value)
 
 
 def plain(value):
@@ -222,7 +228,8 @@ def draw(below, *what):
 
 
 def measured(name, layers, experts, top_k, domains, probes=3):
-    """The body that a model with a random router would have: every token chooses top_k experts in every layer."""
+    """The body that a model with a random router would have: every token chooses top_k experts in every layer. In version 2, domains
+    are pairs of a name and a modality."""
     lengths = {d: [2 + draw(6, name, "length", d, p) for p in range(probes)] for d in domains}
     rows = []
     for layer in range(layers):
@@ -242,7 +249,8 @@ def measured(name, layers, experts, top_k, domains, probes=3):
                         cells[x]["trials"] += trial > 0
                         cells[x]["hits"] += trial > 0 and hit
                         layer_rows[x]["tokens"] += 1
-                        layer_rows[x]["modalities"][draw(3, name, "modality", d, p, t)] += 1
+                        modality = d[1] if isinstance(d, tuple) else draw(3, name, "modality", d, p, t)
+                        layer_rows[x]["modalities"][modality] += 1
                         for other in chosen:
                             together[x][other] += other != x
                 for x in range(experts):
@@ -255,8 +263,12 @@ def measured(name, layers, experts, top_k, domains, probes=3):
             most = sorted((-count, other) for other, count in enumerate(together[x]) if count)[:8]
             row["coactive"] = [dict(expert=other, count=-count) for count, other in most]
         rows += layer_rows
-    return dict(version=1, model=MODEL, probes=PROBES, experts=rows, domains=[
-        dict(name=d, probes=probes, tokens=sum(lengths[d]), square_tokens=sum(n * n for n in lengths[d])) for d in domains])
+    def named(d):
+        return dict(name=d[0], modality=d[1]) if isinstance(d, tuple) else dict(name=d)
+
+    version = 2 if any(isinstance(d, tuple) for d in domains) else 1
+    return dict(version=version, model=MODEL, probes=PROBES, experts=rows, domains=[
+        named(d) | dict(probes=probes, tokens=sum(lengths[d]), square_tokens=sum(n * n for n in lengths[d])) for d in domains])
 
 
 def body_fields(value):
@@ -265,9 +277,14 @@ def body_fields(value):
 
 def head_of(value, data, **changes):
     """The profile head of a body, with the summary that follows from it."""
-    sums = [dict(domain=d["name"], experts=min(2, len(value["experts"])),
+    # Of a domain's tokens, those that are not text, where it has such.
+    leading = {}
+    for i, d in enumerate(value["domains"]):
+        rank = (d.get("modality", 0) != 0, d["tokens"], -i)
+        leading[d["name"]] = max(leading.get(d["name"], (rank, i)), (rank, i))
+    sums = [dict(domain=name, experts=min(2, len(value["experts"])),
                  trials=sum(x["domains"][i]["trials"] for x in value["experts"]),
-                 hits=sum(x["domains"][i]["hits"] for x in value["experts"])) for i, d in enumerate(value["domains"])]
+                 hits=sum(x["domains"][i]["hits"] for x in value["experts"])) for name, (_, i) in leading.items()]
     return ordinary("profile", body_hash=blake3(data).digest(), body_length=len(data), summary=sums) | changes
 
 
@@ -284,6 +301,9 @@ def body_vector(name, expected, shape, value, data=None, head_from=None, **head_
 
 SMALL = (2, 4, 2)
 SMALL_DOMAINS = ["code", "law"]
+
+
+OF_MEDIA = [("objects", 0), ("objects", 1), ("speech", 0), ("speech", 2)]
 
 
 def full_sixteen():
@@ -309,6 +329,7 @@ def valid_bodies():
         ("sixteen-domains-and-eight-coactive", (1, 9, 9), measured("full", 1, 9, 9, full_sixteen(), probes=1)),
         ("largest-counts", (1, 1, 1), one_expert_with_largest_counts()),
         ("domain-without-probes", (1, 3, 1), unused),
+        ("of-three-modalities", SMALL, measured("three modalities", *SMALL, OF_MEDIA)),
     ]
     assert all(len(x["coactive"]) == 8 for x in cases[1][2]["experts"])
     return [body_vector(name, "ok", shape, value) for name, shape, value in cases]
@@ -360,6 +381,14 @@ def invalid_bodies():
     refuse("without-bytes", data=b"")
     refuse("with-a-byte-left-over", data=whole + b"\0")
     refuse("of-version-2", lambda v: v.update(version=2))
+    media = measured("three modalities", *SMALL, OF_MEDIA)
+    refuse("of-version-3", lambda v: v.update(version=3), value=media)
+    refuse("of-version-1-with-modalities", lambda v: v.update(version=1), value=media)
+    refuse("of-version-2-about-text-alone", value=measured("text alone", *SMALL, [("code", 0), ("law", 0)]))
+    refuse("with-a-modality-that-is-none", lambda v: v["domains"][3].update(modality=3), value=media)
+    refuse("with-modalities-unsorted", lambda v: v.update(domains=[v["domains"][i] for i in (1, 0, 2, 3)]), value=media)
+    refuse("with-a-modality-twice", lambda v: v["domains"][0].update(modality=1), value=media)
+    refuse("with-another-modality-s-tokens", lambda v: v["domains"][3].update(modality=1), value=media)
     refuse("of-another-model", lambda v: v.update(model=hash_of("another model")))
     refuse("of-other-probes", lambda v: v.update(probes=hash_of("other probes")))
 

@@ -7,19 +7,17 @@ use base::clock::{check_interrupted, interrupted, now_ms};
 use base::failure::{Failure, Kind, io_failure};
 use base::output::{byte_bar, note, print_json, print_line};
 use clap::{Args, Subcommand};
-use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
-use inference::engine::Want;
-use inference::generate::{Answer, Sequence};
+use inference::generate::read as read_prompt;
 use inference::perplexity::{PerplexityError, PerplexityReport, perplexity};
 use inference::reference::reference_logits;
 use protocol::ExpertSlot;
 use runtime::command::{Context, EngineArgs, MediaLimitArgs, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
-use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSound, MediaSource, Senses, prepare};
+use runtime::media::{Senses, prepare};
+use runtime::message_files::read_messages;
 use runtime::prompt::{Prompt, PromptError, default_sampling};
 use safetensors::tensor::{Dtype, TensorView};
-use serde::Deserialize;
 use serde_json::json;
 
 /// Tokens of a window of a text, unless the model's context is shorter or `--context` says otherwise.
@@ -86,78 +84,6 @@ fn read_tokens(file: &Path) -> Result<Vec<u32>, Failure> {
     if tokens.is_empty() { Err(Failure::new(Kind::Usage, format!("{} has no tokens", file.display()))) } else { Ok(tokens) }
 }
 
-/// A message of a file.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct FileMessage {
-    role: Role,
-    content: FileContent,
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum FileContent {
-    Text(String),
-    Parts(Vec<FilePart>),
-}
-
-#[derive(Deserialize)]
-#[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
-enum FilePart {
-    Text { text: String },
-    Image { path: PathBuf },
-    Audio { path: PathBuf },
-    Video { path: PathBuf, fps: Option<f64>, sound: Option<FileSound> },
-}
-
-#[derive(Deserialize)]
-#[serde(untagged)]
-enum FileSound {
-    Own(bool),
-    Path(PathBuf),
-}
-
-/// Reads messages and the media that they name; paths are relative to the file, or else to where the command was given.
-fn read_messages(file: &Path) -> Result<(Vec<Message>, Vec<GivenMedium>), Failure> {
-    let wrong = |what: String| Failure::new(Kind::Usage, format!("{}: {what}", file.display()));
-    let read: Vec<FileMessage> = serde_json::from_slice(&read(file)?).map_err(|error| wrong(format!("is no list of messages: {error}")))?;
-    let beside = |path: PathBuf| {
-        let there = file.parent().map(|dir| dir.join(&path)).filter(|there| there.exists());
-        there.unwrap_or(path)
-    };
-    let mut media = Vec::new();
-    let mut medium = |kind, path: PathBuf, fps: Option<f64>, sound: Option<FileSound>| {
-        let fps = fps.unwrap_or(FPS_DEFAULT);
-        if !(fps.is_finite() && fps > 0.0) {
-            return Err(wrong(format!("fps is {fps}, which is no rate")));
-        }
-        let sound = match sound {
-            None | Some(FileSound::Own(false)) => None,
-            Some(FileSound::Own(true)) => Some(MediaSound::Own),
-            Some(FileSound::Path(path)) => Some(MediaSound::Path(beside(path))),
-        };
-        media.push(GivenMedium { kind, name: path.display().to_string(), source: MediaSource::Path(beside(path)), fps, sound });
-        Ok(ContentPart::Medium(kind))
-    };
-    let mut messages = Vec::new();
-    for FileMessage { role, content } in read {
-        let content = match content {
-            FileContent::Text(text) => Content::Text(text),
-            FileContent::Parts(parts) => {
-                let parts = parts.into_iter().map(|part| match part {
-                    FilePart::Text { text } => Ok(ContentPart::Text(text)),
-                    FilePart::Image { path } => medium(MediumKind::Image, path, None, None),
-                    FilePart::Audio { path } => medium(MediumKind::Audio, path, None, None),
-                    FilePart::Video { path, fps, sound } => medium(MediumKind::Video, path, fps, sound),
-                });
-                Content::Parts(parts.collect::<Result<_, _>>()?)
-            }
-        };
-        messages.push(Message { role, content });
-    }
-    if messages.is_empty() { Err(wrong("has no messages".to_owned())) } else { Ok((messages, media)) }
-}
-
 /// The tokens of a conversation, its media among them, and the logits after each.
 fn logits_of_messages(
     context: &Context,
@@ -175,15 +101,14 @@ fn logits_of_messages(
     let request = loaded.text.request(prompt, (loaded.engine.context(), 1), default_sampling(defaults, 0), defaults);
     let request = request.map_err(PromptError::into_failure)?;
     request.check(loaded.engine.context())?;
-    let tokens = request.prompt.clone();
-    let mut sequence = Sequence::new(loaded.engine.session(), Answer::new(request, None));
     let mut values = Vec::new();
-    while sequence.wants_prompt() {
+    let prompt = (&request.prompt[..], request.media.as_ref());
+    read_prompt(&mut loaded.engine, &mut loaded.towers, prompt, |_, logits| {
         check_interrupted()?;
-        let rows = sequence.take_in_for(&mut loaded.engine, &mut loaded.towers, usize::MAX, Want::All)?;
-        (0..rows).for_each(|row| values.extend_from_slice(loaded.engine.logits_of(row)));
-    }
-    Ok((tokens, values))
+        values.extend_from_slice(logits);
+        Ok::<_, Failure>(())
+    })?;
+    Ok((request.prompt, values))
 }
 
 fn logits(context: &Context, args: &LogitsArgs) -> Result<(), Failure> {
@@ -245,7 +170,7 @@ fn measure(context: &Context, args: &PerplexityArgs) -> Result<(), Failure> {
     if let Some(slot) = args.without.iter().find(|slot| !slots.contains(slot)) {
         return Err(Failure::new(Kind::Usage, format!("{} has no {slot}", found.name)));
     }
-    loaded.engine.left_out.clone_from(&args.without);
+    loaded.engine.left_out = args.without.iter().map(|&slot| slot.into()).collect();
     let bar = byte_bar(text.len() as u64, "perplexity");
     let (mut report, mut documents, mut before) = (PerplexityReport::default(), Vec::new(), 0);
     for document in text.split('\u{1e}') {

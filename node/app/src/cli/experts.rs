@@ -7,20 +7,27 @@ use base::clock::{check_interrupted, instant, interrupted};
 use base::failure::{Failure, Kind};
 use base::output::{note, print_json, print_line};
 use clap::{Args, Subcommand};
+use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
+use inference::generate::read;
+use inference::media::limits::MediaLimits;
+use inference::sampler::Sampling;
 use inference::tokenizer::SpecialTokens;
 use net::PeerId;
 use net::network::Network;
 use net::records::clock_text;
+use protocol::profile::Modality;
 use protocol::profile::lift::FALSE_DISCOVERY_RATE;
 use protocol::record::is_domain_name;
 use runtime::claims::{self, Check, Claim, Claims, Sample, check_text, unknown_domain};
 use runtime::command::{Context, EngineArgs, Held, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
+use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSource, Senses, prepare};
 use runtime::probes;
 use runtime::profiles::ProfileStep;
+use runtime::prompt::{Prompt, PromptError};
 use runtime::pulling::SETTLE;
-use runtime::specialists::{check_layer, domain_json, map_json, model_of, no_profile, own_body, row_json};
+use runtime::specialists::{Subject, check_layer, domain_json, map_json, model_of, no_profile, own_body, row_json};
 use serde_json::{Value, json};
 
 use super::map::Map;
@@ -32,13 +39,15 @@ const HEADING: &str = "layer expert   lift             95%        q  routed  tri
 const PROVIDERS_SHOWN: usize = 3;
 /// Experts whose trials are made again.
 const SAMPLE: usize = 5;
+/// Tokens that a chat template puts around a question, at most.
+const QUESTION_MARKS: usize = 1024;
 /// Experts that are listed unless told otherwise.
 const TOP_DEFAULT: u32 = 10;
 
 #[derive(Subcommand)]
 pub(super) enum ExpertsCommand {
     /// List the experts that serve a domain, or a text, best
-    Which(WhichArgs),
+    Which(Box<WhichArgs>),
     /// Show which domain each expert serves
     Map(MapArgs),
 }
@@ -46,11 +55,20 @@ pub(super) enum ExpertsCommand {
 #[derive(Args)]
 pub(super) struct WhichArgs {
     /// A domain of the model's profile
-    #[arg(required_unless_present = "text", conflicts_with = "text")]
+    #[arg(required_unless_present_any = ["modality", "text", "image", "audio"], conflicts_with_all = ["text", "image", "audio"])]
     domain: Option<String>,
-    /// The experts that this text uses
+    /// Tokens of this modality: text, image or audio; of the domain, or of all
+    #[arg(long, value_name = "MODALITY", conflicts_with_all = ["text", "image", "audio"])]
+    modality: Option<String>,
+    /// The experts that this text uses; with a picture or a sound, the question about it
     #[arg(long, value_name = "TEXT")]
     text: Option<String>,
+    /// The experts that this picture uses
+    #[arg(long, value_name = "FILE")]
+    image: Vec<PathBuf>,
+    /// The experts that this sound uses
+    #[arg(long, value_name = "FILE")]
+    audio: Vec<PathBuf>,
     /// A name, an id or the beginning of an id [default: the only model with a profile]
     #[arg(long, value_name = "MODEL")]
     model: Option<String>,
@@ -61,7 +79,7 @@ pub(super) struct WhichArgs {
     #[arg(long, value_name = "N", default_value_t = TOP_DEFAULT, value_parser = clap::value_parser!(u32).range(1..))]
     top: u32,
     /// Ask the peers, too, and check what they say if the whole model is here
-    #[arg(long, conflicts_with = "text")]
+    #[arg(long, conflicts_with_all = ["text", "image", "audio"])]
     federation: bool,
     /// With --federation: how long to measure again what peers say
     #[arg(long, value_name = "TIME", default_value = "30s", value_parser = parse_time)]
@@ -83,24 +101,29 @@ pub(super) struct MapArgs {
 
 pub(super) fn experts(context: &Context, command: &ExpertsCommand) -> Result<(), Failure> {
     match command {
-        ExpertsCommand::Which(args) => match (&args.domain, &args.text) {
-            (Some(domain), _) if args.federation => of_federation(context, args, domain),
-            (Some(domain), _) => of_domain(context, args, domain),
-            (None, Some(text)) => of_text(context, args, text),
-            (None, None) => unreachable!("clap asks for one of both"),
-        },
+        ExpertsCommand::Which(args) if args.text.is_some() || !args.image.is_empty() || !args.audio.is_empty() => of_input(context, args),
+        ExpertsCommand::Which(args) => {
+            let subject = Subject::new(args.domain.clone(), args.modality.as_deref())?;
+            if args.federation { of_federation(context, args, &subject) } else { of_subject(context, args, &subject) }
+        }
         ExpertsCommand::Map(args) => map(context, args),
     }
 }
 
-fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
+fn of_subject(context: &Context, args: &WhichArgs, subject: &Subject) -> Result<(), Failure> {
     let json = match context.open()? {
-        Held::Here(open) => domain_json(&open, &model_of(&open, args.model.as_deref())?, domain, args.layer, args.top as usize)?,
+        Held::Here(open) => domain_json(&open, &model_of(&open, args.model.as_deref())?, subject, args.layer, args.top as usize)?,
         Held::Daemon(daemon) => {
-            context.only_given(&["domain", "model", "layer", "top"])?;
-            let more = [("model", args.model.clone()), ("layer", args.layer.map(|layer| layer.to_string()))];
+            context.only_given(&["domain", "modality", "model", "layer", "top"])?;
+            let (domain, modality) = (args.domain.clone(), args.modality.clone());
+            let more = [
+                ("domain", domain),
+                ("modality", modality),
+                ("model", args.model.clone()),
+                ("layer", args.layer.map(|layer| layer.to_string())),
+            ];
             let more: String = more.iter().filter_map(|(name, value)| Some(format!("&{name}={}", encoded(value.as_ref()?)))).collect();
-            context.ask(&daemon, &format!("/api/experts?domain={}&top={}{more}", encoded(domain), args.top))?
+            context.ask(&daemon, &format!("/api/experts?top={}{more}", args.top))?
         }
     };
     if context.json {
@@ -111,24 +134,28 @@ fn of_domain(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Fa
         print_line(&format!("{}  {}", row_text(row), if row["here"] == true { "yes" } else { "no" }))?;
     }
     note(&format!(
-        "{} at {}, by the lower bound of the lift: {} of {} experts are specialists of {domain} (at most {:.0}% of them by chance)",
+        "{} at {}, by the lower bound of the lift: {} of {} experts are specialists of {} (at most {:.0}% of them by chance)",
         json["name"].as_str().unwrap_or_default(),
         json["precision"].as_str().unwrap_or_default(),
         json["specialists"],
         json["tested"],
+        subject.text(),
         FALSE_DISCOVERY_RATE * 100.0
     ));
     Ok(())
 }
 
 /// What the federation says: claims of peers, measured again as far as that can be done here, and who has the experts.
-fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<(), Failure> {
+fn of_federation(context: &Context, args: &WhichArgs, subject: &Subject) -> Result<(), Failure> {
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| open.only_model(), Ok)?;
     let found = federation.find(&open, &model, None)?;
     check_layer(&found, args.layer)?;
     let network = federation.settle(SETTLE)?.ok_or_else(|| no_peer(context))?;
+    // Peers are asked for what they say of the model; a modality is looked up in that.
+    let text = subject.text();
+    let domain = subject.domain().unwrap_or(&text);
     if !is_domain_name(domain) {
         return Err(Failure::new(
             Kind::Usage,
@@ -137,7 +164,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
     }
     let mut claims = claims::collect(&federation, (&open, &network), &found, domain, None)?;
     if let (Some(body), Some(profile)) = (own_body(&open, &found)?, open.dir.profile(found.id)?) {
-        claims.domains.extend(body.domains.iter().map(|domain| domain.name.clone()));
+        claims.domains.extend(body.names().into_iter().map(str::to_owned));
         claims.add_own(open.dir.key()?.id(), profile.arithmetic, body);
     }
     if claims.held.is_empty() && network.peers.borrow().connected.is_empty() {
@@ -145,8 +172,11 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
     }
     check_claims(context, args, (&open, &found), &federation, &network, domain, &mut claims)?;
     let experts: Vec<_> = found.manifest.text().placed_experts().collect();
-    let rows: Vec<_> =
-        claims.ranking(domain).into_iter().filter(|(one, _)| args.layer.is_none_or(|layer| experts[one.expert].0.layer == layer)).collect();
+    let rows: Vec<_> = claims
+        .ranking(subject)
+        .into_iter()
+        .filter(|(one, _)| args.layer.is_none_or(|layer| experts[one.expert].0.layer == layer))
+        .collect();
     if rows.is_empty() {
         claims.domains.sort();
         claims.domains.dedup();
@@ -169,7 +199,7 @@ fn of_federation(context: &Context, args: &WhichArgs, domain: &str) -> Result<()
             })
             .collect();
         return print_json(&json!({
-            "model": found.id.to_string(), "domain": domain, "precision": found.manifest.precision_text(),
+            "model": found.id.to_string(), "domain": text, "precision": found.manifest.precision_text(),
             "false_discovery_rate": FALSE_DISCOVERY_RATE, "experts": rows, "claims": claims.held.iter().map(claim_json).collect::<Vec<_>>(),
             "refuted": by_node(&claims.refuted), "missing": by_node(&claims.missing),
         }));
@@ -215,13 +245,13 @@ fn check_claims(
     domain: &str,
     claims: &mut Claims,
 ) -> Result<(), Failure> {
-    let set = probes::shipped();
-    let number = set.domains().keys().position(|known| known == domain);
+    let probes = probes::shipped();
+    let is_known = probes.set.domains().contains_key(domain);
     if claims.held.iter().all(|claim| claim.check == Check::Own) || args.check.is_zero() {
         return Ok(());
     }
     let is_whole = found.blobs().keys().all(|hash| open.store.contains(hash));
-    let Some(number) = number.filter(|_| is_whole) else {
+    if !is_known || !is_whole {
         let why = if is_whole {
             "the domain is not among the probes here"
         } else {
@@ -229,13 +259,13 @@ fn check_claims(
         };
         claims.leave_unchecked(why);
         return Ok(());
-    };
+    }
     let began = instant();
     let in_time = || instant() - began < args.check && !interrupted();
-    let mut measuring = Measuring::new(context, (open, found), federation, &args.engine, &set)?;
-    let mut journal = measuring.resume(open, found, &set)?;
+    let mut measuring = Measuring::new(context, (open, found), federation, &args.engine, &probes)?;
+    let mut journal = measuring.resume(open, found, &probes)?;
     while in_time()
-        && let Some(reading) = measuring.profiler.read_next(&mut measuring.loaded.engine)?
+        && let Some(reading) = measuring.profiler.read_next(&mut measuring.loaded.engine, &mut measuring.loaded.towers)?
     {
         journal.add(&ProfileStep::Read(reading))?; // the next time goes on from here
     }
@@ -244,7 +274,8 @@ fn check_claims(
         claims.leave_unchecked("no time (--check TIME)");
         return Ok(());
     }
-    let tools = (&measuring.profiler, &mut measuring.loaded.engine);
+    let number = measuring.profiler.body().domain(domain).expect("the set has it");
+    let tools = (&measuring.profiler, &mut measuring.loaded);
     let slots: Vec<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     let among = |expert: usize| args.layer.is_none_or(|layer| slots[expert].layer == layer);
     let sample = Sample { domain: number, experts: SAMPLE, of: args.top as usize, among: &among };
@@ -292,8 +323,8 @@ fn row_text(row: &Value) -> String {
     )
 }
 
-/// The experts that a text uses, by how much likelier that is than in the mean of the profile's domains.
-fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failure> {
+/// The experts that a text, a picture or a sound uses, by how much likelier that is than in the mean of the profile's domains.
+fn of_input(context: &Context, args: &WhichArgs) -> Result<(), Failure> {
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = match &args.model {
@@ -302,22 +333,51 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
     };
     check_layer(&found, args.layer)?;
     let usual = own_body(&open, &found)?;
-    let mut loaded = federation.load(&open, &found, context.memory_max, args.engine.options(&found.manifest, Some(text.len().max(1))))?;
-    let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
-    let mut tokens = loaded.text.tokenizer.as_ref().ok_or_else(missing)?.encode(text, SpecialTokens::AsWritten)?;
-    tokens.truncate(loaded.engine.context());
-    if tokens.is_empty() {
-        return Err(Failure::new(Kind::Usage, "the text is empty"));
-    }
+    let text = args.text.as_deref().unwrap_or_default();
+    let files = |kind, paths: &[PathBuf]| {
+        let given = |path: &PathBuf| GivenMedium {
+            kind,
+            name: path.display().to_string(),
+            source: MediaSource::Path(path.clone()),
+            fps: FPS_DEFAULT,
+            sound: None,
+        };
+        paths.iter().map(given).collect::<Vec<_>>()
+    };
+    let media = [files(MediumKind::Image, &args.image), files(MediumKind::Audio, &args.audio)].concat();
+    let limits = MediaLimits::default();
+    let senses = Senses { vision: found.manifest.vision(), audio: found.manifest.audio(), limits: &limits };
+    let prepared = prepare(senses, &media)?;
+    let places: usize = prepared.iter().map(|medium| medium.medium.places()).sum();
+    let window = if media.is_empty() { text.len().max(1) } else { places + text.len() + QUESTION_MARKS };
+    let mut loaded = federation.load(&open, &found, context.memory_max, args.engine.options(&found.manifest, Some(window)))?;
+    let (tokens, media) = if media.is_empty() {
+        let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text");
+        let mut tokens = loaded.text.tokenizer.as_ref().ok_or_else(missing)?.encode(text, SpecialTokens::AsWritten)?;
+        tokens.truncate(loaded.engine.context());
+        if tokens.is_empty() {
+            return Err(Failure::new(Kind::Usage, "the text is empty"));
+        }
+        (tokens, None)
+    } else {
+        let parts = media.iter().map(|medium| ContentPart::Medium(medium.kind)).chain([ContentPart::Text(text.to_owned())]);
+        let messages = [Message { role: Role::User, content: Content::Parts(parts.collect()) }];
+        let room = (loaded.engine.context(), 1);
+        let request = loaded.text.request(Prompt::WithMedia(&messages, prepared), room, Sampling::GREEDY, &found.manifest.generation);
+        let request = request.map_err(PromptError::into_failure)?;
+        (request.prompt, request.media)
+    };
     let decoder = found.manifest.decoder();
     let slots: Vec<_> = found.manifest.text().placed_experts().map(|(slot, _)| slot).collect();
     let log = inference::activation_log::ActivationLog::new(tokens.len() * decoder.layers() as usize);
     loaded.engine.log = Some(log);
-    let mut session = loaded.engine.session();
-    loaded.engine.forward(&mut session, &tokens)?;
+    read(&mut loaded.engine, &mut loaded.towers, (&tokens, media.as_ref()), |_, _| Ok::<_, Failure>(()))?;
     let log = loaded.engine.log.take().expect("it was put there");
+    // Of a picture or a sound, its own tokens are looked at, and not the words about it.
+    let counts = |modality: Modality| media.is_none() || modality != Modality::Text;
+    let counted = if media.is_none() { tokens.len() } else { places };
     let mut used = std::collections::BTreeMap::<(u32, u32), u32>::new();
-    for entry in log.entries() {
+    for entry in log.entries().filter(|entry| counts(entry.modality)) {
         for choice in entry.choices {
             *used.entry((entry.layer, choice.expert)).or_default() += 1;
         }
@@ -335,7 +395,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
         .filter(|(_, slot)| args.layer.is_none_or(|layer| slot.layer == layer))
         .filter_map(|(number, slot)| {
             let used = *used.get(&(slot.layer, slot.expert))?;
-            let share = f64::from(used) / tokens.len() as f64;
+            let share = f64::from(used) / counted as f64;
             Some((*slot, used, share, share / share_of(number).max(1e-9)))
         })
         .collect();
@@ -349,7 +409,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
                 |(slot, used, share, lift)| json!({"layer": slot.layer, "expert": slot.expert, "used": used, "share": share, "lift": lift}),
             )
             .collect();
-        return print_json(&json!({"model": found.id.to_string(), "tokens": tokens.len(), "experts": rows}));
+        return print_json(&json!({"model": found.id.to_string(), "tokens": counted, "experts": rows}));
     }
     print_line(&format!("{:>5} {:>6} {:>6} {:>6} {:>6}", "layer", "expert", "used", "share", "lift"))?;
     for (slot, used, share, lift) in rows {
@@ -360,7 +420,7 @@ fn of_text(context: &Context, args: &WhichArgs, text: &str) -> Result<(), Failur
     } else {
         "what chance would give; confrere profile build makes a profile"
     };
-    note(&format!("{} tokens; lift is against {against}", tokens.len()));
+    note(&format!("{counted} tokens; lift is against {against}"));
     Ok(())
 }
 

@@ -8,10 +8,10 @@ use base::failure::{Failure, Kind};
 use base::output::{count_bar, note, print_json, print_line};
 use clap::{Args, Subcommand};
 use inference::engine::EngineOptions;
-use inference::profiler::{PAIRS_AT_ONCE, PROBE_TOKENS_MAX, ProfileError, Profiler};
+use inference::profiler::{PAIRS_AT_ONCE, ProfileError, Profiler};
 use net::records::parse_peer;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, ranking};
-use protocol::profile::{BODY_BYTES_MAX, ProbeSet};
+use protocol::profile::{BODY_BYTES_MAX, DomainTotal};
 use protocol::record::Facet;
 use protocol::{ContentHash, ModelId};
 use runtime::claims::{self, Check, Sample, check_text};
@@ -19,7 +19,7 @@ use runtime::command::{Context, EngineArgs, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
 use runtime::loading::Loaded;
-use runtime::probes;
+use runtime::probes::{self, Probes};
 use runtime::profiles::{Journal, Profile, ProfileStep};
 use runtime::pulling::SETTLE;
 use serde_json::{Value, json};
@@ -106,28 +106,27 @@ impl Measuring {
         (open, found): (&OpenDataDir, &LocalModel),
         federation: &Federation,
         engine: &EngineArgs,
-        set: &ProbeSet,
+        probes: &Probes,
     ) -> Result<Self, Failure> {
-        let window = found.manifest.decoder().context.min(PROBE_TOKENS_MAX as u32) as usize;
+        let window = (found.manifest.decoder().context as usize).min(probes.tokens_max());
         // Whoever reads less of a probe counts otherwise.
         let options = EngineOptions { context: window, ..engine.options(&found.manifest, Some(window)) };
         let loaded = federation.load(open, found, context.memory_max, options)?;
-        let missing = || Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read probes");
-        let tokenizer = loaded.text.tokenizer.as_ref().ok_or_else(missing)?;
-        let profiler = Profiler::new(&loaded.engine, found.id, tokenizer, set)?;
+        let profiler = profiler(&loaded, found, probes)?;
         Ok(Self { loaded, profiler, build_profile: build_profile(&options) })
     }
 
     /// Takes in what an earlier build has read with the same probes, and goes on in its journal.
-    pub(super) fn resume(&mut self, open: &OpenDataDir, found: &LocalModel, set: &ProbeSet) -> Result<Journal, Failure> {
-        let begun = ProfileStep::Begun(set.hash(), self.build_profile);
-        let (mut journal, steps) = Journal::open(&open.dir, found.id, set.hash(), self.build_profile)?;
+    pub(super) fn resume(&mut self, open: &OpenDataDir, found: &LocalModel, probes: &Probes) -> Result<Journal, Failure> {
+        let set = probes.set.hash();
+        let begun = ProfileStep::Begun(set, self.build_profile);
+        let (mut journal, steps) = Journal::open(&open.dir, found.id, set, self.build_profile)?;
         let anew = steps.is_empty();
         if resume(&mut self.profiler, &begun, steps).is_err() {
             if !anew {
                 note("warning: what was measured earlier is damaged; it is measured anew");
             }
-            self.profiler = Profiler::new(&self.loaded.engine, found.id, tokenizer(&self.loaded), set)?;
+            self.profiler = profiler(&self.loaded, found, probes)?;
             journal.clear()?;
             journal.add(&begun)?;
         }
@@ -143,7 +142,7 @@ impl Measuring {
         let bar = count_bar(self.profiler.tokens(), "probes", "tokens");
         loop {
             bar.set_position(self.profiler.tokens_read());
-            let Some(reading) = self.profiler.read_next(&mut self.loaded.engine)? else {
+            let Some(reading) = self.profiler.read_next(&mut self.loaded.engine, &mut self.loaded.towers)? else {
                 bar.finish_and_clear();
                 return Ok(true);
             };
@@ -165,13 +164,14 @@ pub(super) fn build_profile(options: &EngineOptions) -> ContentHash {
 fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let began = instant();
     let is_over = || !args.budget.is_zero() && instant() - began >= args.budget;
-    let set = args.probes.as_deref().map_or_else(|| Ok(probes::shipped()), probes::read)?;
+    let probes = args.probes.as_deref().map_or_else(|| Ok(probes::shipped()), probes::read)?;
+    let set = probes.set.hash();
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&open, &args.model, None)?;
-    let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
-    let mut journal = measuring.resume(&open, &found, &set)?;
-    if open.dir.profile(found.id)?.is_some_and(|profile| profile.probes != set.hash()) {
+    let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &probes)?;
+    let mut journal = measuring.resume(&open, &found, &probes)?;
+    if open.dir.profile(found.id)?.is_some_and(|profile| profile.probes != set) {
         note("note: the profile by other probes is replaced; to build it again takes no new measuring");
     }
     let left = measuring.profiler.tokens() - measuring.profiler.tokens_read();
@@ -200,7 +200,7 @@ fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let (body, _) = open.store.put(&bytes, now_ms())?;
     open.store.flush();
     let published = open.dir.profile(found.id)?.is_some_and(|profile| profile.published);
-    let profile = Profile { probes: set.hash(), arithmetic: measuring.build_profile, body, published };
+    let profile = Profile { probes: set, arithmetic: measuring.build_profile, body, published };
     open.dir.set_profile(found.id, &profile)?;
     show(context, &found, &measuring, &profile)?;
     if interrupted() {
@@ -225,8 +225,9 @@ fn read_in_part(context: &Context, found: &LocalModel, measuring: &Measuring, be
     Ok(())
 }
 
-fn tokenizer(loaded: &Loaded) -> &inference::tokenizer::Tokenizer {
-    loaded.text.tokenizer.as_ref().expect("it was there when the probes were read")
+fn profiler(loaded: &Loaded, found: &LocalModel, probes: &Probes) -> Result<Profiler, Failure> {
+    let tokens = probes.tokens(&loaded.text, &found.manifest, loaded.engine.context())?;
+    Ok(Profiler::new(&loaded.engine, found.id, probes.set.hash(), tokens)?)
 }
 
 /// Takes in the steps of an earlier build, if they are about the same.
@@ -261,7 +262,7 @@ fn try_experts(measuring: &mut Measuring, journal: &mut Journal, budget: Duratio
             bar.set_position((instant() - began).as_millis() as u64);
             instant() - began < budget && !interrupted()
         };
-        let found = profiler.try_round(&mut loaded.engine, &round, go_on)?;
+        let found = profiler.try_round((&mut loaded.engine, &mut loaded.towers), &round, go_on)?;
         if !found.is_empty() {
             journal.add(&ProfileStep::Tried(found))?;
         }
@@ -312,8 +313,8 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| open.only_model(), Ok)?;
     let found = federation.find(&open, &model, None)?;
-    let set = probes::shipped();
-    let any = set.domains().keys().next().expect("a probe set has domains").clone();
+    let probes = probes::shipped();
+    let any = probes.set.domains().keys().next().expect("a probe set has domains").clone();
     let network = federation.settle(SETTLE)?.ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR)"))?;
     let mut claims = claims::collect(&federation, (&open, &network), &found, &any, Some(peer))?;
     let mut results = Vec::new();
@@ -327,17 +328,18 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
         return Err(Failure::new(Kind::NotFound, format!("{peer} says nothing of {} that has come here", found.name)));
     }
     if !claims.held.is_empty() {
-        let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &set)?;
-        let mut journal = measuring.resume(&open, &found, &set)?;
+        let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &probes)?;
+        let mut journal = measuring.resume(&open, &found, &probes)?;
         if !measuring.read_all(|| !interrupted(), |step| journal.add(&step))? {
             return Err(Failure::interrupted());
         }
-        for (domain, name) in set.domains().keys().enumerate() {
+        let labels: Vec<_> = measuring.profiler.body().domains.iter().map(DomainTotal::label).collect();
+        for (domain, name) in labels.into_iter().enumerate() {
             let sample = Sample { domain, experts: args.sample, of: usize::MAX, among: &|_| true };
-            let tools = (&measuring.profiler, &mut measuring.loaded.engine);
+            let tools = (&measuring.profiler, &mut measuring.loaded);
             claims.check(&network, tools, measuring.build_profile, &sample, instant() + PER_DOMAIN)?;
             let check = claims.held.first().map(|claim| claim.check.clone()).expect("there is one");
-            results.push((name.clone(), check.clone()));
+            results.push((name, check.clone()));
             if interrupted() {
                 return Err(Failure::interrupted());
             }
@@ -376,7 +378,7 @@ fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &
         let domains: Vec<Value> = domains
             .iter()
             .map(|(domain, specialists, trials)| {
-                json!({"domain": domain.name, "probes": domain.probes, "tokens": domain.tokens, "specialists": specialists, "trials": trials})
+                json!({"domain": domain.name, "modality": domain.modality.name(), "probes": domain.probes, "tokens": domain.tokens, "specialists": specialists, "trials": trials})
             })
             .collect();
         return print_json(&json!({
@@ -386,7 +388,7 @@ fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &
     }
     print_line(&format!("{:16} {:>7} {:>8} {:>12} {:>8}", "domain", "probes", "tokens", "specialists", "trials"))?;
     for (domain, specialists, trials) in &domains {
-        print_line(&format!("{:16} {:>7} {:>8} {specialists:>12} {trials:>8}", domain.name, domain.probes, domain.tokens))?;
+        print_line(&format!("{:16} {:>7} {:>8} {specialists:>12} {trials:>8}", domain.label(), domain.probes, domain.tokens))?;
     }
     note(&format!(
         "of the up to {} experts that are tested in a domain, at most {:.0}% of those called specialists are so by chance; confrere experts which {}",

@@ -213,7 +213,7 @@ fn answer(query: &Query, own: Option<&ProfileBody>, records: &SharedRecords) -> 
         attestations.extend(about.map(|one| ByteBuf::from(one.as_bytes())).take(ATTESTATIONS_MAX));
     }
     QueryAnswer {
-        domains: own.map_or_else(Vec::new, |body| body.domains.iter().map(|domain| domain.name.clone()).collect()),
+        domains: own.map_or_else(Vec::new, |body| body.names().into_iter().map(str::to_owned).collect()),
         experts,
         heads: heads.iter().map(|(_, head)| ByteBuf::from(head.as_bytes())).collect(),
         attestations,
