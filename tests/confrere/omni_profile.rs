@@ -71,7 +71,7 @@ fn experts_of_pictures_and_sounds_are_found_and_counted_alike_everywhere() {
     let api = format!("127.0.0.1:{}", free_port());
     let serving = a.serve_with(&[&LISTEN[..], &["--api", &api]].concat());
     b.trust(&a);
-    let asked = [
+    let which_at_peers = [
         "experts",
         "which",
         "--modality",
@@ -86,7 +86,7 @@ fn experts_of_pictures_and_sounds_are_found_and_counted_alike_everywhere() {
         "--peer",
         &serving.address,
     ];
-    let told = b.json(&asked);
+    let told = b.json(&which_at_peers);
     assert_eq!(told["claims"].as_array().map(Vec::len), Some(2), "{told}");
     let first =
         |rows: &Value| rows["experts"].as_array().expect("a list").iter().map(|one| one["expert"].clone()).take(5).collect::<Vec<_>>();

@@ -63,9 +63,9 @@ pub fn read(dir: &Path) -> Result<Probes, Failure> {
                 set.domains()[&name].clone()
             }
             Some("jsonl") => {
-                let asked = read_questions(&path)?;
-                let probes = asked.iter().map(probe_of).collect::<Result<_, _>>()?;
-                questions.insert(name.clone(), asked);
+                let read = read_questions(&path)?;
+                let probes = read.iter().map(probe_of).collect::<Result<_, _>>()?;
+                questions.insert(name.clone(), read);
                 probes
             }
             _ => continue,
