@@ -66,6 +66,15 @@ fn experts_of_pictures_and_sounds_are_found_and_counted_alike_everywhere() {
     let used = which(&["--image", text(&picture)]);
     let uses: u64 = used["experts"].as_array().expect("a list").iter().map(|one| one["used"].as_u64().expect("a count")).sum();
     assert_eq!((&used["tokens"], uses), (&json!(4), 4 * 5 * 4), "4 tokens, 5 layers, 4 experts each");
+    // One expert, with all that is known of it.
+    let first = &image["experts"][0];
+    let (layer, expert) = (first["layer"].to_string(), first["expert"].to_string());
+    let one = a.json(&["experts", "show", &layer, &expert, "--model", "m"]);
+    assert_eq!(one["profile"]["primary_modality"], if first["specialist"] == true { json!("image") } else { Value::Null }, "{one}");
+    let of_pictures = one["profile"]["modalities"].as_array().expect("a list").iter().find(|of| of["name"] == "image").expect("it has one");
+    assert_eq!(of_pictures["routed"], first["routed"]);
+    let missing = a.run(&["experts", "show", "0", "16", "--model", "m"]);
+    assert!(missing.code == Some(3) && missing.err.contains("layer 0 of m has no expert 16"), "{}", missing.err);
     // The same over HTTP, and from another node.
     assert_eq!(a.run(&["profile", "publish", "m"]).code, Some(0));
     let api = format!("127.0.0.1:{}", free_port());
@@ -92,6 +101,7 @@ fn experts_of_pictures_and_sounds_are_found_and_counted_alike_everywhere() {
         |rows: &Value| rows["experts"].as_array().expect("a list").iter().map(|one| one["expert"].clone()).take(5).collect::<Vec<_>>();
     assert_eq!(first(&told), first(&image));
     assert_eq!(api_json(&api, "/api/experts?modality=image&top=80")["experts"], image["experts"]);
+    assert_eq!(api_json(&api, &format!("/api/experts/{layer}/{expert}"))["profile"], one["profile"]);
 }
 
 #[test]

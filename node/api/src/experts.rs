@@ -7,11 +7,8 @@ use axum::Json;
 use axum::extract::{Path, State};
 use net::PeerId;
 use net::fetcher::Fetcher;
-use protocol::ExpertSlot;
-use protocol::profile::Modality;
-use protocol::profile::lift::{Ranked, ranking};
 use runtime::data_dir::LocalModel;
-use runtime::specialists::{Subject, check_layer, domain_json, map_json, own_body};
+use runtime::specialists::{Subject, by_modality, domain_json, expert_json, map_json, number_of};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -83,12 +80,6 @@ pub(super) async fn map(State(api): State<Arc<Api>>, query: QueryParams<ModelQue
     Ok(Json(json.await?))
 }
 
-/// Uses by tokens that are not of text, for the modalities that a model takes in.
-fn by_modality(found: &LocalModel, uses: impl Fn(usize) -> Value) -> Value {
-    let takes = [(Modality::Image, found.manifest.vision().is_some()), (Modality::Audio, found.manifest.audio().is_some())];
-    takes.into_iter().filter(|(_, takes)| *takes).map(|(modality, _)| (modality.name().to_owned(), uses(modality as usize))).collect()
-}
-
 /// Where each expert of a model is.
 pub(super) fn places(api: &Api, found: &LocalModel, holders: &[Vec<PeerId>]) -> Vec<u8> {
     let in_memory = api.generation.activity().lock().in_memory(found.id);
@@ -131,38 +122,14 @@ pub(super) async fn one(
 ) -> Result<Json<Value>, ApiError> {
     let Path((layer, expert)) = path.map_err(|error| ApiError::invalid(error.body_text()))?;
     let found = model_or_default(&api, params(query)?.model.as_deref())?;
-    let slot = ExpertSlot::text(layer, expert);
-    check_layer(&found, Some(layer)).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
-    let numbered = (0..).zip(found.manifest.text().placed_experts()).find(|(_, (known, _))| *known == slot);
-    let missing = || ApiError::not_found("not_found", format!("layer {layer} of {} has no expert {expert}", found.name));
-    let (number, (_, packed)): (usize, _) = numbered.ok_or_else(missing)?;
+    let number = number_of(&found, layer, expert).map_err(|failure| ApiError::not_found("not_found", failure.message))?;
     let holders = holders(&api, &found).await;
     let json = reading(&api, move |api| {
-        let blob = packed.blob;
-        let domains = match own_body(&api.library.open, &found)? {
-            None => Vec::new(),
-            Some(body) => {
-                let of = |domain: usize| ranking(&body, domain).into_iter().find(|one| one.expert == number);
-                let all = body.domains.iter().enumerate();
-                all.filter_map(|(domain, about)| Some(domain_of_one(&about.label(), &of(domain)?))).collect()
-            }
-        };
-        let holding: Vec<_> =
-            holders[number].iter().map(|peer| json!({"peer": peer.to_string(), "trust": api.network.trust_in_bytes(*peer)})).collect();
-        let uses = api.library.open.dir.usage(found.id, found.manifest.text().experts.len())?[number];
-        Ok(json!({
-            "model": found.id.to_string(), "layer": layer, "expert": expert, "hash": blob.hash.to_string(), "bytes": blob.length,
-            "precision": packed.precision.name(), "place": places(api, &found, &holders)[number], "uses": uses.iter().sum::<u64>(),
-            "uses_by_modality": by_modality(&found, |modality| json!(uses[modality])),
-            "holders": holding, "domains": domains,
-        }))
+        let mut json = expert_json(&api.library.open, &found, number)?;
+        let holding = holders[number].iter().map(|peer| json!({"peer": peer.to_string(), "trust": api.network.trust_in_bytes(*peer)}));
+        json["holders"] = holding.collect();
+        json["place"] = json!(places(api, &found, &holders)[number]);
+        Ok(json)
     });
     Ok(Json(json.await?))
-}
-
-fn domain_of_one(name: &str, one: &Ranked) -> Value {
-    json!({
-        "name": name, "lift": one.lift.value, "lower": one.lift.lower, "upper": one.lift.upper, "q": one.q_value,
-        "routed": one.counts.routed, "trials": one.counts.trials, "hits": one.counts.hits, "specialist": one.is_specialist(),
-    })
 }

@@ -4,7 +4,7 @@ use base::clock::now_ms;
 use base::failure::{Failure, Kind};
 use protocol::ExpertSlot;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, Ranked, ranking};
-use protocol::profile::{DomainTotal, Modality, ProfileBody};
+use protocol::profile::{Modality, ProfileBody};
 use serde_json::{Value, json};
 
 use crate::data_dir::{LocalModel, OpenDataDir};
@@ -151,13 +151,64 @@ pub(crate) fn leading_domains(body: &ProfileBody) -> (Vec<i32>, Vec<f64>) {
 pub fn map_json(open: &OpenDataDir, found: &LocalModel) -> Result<Value, Failure> {
     let decoder = found.manifest.decoder();
     let (names, (leading, lift)) = match own_body(open, found)? {
-        Some(body) => (body.domains.iter().map(DomainTotal::label).collect(), leading_domains(&body)),
+        Some(body) => ((0..body.domains.len()).map(|number| body.label(number)).collect(), leading_domains(&body)),
         None => (Vec::new(), (vec![-1; found.manifest.text().experts.len()], vec![0.0; found.manifest.text().experts.len()])),
     };
     Ok(json!({
         "model": found.id.to_string(), "name": found.name, "layers": decoder.moe_layers().collect::<Vec<_>>(),
         "experts_per_layer": decoder.experts(), "domains": names, "domain": leading, "lift": lift,
     }))
+}
+
+/// Uses by tokens that are not of text, for the modalities that a model takes in.
+pub fn by_modality(found: &LocalModel, uses: impl Fn(usize) -> Value) -> Value {
+    let takes = [(Modality::Image, found.manifest.vision().is_some()), (Modality::Audio, found.manifest.audio().is_some())];
+    takes.into_iter().filter(|(_, takes)| *takes).map(|(modality, _)| (modality.name().to_owned(), uses(modality as usize))).collect()
+}
+
+/// The number of an expert in the order of a profile's body.
+pub fn number_of(found: &LocalModel, layer: u32, expert: u32) -> Result<usize, Failure> {
+    check_layer(found, Some(layer))?;
+    let number = found.manifest.text().placed_experts().position(|(slot, _)| slot == ExpertSlot::text(layer, expert));
+    number.ok_or_else(|| Failure::new(Kind::NotFound, format!("layer {layer} of {} has no expert {expert}", found.name)))
+}
+
+/// What is known here of one expert: what it is, how often it was used, and what this node's own profile says of it.
+pub fn expert_json(open: &OpenDataDir, found: &LocalModel, number: usize) -> Result<Value, Failure> {
+    let (slot, expert) = found.manifest.text().placed_experts().nth(number).expect("the model has as many");
+    let uses = open.dir.usage(found.id, found.manifest.text().experts.len())?[number];
+    let (domains, profile) = own_body(open, found)?.map_or((json!([]), Value::Null), |body| profile_of(&body, number));
+    Ok(json!({
+        "model": found.id.to_string(), "layer": slot.layer, "expert": slot.expert, "hash": expert.blob.hash.to_string(),
+        "bytes": expert.blob.length, "precision": expert.precision.name(), "here": open.store.contains(&expert.blob.hash),
+        "uses": uses.iter().sum::<u64>(), "uses_by_modality": by_modality(found, |modality| json!(uses[modality])),
+        "domains": domains, "profile": profile,
+    }))
+}
+
+/// What a profile says of an expert in each domain, and in all.
+fn profile_of(body: &ProfileBody, number: usize) -> (Value, Value) {
+    let domains = |body: &ProfileBody| {
+        let of = |domain: usize| ranking(body, domain).into_iter().find(|one| one.expert == number);
+        (0..body.domains.len()).filter_map(|domain| Some((body.label(domain), of(domain)?))).collect::<Vec<_>>()
+    };
+    let row = |(name, one): &(String, Ranked)| {
+        json!({
+            "name": name, "lift": one.lift.value, "lower": one.lift.lower, "upper": one.lift.upper, "q": one.q_value,
+            "routed": one.counts.routed, "trials": one.counts.trials, "hits": one.counts.hits, "specialist": one.is_specialist(),
+        })
+    };
+    let by_modality = domains(&body.by_modality());
+    let specialist = by_modality.iter().filter(|(_, one)| one.is_specialist());
+    let primary = specialist.max_by(|a, b| a.1.lift.lower.total_cmp(&b.1.lift.lower)).map(|(name, _)| name);
+    let (counts, all) = (&body.experts[number], body.domains.iter().map(|total| total.tokens).sum::<u64>());
+    let share = |of: u64, all: u64| of as f64 / all.max(1) as f64;
+    let coactive = counts.coactive.iter().map(|&(expert, count)| json!({"expert": expert, "share": share(count.into(), counts.tokens)}));
+    let profile = json!({
+        "probes": body.probes.to_string(), "primary_modality": primary, "modalities": by_modality.iter().map(row).collect::<Value>(),
+        "activation_frequency": share(counts.tokens, all), "coactive": coactive.collect::<Value>(),
+    });
+    (domains(body).iter().map(row).collect(), profile)
 }
 
 /// No domain has that name; says which there are, and which it may have been.

@@ -104,13 +104,6 @@ pub struct DomainTotal {
     pub square_tokens: u64,
 }
 
-impl DomainTotal {
-    /// What people see: the name, and the modality where it is not text.
-    pub fn label(&self) -> String {
-        if self.modality == Modality::Text { self.name.clone() } else { format!("{}/{}", self.name, self.modality.name()) }
-    }
-}
-
 /// The same in version 1, which is about text alone.
 #[derive(Serialize, Deserialize)]
 struct TextTotal {
@@ -270,6 +263,13 @@ impl ProfileBody {
     /// The names of its domains, ascending.
     pub fn names(&self) -> BTreeSet<&str> {
         self.domains.iter().map(|domain| domain.name.as_str()).collect()
+    }
+
+    /// What people see of the domain of a number: its name, and the modality where it has several.
+    pub fn label(&self, number: usize) -> String {
+        let of = &self.domains[number];
+        let several = self.domains.iter().filter(|other| other.name == of.name).count() > 1;
+        if several { format!("{}/{}", of.name, of.modality.name()) } else { of.name.clone() }
     }
 
     /// The number of a domain: of its tokens that are not text where it has such, and of the more frequent ones.

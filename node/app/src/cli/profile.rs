@@ -10,8 +10,8 @@ use clap::{Args, Subcommand};
 use inference::engine::EngineOptions;
 use inference::profiler::{PAIRS_AT_ONCE, ProfileError, Profiler};
 use net::records::parse_peer;
+use protocol::profile::BODY_BYTES_MAX;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, ranking};
-use protocol::profile::{BODY_BYTES_MAX, DomainTotal};
 use protocol::record::Facet;
 use protocol::{ContentHash, ModelId};
 use runtime::claims::{self, Check, Sample, check_text};
@@ -333,7 +333,8 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
         if !measuring.read_all(|| !interrupted(), |step| journal.add(&step))? {
             return Err(Failure::interrupted());
         }
-        let labels: Vec<_> = measuring.profiler.body().domains.iter().map(DomainTotal::label).collect();
+        let body = measuring.profiler.body();
+        let labels: Vec<_> = (0..body.domains.len()).map(|number| body.label(number)).collect();
         for (domain, name) in labels.into_iter().enumerate() {
             let sample = Sample { domain, experts: args.sample, of: usize::MAX, among: &|_| true };
             let tools = (&measuring.profiler, &mut measuring.loaded);
@@ -386,9 +387,9 @@ fn show(context: &Context, found: &LocalModel, measuring: &Measuring, profile: &
             "body": profile.body.hash.to_string(), "body_bytes": profile.body.length, "experts": body.experts.len(), "domains": domains,
         }));
     }
-    print_line(&format!("{:16} {:>7} {:>8} {:>12} {:>8}", "domain", "probes", "tokens", "specialists", "trials"))?;
-    for (domain, specialists, trials) in &domains {
-        print_line(&format!("{:16} {:>7} {:>8} {specialists:>12} {trials:>8}", domain.label(), domain.probes, domain.tokens))?;
+    print_line(&format!("{:22} {:>7} {:>8} {:>12} {:>8}", "domain", "probes", "tokens", "specialists", "trials"))?;
+    for (number, (domain, specialists, trials)) in domains.iter().enumerate() {
+        print_line(&format!("{:22} {:>7} {:>8} {specialists:>12} {trials:>8}", body.label(number), domain.probes, domain.tokens))?;
     }
     note(&format!(
         "of the up to {} experts that are tested in a domain, at most {:.0}% of those called specialists are so by chance; confrere experts which {}",
