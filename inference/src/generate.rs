@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use crate::engine::{Engine, ForwardError, Overlay, Piece, Want};
 use crate::expert_source::SourceError;
-use crate::experts::ExpertUse;
+use crate::expert_use::ExpertUse;
 use crate::media::prompt::{MediaPrompt, PreparedMedium, RowSource};
 use crate::sampler::{NotFinite, Sampling, TokenLogprobs, sample};
 use crate::session::Session;

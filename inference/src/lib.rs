@@ -17,6 +17,7 @@ pub mod expert;
 pub mod expert_memory;
 pub mod expert_runner;
 pub mod expert_source;
+pub mod expert_use;
 pub mod experts;
 pub mod generate;
 pub mod kernels;

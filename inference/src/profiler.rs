@@ -54,7 +54,7 @@ impl ProbeTokens {
         modalities
     }
 
-    /// The first token that is foretold, and scored.
+    /// The first token whose likelihood counts.
     fn scored_from(&self) -> usize {
         self.answer.unwrap_or(1).max(1)
     }
@@ -84,7 +84,8 @@ pub struct Reading {
     probe: u32,
     /// Experts of each token in each layer with experts, (tokens, layers, k).
     experts: Vec<u16>,
-    /// The weights that experts were given, in parts of [`GATE_UNIT`], by number in the order of the body; as often again for the next modality.
+    /// The weights that experts were given, in parts of [`GATE_UNIT`], by expert, text first: the number of an expert, plus for each
+    /// further modality the number of all experts.
     gate_mass: Vec<(u32, u64)>,
     /// Negative log-likelihood of each token that is scored, as bits of f64.
     losses: Vec<u64>,

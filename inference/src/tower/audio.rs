@@ -6,8 +6,9 @@ use protocol::tensors::{Affine, AudioTensor, BlockTensor, TensorRole};
 use protocol::towers::{Audio, CONVOLUTIONS};
 use protocol::{ModelManifest, PartKind};
 
-use super::attention::{PackedPieces, TowerHeads, Way, attend};
-use super::linear::{LayerNorm, Linear, LinearWork, add_rows, gelu, work_bytes};
+use super::attention::TowerHeads;
+use super::layer::{Buffers, Layer};
+use super::linear::{LayerNorm, Linear, LinearWork, gelu, work_bytes};
 use super::{TowerRows, TowerWatch, reader};
 use crate::machine::Machine;
 use crate::weights::{LoadError, ReadTensor, TrunkReader};
@@ -16,8 +17,6 @@ const EPS: f32 = 1e-5;
 /// The longest wave of the sinusoids, in turns of 2π.
 const SINUSOID_BASE: f64 = 10_000.0;
 const KERNEL: usize = 3;
-/// Rows that go through a feed-forward half together: what is inside is wide.
-const TOGETHER: usize = 1920;
 
 /// An audio tower in memory.
 #[derive(Debug)]
@@ -25,20 +24,16 @@ pub struct AudioTower {
     shape: Audio,
     convolutions: Vec<Linear>, // of (channels before × 3 × 3) numbers each
     rows: Linear,
-    layers: Vec<Layer>,
+    layers: Vec<Block>,
     final_norm: LayerNorm,
     up: Linear,
     down: Linear,
 }
 
 #[derive(Debug)]
-struct Layer {
-    attention_norm: LayerNorm,
+struct Block {
     query_key_value: [Linear; 3],
-    output: Linear,
-    feed_forward_norm: LayerNorm,
-    up: Linear,
-    down: Linear,
+    layer: Layer,
 }
 
 /// Rows that `frames` frames of a spectrum become: those of whole chunks and of the rest, each halved three times.
@@ -59,7 +54,7 @@ impl AudioTower {
         let convolution = |number| Linear::read(&mut reader, |part| TensorRole::Audio(AudioTensor::Convolution(number, part)));
         let convolutions = (0..CONVOLUTIONS).map(convolution).collect::<Result<_, _>>()?;
         let rows = Linear::without_bias(&mut reader, TensorRole::Audio(AudioTensor::Rows))?;
-        let layers = (0..shape.layers).map(|layer| Layer::read(&mut reader, layer)).collect::<Result<_, _>>()?;
+        let layers = (0..shape.layers).map(|layer| Block::read(&mut reader, layer)).collect::<Result<_, _>>()?;
         Ok(Self {
             convolutions,
             rows,
@@ -71,16 +66,16 @@ impl AudioTower {
         })
     }
 
-    /// Bytes that [`run`](Self::run) works in for so many frames of a spectrum, and for the rows that it makes.
+    /// The most bytes that [`run`](Self::run) takes for so many frames of a spectrum, its result included.
     pub fn work_bytes(shape: &Audio, frames: usize) -> u64 {
         let [hidden, width, channels, bands, chunk, out] =
             [shape.hidden_size, shape.width, shape.channels, shape.bands, shape.chunk, shape.out].map(|side| side as usize);
         let rows = rows_of_frames(frames, chunk);
-        let buffers = 7 * hidden + 2 * hidden + out; // those of layers, of keys and values, of what is made
+        let passing = rows * (2 * hidden + out); // as they pass from layer to layer, and what is made of them
         // A quarter of the first image's places, with all channels, and a sixteenth of them with what each is made of.
         let image = bands * chunk.min(frames);
         let convolving = image + 2 * image.div_ceil(4) * channels + image.div_ceil(16) * channels * KERNEL * KERNEL;
-        let numbers = rows * buffers + rows.min(TOGETHER) * width + convolving;
+        let numbers = passing + convolving + Buffers::numbers(rows, hidden, width);
         4 * numbers as u64 + work_bytes(Self::widest(shape), &[channels, hidden, 3 * hidden, width, out])
     }
 
@@ -131,13 +126,7 @@ impl AudioTower {
         let window = rows_of_frames(padded, chunk) * (self.shape.window / self.shape.chunk) as usize;
         let segments: Vec<Range<usize>> = (0..rows).step_by(window.max(1)).map(|first| first..rows.min(first + window)).collect();
         drop(memory);
-        let mut buffers = Buffers {
-            normed: vec![0.0; rows * hidden],
-            wide: vec![0.0; rows * 3 * hidden],
-            more: vec![0.0; rows * hidden],
-            inside: vec![0.0; rows.min(TOGETHER) * self.shape.width as usize],
-            pieces: PackedPieces::default(),
-        };
+        let mut buffers = Buffers::new(rows, hidden, self.shape.width as usize);
         for (number, layer) in self.layers.iter().enumerate() {
             layer.run(&mut work, heads, &mut x, &mut buffers, &segments);
             if number == 0 {
@@ -221,48 +210,21 @@ fn add_sinusoid(time: usize, row: &mut [f32]) {
     }
 }
 
-/// The memory that layers work in.
-struct Buffers {
-    normed: Vec<f32>, // (rows, hidden_size)
-    wide: Vec<f32>,   // (rows, 3 × hidden_size)
-    more: Vec<f32>,   // (rows, hidden_size)
-    inside: Vec<f32>, // (rows that go through a feed-forward half together, its width)
-    pieces: PackedPieces,
-}
-
-impl Layer {
+impl Block {
     fn read<E: std::error::Error>(reader: &mut TrunkReader<'_, E>, layer: u32) -> Result<Self, LoadError<E>> {
-        let role = |tensor: fn(Affine) -> BlockTensor| move |part| TensorRole::Audio(AudioTensor::Layer(layer, tensor(part)));
-        let attention_norm = LayerNorm::read(reader, role(BlockTensor::AttentionNorm), EPS)?;
+        let role = |tensor| TensorRole::Audio(AudioTensor::Layer(layer, tensor));
         let [query, key, value] =
-            [BlockTensor::Query, BlockTensor::Key, BlockTensor::Value].map(|tensor| Linear::read(reader, role(tensor)));
-        Ok(Self {
-            attention_norm,
-            query_key_value: [query?, key?, value?],
-            output: Linear::read(reader, role(BlockTensor::Output))?,
-            feed_forward_norm: LayerNorm::read(reader, role(BlockTensor::FeedForwardNorm), EPS)?,
-            up: Linear::read(reader, role(BlockTensor::Up))?,
-            down: Linear::read(reader, role(BlockTensor::Down))?,
-        })
+            [BlockTensor::Query, BlockTensor::Key, BlockTensor::Value].map(|tensor| Linear::read(reader, |part| role(tensor(part))));
+        Ok(Self { query_key_value: [query?, key?, value?], layer: Layer::read(reader, role, EPS)? })
     }
 
     fn run(&self, work: &mut LinearWork<'_>, heads: TowerHeads, x: &mut [f32], buffers: &mut Buffers, segments: &[Range<usize>]) {
-        let hidden = heads.width();
-        let Buffers { normed, wide, more, inside, pieces } = buffers;
-        self.attention_norm.run(work.pool, x, normed);
-        let [query, key, value] = &self.query_key_value;
-        Linear::run_together([query, key, value], work, normed, wide, |_, _| {});
-        let way = if query.is_packed() { Way::Packed(work.kernels, pieces) } else { Way::Plain };
-        attend(work.pool, heads, wide, segments, way, more, normed);
-        self.output.run(work, normed, more, |_, _| {});
-        add_rows(work.pool, x, more, hidden);
-        self.feed_forward_norm.run(work.pool, x, normed);
-        for (normed, more) in normed.chunks(TOGETHER * hidden).zip(more.chunks_mut(TOGETHER * hidden)) {
-            let inside = &mut inside[..normed.len() / hidden * self.up.width()];
-            self.up.run(work, normed, inside, |_, out| gelu(out));
-            self.down.run(work, inside, more, |_, _| {});
-        }
-        add_rows(work.pool, x, more, hidden);
+        let project = |work: &mut LinearWork<'_>, normed: &[f32], wide: &mut [f32]| {
+            let [query, key, value] = &self.query_key_value;
+            Linear::run_together([query, key, value], work, normed, wide, |_, _| {});
+            query.is_packed()
+        };
+        self.layer.run(work, (heads, segments), x, buffers, project, gelu);
     }
 }
 

@@ -4,6 +4,7 @@
 
 mod attention;
 pub mod audio;
+mod layer;
 mod linear;
 pub mod vision;
 

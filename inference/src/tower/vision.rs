@@ -6,7 +6,8 @@ use protocol::tensors::{BlockTensor, MergerTensor, TensorRole, VisionTensor};
 use protocol::towers::Vision;
 use protocol::{ModelManifest, PartKind};
 
-use super::attention::{PackedPieces, TowerHeads, Way, attend};
+use super::attention::TowerHeads;
+use super::layer::{Buffers, Layer};
 use super::linear::{LayerNorm, Linear, LinearWork, add_rows, gelu, gelu_tanh, work_bytes};
 use super::{TowerRows, TowerWatch, reader};
 use crate::machine::Machine;
@@ -15,8 +16,6 @@ use crate::weights::{LoadError, ReadTensor, TrunkReader, Weight};
 const EPS: f32 = 1e-6;
 /// The base of the frequencies of rows and columns.
 const ROPE_BASE: f32 = 10_000.0;
-/// Rows that go through a feed-forward half together: what is inside is wide.
-const TOGETHER: usize = 1920;
 
 /// A vision tower in memory.
 #[derive(Debug)]
@@ -31,12 +30,8 @@ pub struct VisionTower {
 
 #[derive(Debug)]
 struct Block {
-    attention_norm: LayerNorm,
     qkv: Linear,
-    output: Linear,
-    feed_forward_norm: LayerNorm,
-    up: Linear,
-    down: Linear,
+    layer: Layer,
 }
 
 /// Four neighbouring rows to one.
@@ -80,12 +75,12 @@ impl VisionTower {
         Ok(Self { patch, positions, blocks, merger, deepstack: deepstack.collect::<Result<_, _>>()?, shape })
     }
 
-    /// Bytes that [`run`](Self::run) works in for so many patches, and for the rows that it makes.
+    /// The most bytes that [`run`](Self::run) takes for so many patches, its result included.
     pub fn work_bytes(shape: &Vision, patches: usize) -> u64 {
         let [hidden, width, merged, out] = [shape.hidden_size, shape.width, shape.merged(), shape.out].map(|side| side as usize);
-        let buffers = 6 * hidden + 2 * hidden + hidden / shape.heads as usize; // those of blocks, of keys and values, of positions
-        let merging = merged + out * (1 + shape.deepstack.len());
-        let numbers = patches * buffers + patches.div_ceil(4) * merging + patches.min(TOGETHER) * width;
+        let rows = patches * (hidden + hidden / shape.heads as usize); // the rows themselves, and their positions
+        let merging = patches.div_ceil(4) * (merged + out * (1 + shape.deepstack.len()));
+        let numbers = rows + merging + Buffers::numbers(patches, hidden, width);
         4 * numbers as u64 + work_bytes(Self::widest(shape), &[hidden, 3 * hidden, width, merged, out])
     }
 
@@ -117,13 +112,7 @@ impl VisionTower {
         tell("block0_in", &x);
         let turns = Turns::new(heads.head_dim, &places);
         let segments: Vec<Range<usize>> = (0..time).map(|frame| frame * height * width..(frame + 1) * height * width).collect();
-        let mut buffers = Buffers {
-            normed: vec![0.0; rows * hidden],
-            wide: vec![0.0; rows * 3 * hidden],
-            more: vec![0.0; rows * hidden],
-            inside: vec![0.0; rows.min(TOGETHER) * self.shape.width as usize],
-            pieces: PackedPieces::default(),
-        };
+        let mut buffers = Buffers::new(rows, hidden, self.shape.width as usize);
         let mut deepstack = Vec::new();
         for (number, block) in self.blocks.iter().enumerate() {
             block.run(&mut work, heads, &mut x, &mut buffers, &segments, &turns);
@@ -215,27 +204,11 @@ impl Turns {
     }
 }
 
-/// The memory that blocks work in.
-struct Buffers {
-    normed: Vec<f32>, // (rows, hidden_size)
-    wide: Vec<f32>,   // (rows, 3 × hidden_size)
-    more: Vec<f32>,   // (rows, hidden_size)
-    inside: Vec<f32>, // (rows that go through a feed-forward half together, its width)
-    pieces: PackedPieces,
-}
-
 impl Block {
     fn read<E: std::error::Error>(reader: &mut TrunkReader<'_, E>, block: u32) -> Result<Self, LoadError<E>> {
-        let role =
-            |tensor: fn(protocol::tensors::Affine) -> BlockTensor| move |part| TensorRole::Vision(VisionTensor::Block(block, tensor(part)));
-        Ok(Self {
-            attention_norm: LayerNorm::read(reader, role(BlockTensor::AttentionNorm), EPS)?,
-            qkv: Linear::read(reader, role(BlockTensor::QueryKeyValue))?,
-            output: Linear::read(reader, role(BlockTensor::Output))?,
-            feed_forward_norm: LayerNorm::read(reader, role(BlockTensor::FeedForwardNorm), EPS)?,
-            up: Linear::read(reader, role(BlockTensor::Up))?,
-            down: Linear::read(reader, role(BlockTensor::Down))?,
-        })
+        let role = |tensor| TensorRole::Vision(VisionTensor::Block(block, tensor));
+        let qkv = Linear::read(reader, |part| role(BlockTensor::QueryKeyValue(part)))?;
+        Ok(Self { qkv, layer: Layer::read(reader, role, EPS)? })
     }
 
     fn run(
@@ -247,26 +220,14 @@ impl Block {
         segments: &[Range<usize>],
         turns: &Turns,
     ) {
-        let (hidden, places) = (heads.width(), turns.places());
-        let Buffers { normed, wide, more, inside, pieces } = buffers;
-        self.attention_norm.run(work.pool, x, normed);
-        self.qkv.run(work, normed, wide, |row, qkv| {
-            let queries_and_keys = qkv[..2 * hidden].chunks_exact_mut(heads.head_dim);
-            queries_and_keys.for_each(|head| turns.apply(row % places, head));
-        });
-        let way = if self.qkv.is_packed() { Way::Packed(work.kernels, pieces) } else { Way::Plain };
-        attend(work.pool, heads, wide, segments, way, more, normed);
-        self.output.run(work, normed, more, |_, _| {});
-        add_rows(work.pool, x, more, hidden);
-        let width = self.up.width();
-        for (first, x) in (0..).step_by(TOGETHER).zip(x.chunks_mut(TOGETHER * hidden)) {
-            let inside = &mut inside[..x.len() / hidden * width];
-            self.feed_forward_norm.run(work.pool, x, &mut normed[..x.len()]);
-            self.up.run(work, &normed[..x.len()], inside, |_, out| gelu_tanh(out));
-            let more = &mut more[first * hidden..][..x.len()];
-            self.down.run(work, inside, more, |_, _| {});
-            add_rows(work.pool, x, more, hidden);
-        }
+        let project = |work: &mut LinearWork<'_>, normed: &[f32], wide: &mut [f32]| {
+            self.qkv.run(work, normed, wide, |row, qkv| {
+                let queries_and_keys = qkv[..2 * heads.width()].chunks_exact_mut(heads.head_dim);
+                queries_and_keys.for_each(|head| turns.apply(row % turns.places(), head));
+            });
+            self.qkv.is_packed()
+        };
+        self.layer.run(work, (heads, segments), x, buffers, project, gelu_tanh);
     }
 }
 

@@ -6,7 +6,7 @@ use base::output::{human_bytes, note, print_json, print_line};
 use clap::Args;
 use inference::activation_log::ActivationLog;
 use inference::engine::{Engine, EngineOptions, KvPrecision, Piece, Want};
-use inference::experts::ExpertUse;
+use inference::expert_use::ExpertUse;
 use inference::kernels::Kernels;
 use inference::probe::{KernelProbe, MemoryProbe, TokenCost};
 use protocol::Precision;

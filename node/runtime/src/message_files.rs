@@ -8,7 +8,7 @@ use serde::Deserialize;
 
 use crate::media::{FPS_DEFAULT, GivenMedium, MediaSound, MediaSource};
 
-/// Longest file, in bytes.
+/// Longest file of text or of a medium, in bytes.
 const FILE_BYTES_MAX: u64 = 64 << 20;
 
 /// A message of a file.
@@ -98,7 +98,8 @@ fn wrong(file: &Path, what: impl std::fmt::Display) -> Failure {
     Failure::new(Kind::Usage, format!("{}: {what}", file.display()))
 }
 
-fn bytes_of(file: &Path) -> Result<Vec<u8>, Failure> {
+/// Reads a file of a set, or says that there is none.
+pub(crate) fn bytes_of(file: &Path) -> Result<Vec<u8>, Failure> {
     let bytes = store::disk::read_file(file, FILE_BYTES_MAX).map_err(|error| io_failure("read", file, &error))?;
     bytes.ok_or_else(|| Failure::new(Kind::NotFound, format!("cannot read {}: there is no such file", file.display())))
 }

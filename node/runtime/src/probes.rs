@@ -5,22 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 
 use base::failure::{Failure, Kind, io_failure};
-use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
+use inference::chat::{ContentPart, MediumKind};
 use inference::engine::Position;
 use inference::media::limits::MediaLimits;
 use inference::media::prompt::MediaPrompt;
 use inference::profiler::{PROBE_TOKENS_MAX, ProbeTokens, QUESTION_TOKENS_MAX};
-use inference::sampler::Sampling;
 use inference::tokenizer::{SpecialTokens, Tokenizer};
 use protocol::profile::{Probe, ProbeMedium, ProbePart, ProbeSet, ProbeSetError};
 use protocol::{ContentHash, ModelManifest};
 
 use crate::media::{GivenMedium, MediaSound, MediaSource, Senses, prepare};
-use crate::message_files::{Question, read_questions};
-use crate::prompt::{ModelText, Prompt, PromptError};
-
-/// Longest file of a domain's probes, or of a medium, in bytes.
-const FILE_BYTES_MAX: u64 = 64 << 20;
+use crate::message_files::{Question, bytes_of, read_questions};
+use crate::prompt::ModelText;
 
 const SHIPPED: [(&str, &str); 9] = [
     ("chinese_poetry", include_str!("../probes/chinese_poetry.txt")),
@@ -57,7 +53,7 @@ pub fn read(dir: &Path) -> Result<Probes, Failure> {
         let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
         let probes = match path.extension().and_then(|extension| extension.to_str()) {
             Some("txt") => {
-                let text = String::from_utf8(read_file(&path)?);
+                let text = String::from_utf8(bytes_of(&path)?);
                 let text = text.map_err(|_| Failure::new(Kind::Usage, format!("{} is not UTF-8", path.display())))?;
                 let set = ProbeSet::from_texts([(name.as_str(), text.as_str())]).map_err(wrong)?;
                 set.domains()[&name].clone()
@@ -77,14 +73,9 @@ pub fn read(dir: &Path) -> Result<Probes, Failure> {
     Ok(Probes { set: ProbeSet::new(domains).map_err(wrong)?, questions })
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, Failure> {
-    let bytes = store::disk::read_file(path, FILE_BYTES_MAX).map_err(|error| io_failure("read", path, &error))?;
-    bytes.ok_or_else(|| Failure::new(Kind::NotFound, format!("cannot read {}: there is no such file", path.display())))
-}
-
 /// A question with its media by their hashes.
 fn probe_of(question: &Question) -> Result<Probe, Failure> {
-    let hash = |path: &Path| Ok::<_, Failure>(ContentHash::of(&read_file(path)?));
+    let hash = |path: &Path| Ok::<_, Failure>(ContentHash::of(&bytes_of(path)?));
     let source = |given: &GivenMedium| match &given.source {
         MediaSource::Path(path) => hash(path),
         MediaSource::Bytes(bytes) => Ok(ContentHash::of(bytes)),
@@ -151,9 +142,7 @@ fn question_tokens(
     let limits = MediaLimits::default();
     let senses = Senses { vision: manifest.vision(), audio: manifest.audio(), limits: &limits };
     let media = prepare(senses, &question.media)?;
-    let messages = [Message { role: Role::User, content: Content::Parts(question.content.clone()) }];
-    let request = text.request(Prompt::WithMedia(&messages, media), (context, 1), Sampling::GREEDY, &manifest.generation);
-    let request = request.map_err(PromptError::into_failure)?;
+    let request = text.question(question.content.clone(), media, context, &manifest.generation)?;
     let mut tokens = request.prompt;
     let answer = tokens.len();
     tokens.extend(tokenizer.encode(&question.answer, SpecialTokens::AsWritten)?);

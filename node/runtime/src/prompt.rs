@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use base::clock::now_ms;
 use base::failure::{Failure, Kind};
-use inference::chat::{ChatError, ChatTemplate, Message, Rendering, Role};
+use inference::chat::{ChatError, ChatTemplate, Content, ContentPart, Message, Rendering, Role};
 use inference::generate::GenerateRequest;
 use inference::media::prompt::{Layout, LayoutError, MediaPrompt, PreparedMedium, lay_out};
 use inference::sampler::Sampling;
@@ -164,6 +164,19 @@ pub fn default_sampling(defaults: &GenerationDefaults, seed: u64) -> Sampling {
 }
 
 impl ModelText {
+    /// A user's question as a prompt, the likeliest tokens to be its answer.
+    pub fn question(
+        &self,
+        parts: Vec<ContentPart>,
+        media: Vec<Arc<PreparedMedium>>,
+        context: usize,
+        defaults: &GenerationDefaults,
+    ) -> Result<GenerateRequest, Failure> {
+        let messages = [Message { role: Role::User, content: Content::Parts(parts) }];
+        let request = self.request(Prompt::WithMedia(&messages, media), (context, 1), Sampling::GREEDY, defaults);
+        request.map_err(PromptError::into_failure)
+    }
+
     /// What is to be generated. A text that cannot fit into `context` tokens is refused before it is looked at.
     pub fn request(
         &self,

@@ -160,7 +160,7 @@ fn give_back(engine: &Engine, bytes: u64) {
     memory.set_bytes_max(all);
 }
 
-/// Does something that works in so many bytes.
+/// Does `work`, and keeps `bytes` of memory from the experts meanwhile.
 fn within<T>(engine: &Engine, manifest: &ModelManifest, bytes: u64, what: &str, work: impl FnOnce() -> T) -> Result<T, Failure> {
     take(engine, manifest, bytes, what)?;
     let done = work();

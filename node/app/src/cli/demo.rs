@@ -10,7 +10,7 @@ use base::failure::{Failure, Kind, io_failure};
 use base::output::{be_quiet, human_bytes, note, print, print_json, print_line};
 use clap::Args;
 use inference::convert::Target;
-use inference::experts::ExpertUse;
+use inference::expert_use::ExpertUse;
 use inference::generate::Progress;
 use net::Multiaddr;
 use protocol::ModelId;

@@ -5,12 +5,11 @@ use std::time::Duration;
 
 use base::clock::{check_interrupted, instant, interrupted};
 use base::failure::{Failure, Kind};
-use base::output::{human_bytes, note, print_json, print_line};
+use base::output::{note, print_json, print_line};
 use clap::{Args, Subcommand};
-use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
+use inference::chat::{ContentPart, MediumKind};
 use inference::generate::read;
 use inference::media::limits::MediaLimits;
-use inference::sampler::Sampling;
 use inference::tokenizer::SpecialTokens;
 use net::PeerId;
 use net::network::Network;
@@ -25,12 +24,12 @@ use runtime::federation::Federation;
 use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSource, Senses, prepare};
 use runtime::probes;
 use runtime::profiles::ProfileStep;
-use runtime::prompt::{Prompt, PromptError};
 use runtime::pulling::SETTLE;
-use runtime::specialists::{Subject, check_layer, domain_json, expert_json, map_json, model_of, no_profile, number_of, own_body, row_json};
+use runtime::specialists::{Subject, check_layer, domain_json, map_json, model_of, no_profile, own_body, row_json};
 use serde_json::{Value, json};
 
 use super::map::Map;
+use super::one_expert;
 use super::profile::Measuring;
 use super::{encoded, parse_time};
 
@@ -49,7 +48,7 @@ pub(super) enum ExpertsCommand {
     /// List the experts that serve a domain, or a text, best
     Which(Box<WhichArgs>),
     /// Show what is known of one expert
-    Show(ShowArgs),
+    Show(one_expert::ShowArgs),
     /// Show which domain each expert serves
     Map(MapArgs),
 }
@@ -93,17 +92,6 @@ pub(super) struct WhichArgs {
 }
 
 #[derive(Args)]
-pub(super) struct ShowArgs {
-    /// Its layer
-    layer: u32,
-    /// Its number there
-    expert: u32,
-    /// A name, an id or the beginning of an id [default: the only model with a profile]
-    #[arg(long, value_name = "MODEL")]
-    model: Option<String>,
-}
-
-#[derive(Args)]
 pub(super) struct MapArgs {
     /// A name, an id or the beginning of an id
     model: String,
@@ -119,7 +107,7 @@ pub(super) fn experts(context: &Context, command: &ExpertsCommand) -> Result<(),
             let subject = Subject::new(args.domain.clone(), args.modality.as_deref())?;
             if args.federation { of_federation(context, args, &subject) } else { of_subject(context, args, &subject) }
         }
-        ExpertsCommand::Show(args) => show(context, args),
+        ExpertsCommand::Show(args) => one_expert::show(context, args),
         ExpertsCommand::Map(args) => map(context, args),
     }
 }
@@ -375,10 +363,8 @@ fn of_input(context: &Context, args: &WhichArgs) -> Result<(), Failure> {
         (tokens, None)
     } else {
         let parts = media.iter().map(|medium| ContentPart::Medium(medium.kind)).chain([ContentPart::Text(text.to_owned())]);
-        let messages = [Message { role: Role::User, content: Content::Parts(parts.collect()) }];
-        let room = (loaded.engine.context(), 1);
-        let request = loaded.text.request(Prompt::WithMedia(&messages, prepared), room, Sampling::GREEDY, &found.manifest.generation);
-        let request = request.map_err(PromptError::into_failure)?;
+        let context = loaded.engine.context();
+        let request = loaded.text.question(parts.collect(), prepared, context, &found.manifest.generation)?;
         (request.prompt, request.media)
     };
     let decoder = found.manifest.decoder();
@@ -436,48 +422,6 @@ fn of_input(context: &Context, args: &WhichArgs) -> Result<(), Failure> {
     };
     note(&format!("{counted} tokens; lift is against {against}"));
     Ok(())
-}
-
-fn show(context: &Context, args: &ShowArgs) -> Result<(), Failure> {
-    let json = match context.open()? {
-        Held::Here(open) => {
-            let found = model_of(&open, args.model.as_deref())?;
-            expert_json(&open, &found, number_of(&found, args.layer, args.expert)?)?
-        }
-        Held::Daemon(daemon) => {
-            let model = args.model.as_ref().map_or_else(String::new, |model| format!("?model={}", encoded(model)));
-            context.ask(&daemon, &format!("/api/experts/{}/{}{model}", args.layer, args.expert))?
-        }
-    };
-    if context.json {
-        return print_json(&json);
-    }
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let percent = |value: &Value| format!("{:.1}%", value.as_f64().unwrap_or_default() * 100.0);
-    let bytes = human_bytes(json["bytes"].as_u64().unwrap_or_default());
-    print_line(&format!("layer {}, expert {}: {}, {bytes}", args.layer, args.expert, text(&json["precision"])))?;
-    print_line(&format!("hash {}", text(&json["hash"])))?;
-    print_line(&format!("used here {} times", json["uses"]))?;
-    let profile = &json["profile"];
-    if profile.is_null() {
-        note("there is no profile of the model; confrere profile build makes one");
-        return Ok(());
-    }
-    print_line(&format!("takes part in {} of the probes' tokens", percent(&profile["activation_frequency"])))?;
-    let primary = profile["primary_modality"].as_str().map_or("no modality more than others", |modality| modality);
-    print_line(&format!("serves {primary}"))?;
-    let rows = |of: &Value| of.as_array().cloned().unwrap_or_default();
-    print_line(&format!("{:<24} {:>6} {:>15} {:>7} {:>7} {:>5}", "domain", "lift", "95%", "routed", "trials", "hits"))?;
-    for row in rows(&json["domains"]) {
-        let number = |name: &str| row[name].as_f64().unwrap_or_default();
-        let bounds = format!("{:.2} to {:.2}", number("lower"), number("upper"));
-        let (name, lift) = (text(&row["name"]), number("lift"));
-        let [routed, trials, hits] = ["routed", "trials", "hits"].map(|count| row[count].to_string());
-        print_line(&format!("{name:<24} {lift:>6.2} {bounds:>15} {routed:>7} {trials:>7} {hits:>5}"))?;
-    }
-    let together =
-        rows(&profile["coactive"]).iter().map(|one| format!("{} ({})", one["expert"], percent(&one["share"]))).collect::<Vec<_>>();
-    print_line(&format!("most often with {}", together.join(", ")))
 }
 
 fn map(context: &Context, args: &MapArgs) -> Result<(), Failure> {

@@ -10,6 +10,7 @@ mod join;
 mod keys;
 mod map;
 mod models;
+mod one_expert;
 mod peers;
 mod plan;
 mod profile;

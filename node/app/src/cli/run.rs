@@ -11,7 +11,7 @@ use base::failure::{Failure, Kind, io_failure};
 use base::output::{human_bytes, note, print, print_json};
 use inference::activation_log::{ActivationLog, ENTRIES_DEFAULT};
 use inference::chat::{Content, ContentPart, MediumKind, Message, Role};
-use inference::experts::ExpertUse;
+use inference::expert_use::ExpertUse;
 use inference::generate::{GenerateRequest, Generated, Progress, StopReason, generate};
 use inference::media::prompt::{MediaPrompt, Medium, PreparedMedium};
 use inference::sampler::Sampling;

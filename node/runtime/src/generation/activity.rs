@@ -5,7 +5,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use base::clock::instant;
-use inference::experts::ServedFrom;
+use inference::expert_use::ServedFrom;
 use protocol::ModelId;
 use protocol::profile::Modality;
 use serde_json::{Value, json};

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use inference::activation_log::{ActivationLog, ModalityUses, RoutedToken};
-use inference::experts::ServedFrom;
+use inference::expert_use::ServedFrom;
 use net::PeerId;
 use protocol::profile::Modality;
 use serde::Serialize;

@@ -151,7 +151,7 @@ impl Worker {
         self.federation.check_publisher(&self.open.dir, found.publisher)?;
         self.federation.follow(found);
         let (options, memory_max) = ((self.options.engine)(&found.manifest), self.options.memory_max);
-        // Eyes and ears make room, then the idlest model. What cannot be alone is told by the load itself.
+        // Eyes and ears are let go first, then the idlest model. A model that is too large even alone fails below, with the reason.
         while plan_memory(&found.manifest, &options, beside_experts(&self.machine) + self.reserved(), memory_max).is_err() {
             if self.residents.iter_mut().any(|resident| resident.batch.let_go_of_towers()) {
                 continue;
