@@ -1,6 +1,7 @@
 //! Passes of tokens or rows through the layers of a model.
 //!
-//! All buffers are made once. A pass takes in rows of one or of several sequences; none changes a bit of another's results.
+//! All buffers are made once; engines of a machine share those that no result outlasts. A pass takes in rows of one or of several
+//! sequences; none changes a bit of another's results.
 
 use std::ops::Range;
 
@@ -10,8 +11,9 @@ use protocol::{ModelManifest, PartKind};
 use crate::activation_log::{ActivationLog, TokenPlace};
 use crate::experts::{Experts, ExpertsError};
 use crate::kernels::math::{add, norm_rows};
-use crate::kernels::{Kernels, Tile, Vector, project, tiles};
+use crate::kernels::{Kernels, Rows, Tile, Vector, project, tiles};
 use crate::machine::Machine;
+use crate::mixer::gqa::Attention;
 use crate::mixer::kv_cache::KvCache;
 pub use crate::mixer::kv_cache::KvPrecision;
 pub use crate::mixer::rope::Position;
@@ -21,7 +23,7 @@ pub use crate::moe_layer::LeftOut;
 use crate::moe_layer::{LOOKING_AHEAD, TokenPlaces, Watch, feed_forward, predict};
 use crate::pool::Pool;
 use crate::session::Session;
-use crate::work::{Work, work_bytes};
+use crate::work::{Work, WorkShare};
 pub use crate::work_sizes::LOGITS_TOKENS;
 use crate::work_sizes::WorkSizes;
 
@@ -63,9 +65,10 @@ impl EngineOptions {
         WorkSizes::new(manifest, part, (self.batch_tokens, self.threads, self.context))
     }
 
-    /// Bytes of that memory.
-    pub(crate) fn work_bytes(&self, manifest: &ModelManifest, part: PartKind) -> u64 {
-        work_bytes(&self.sizes(manifest, part))
+    /// Bytes of memory to work in that an engine takes on a machine that may have others already.
+    pub(crate) fn work_bytes(&self, manifest: &ModelManifest, part: PartKind, machine: Option<&Machine>) -> u64 {
+        let sizes = self.sizes(manifest, part);
+        Results::bytes(&sizes) + machine.map_or_else(|| Work::bytes(&sizes), |machine| machine.work().more_for(&sizes))
     }
 }
 
@@ -76,11 +79,44 @@ pub struct Engine {
     model: Model,
     experts: Experts,
     options: EngineOptions,
-    work: Work,
+    attention: Attention,
+    work: WorkShare,
+    results: Results,
     /// Where routing is noted down, if it is.
     pub log: Option<ActivationLog>,
     /// Experts whose results are left out, to measure what they are good for. The router does not know; nothing else is changed.
     pub left_out: Vec<LeftOut>,
+    /// By [`Modality`]: results of experts that a token of it gives less weight than that are left out, too.
+    pub weight_min: [f32; 3],
+}
+
+/// What a pass leaves behind.
+#[derive(Debug)]
+struct Results {
+    x: Rows, // (rows, hidden_size), the residual stream
+    logits: Rows,
+    /// The rows of the pass whose logits are there, where all are wanted.
+    head_first: usize,
+    head_count: usize,
+    one_x: Vec<f32>,
+    one_logits: Vec<f32>,
+}
+
+impl Results {
+    fn new(sizes: &WorkSizes) -> Self {
+        Self {
+            x: Rows::with_capacity(sizes.rows(), sizes.hidden()),
+            logits: Rows::with_capacity(sizes.head_rows(), sizes.vocab),
+            head_first: 0,
+            head_count: 0,
+            one_x: vec![0.0; sizes.hidden()],
+            one_logits: vec![0.0; sizes.vocab],
+        }
+    }
+
+    fn bytes(sizes: &WorkSizes) -> u64 {
+        Rows::bytes(sizes.rows(), sizes.hidden()) + Rows::bytes(sizes.head_rows(), sizes.vocab) + 4 * sizes.vocab as u64
+    }
 }
 
 /// What a sequence goes on with.
@@ -171,8 +207,19 @@ impl Engine {
         let (threads, kernels) = (machine.threads(), machine.kernels());
         let batch_tokens = options.batch_tokens.clamp(1, options.context.max(1));
         let options = EngineOptions { threads, kernels, batch_tokens, ..options };
-        let work = Work::new(model.decoder(), &options.sizes(&model.manifest, model.part));
-        Self { machine: machine.clone(), model, experts, options, work, log: None, left_out: Vec::new() }
+        let sizes = options.sizes(&model.manifest, model.part);
+        Self {
+            machine: machine.clone(),
+            attention: Attention::new(model.decoder()),
+            work: machine.work().share(sizes),
+            results: Results::new(&sizes),
+            model,
+            experts,
+            options,
+            log: None,
+            left_out: Vec::new(),
+            weight_min: [0.0; 3],
+        }
     }
 
     /// The model.
@@ -195,9 +242,9 @@ impl Engine {
         &self.machine
     }
 
-    /// Bytes of working memory.
-    pub fn work_bytes(&self) -> u64 {
-        self.options.work_bytes(&self.model.manifest, self.model.part)
+    /// Bytes of memory for what passes leave behind; what they work in is the [machine's](Machine::work_bytes).
+    pub fn results_bytes(&self) -> u64 {
+        Results::bytes(&self.options.sizes(&self.model.manifest, self.model.part))
     }
 
     /// An empty sequence.
@@ -290,7 +337,7 @@ impl Engine {
             self.check(piece)?;
         }
         self.through(pieces, span, rows)?;
-        (self.work.head_first, self.work.head_count) = (0, 0);
+        (self.results.head_first, self.results.head_count) = (0, 0);
         if want == Want::Last {
             let mut end = 0;
             let mut last = [0; LOGITS_TOKENS];
@@ -305,29 +352,30 @@ impl Engine {
 
     /// The logits after the last row of the n-th piece of the last pass, which [wanted](Want::Last) them.
     pub fn logits(&mut self, n: usize) -> &mut [f32] {
-        let (vocab, logits) = (self.model.decoder().vocab_size as usize, &self.work.logits);
+        let Results { logits, one_logits, .. } = &mut self.results;
         if logits.tokens() == 1 {
-            return &mut self.work.logits.data_mut()[..vocab];
+            let vocab = one_logits.len();
+            return &mut logits.data_mut()[..vocab];
         }
-        logits.copy_token(n, 0, &mut self.work.one_logits);
-        &mut self.work.one_logits
+        logits.copy_token(n, 0, one_logits);
+        one_logits
     }
 
     /// The logits after a row of the last pass, which [wanted](Want::All) them. Cheapest row by row, ascending.
     pub fn logits_of(&mut self, row: usize) -> &mut [f32] {
-        let here = self.work.head_first..self.work.head_first + self.work.head_count;
-        if !here.contains(&row) {
-            let count = LOGITS_TOKENS.min(self.work.x.tokens() - row);
+        let Results { x, head_first, head_count, .. } = &self.results;
+        if !(*head_first..head_first + head_count).contains(&row) {
+            let count = LOGITS_TOKENS.min(x.tokens() - row);
             let rows: [usize; LOGITS_TOKENS] = std::array::from_fn(|i| row + i);
             self.head(&rows[..count]);
-            (self.work.head_first, self.work.head_count) = (row, count);
+            (self.results.head_first, self.results.head_count) = (row, count);
         }
-        self.logits(row - self.work.head_first)
+        self.logits(row - self.results.head_first)
     }
 
     /// The hidden state of a row after the last pass, (hidden_size): not normed where its span ended before the last layer or with it.
     pub fn row(&self, row: usize, out: &mut [f32]) {
-        self.work.x.copy_token(row, 0, out);
+        self.results.x.copy_token(row, 0, out);
     }
 
     fn rows_of(&self, input: &Input<'_>) -> usize {
@@ -368,11 +416,13 @@ impl Engine {
         Ok(())
     }
 
-    /// Takes rows through some layers; their hidden states are then in `work.x`.
+    /// Takes rows through some layers; their hidden states are then in the results' `x`.
     fn through(&mut self, pieces: &mut [Piece<'_>], span: Range<u32>, rows: usize) -> Result<(), ForwardError> {
-        let Self { machine, model, experts, options, work, log, left_out } = self;
+        let Self { machine, model, experts, options, attention, work, results, log, left_out, weight_min } = self;
+        let Results { x, one_x, .. } = results;
         let hidden = model.decoder().hidden_size as usize;
-        work.begin(rows);
+        x.resize(rows);
+        let mut places = Vec::with_capacity(rows);
         let mut shares = Vec::with_capacity(pieces.len());
         let mut tokens = Vec::with_capacity(rows); // 0 where a row is none's
         let mut modalities = vec![Modality::Text; rows];
@@ -383,29 +433,28 @@ impl Engine {
             let rows = match input {
                 Input::Tokens(ids) => {
                     for (row, &token) in (first..).zip(*ids) {
-                        model.embedding.view().row(token as usize, &mut work.one_x);
-                        work.x.set_token(row, &work.one_x);
+                        model.embedding.view().row(token as usize, one_x);
+                        x.set_token(row, one_x);
                     }
                     tokens.extend_from_slice(ids);
                     ids.len()
                 }
                 Input::Rows(data) => {
-                    (first..).zip(data.chunks_exact(hidden)).for_each(|(row, data)| work.x.set_token(row, data));
+                    (first..).zip(data.chunks_exact(hidden)).for_each(|(row, data)| x.set_token(row, data));
                     tokens.resize(tokens.len() + data.len() / hidden, 0);
                     data.len() / hidden
                 }
             };
             for overlay in *overlays {
                 if span.start == 0 {
-                    let places = first + overlay.first..;
-                    places.zip(overlay.rows.chunks_exact(hidden)).for_each(|(row, data)| work.x.set_token(row, data));
+                    (first + overlay.first..).zip(overlay.rows.chunks_exact(hidden)).for_each(|(row, data)| x.set_token(row, data));
                 }
                 modalities[first + overlay.first..][..overlay.rows.len() / hidden].fill(overlay.modality);
                 added.push((first, *overlay));
             }
             match positions {
-                Some(positions) => work.positions.extend_from_slice(positions),
-                None => work.positions.extend((0..rows).map(|i| Position::all(next + i as f32))),
+                Some(positions) => places.extend_from_slice(positions),
+                None => places.extend((0..rows).map(|i| Position::all(next + i as f32))),
             }
             session.cache_mut().reserve(past + rows);
             shares.push(Share { session, first, rows, past });
@@ -413,25 +462,26 @@ impl Engine {
         }
         let mut pool = machine.pool();
         let pool = &mut *pool;
-        let positions = &work.positions;
-        work.gqa.begin(&shares, rows, |row| positions[row]);
+        let work = &mut *work.lock(rows);
+        work.begin(model.decoder(), rows);
+        work.gqa.begin(attention, &shares, &places);
         experts.begin_pass();
         for number in span.start as usize..span.end as usize {
             let weights = &model.layers[number];
-            norm_rows(pool, &work.x, &weights.mixer_norm, model.eps(), &mut work.scales, &mut work.normed);
+            norm_rows(pool, x, &weights.mixer_norm, model.eps(), &mut work.scales, &mut work.normed);
             let input =
                 MixerInput { pool, kernels: options.kernels, layer: number, x: &work.normed, tiles: &work.tiles, shares: &mut shares };
             let MixerWeights::Gqa(mixer) = &weights.mixer;
-            work.gqa.run(mixer, input, &mut work.out);
-            add(work.x.data_mut(), work.out.data());
+            work.gqa.run(attention, mixer, input, &mut work.out);
+            add(x.data_mut(), work.out.data());
             if let Some(next) = model.layers.get(number + 1).filter(|_| number + 1 < span.end as usize)
                 && rows <= LOOKING_AHEAD
                 && experts.looks_ahead()
             {
-                norm_rows(pool, &work.x, &next.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
+                norm_rows(pool, x, &next.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
                 predict(pool, options.kernels, model, number, (&work.normed, &work.tiles), &mut work.moe);
             }
-            norm_rows(pool, &work.x, &weights.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
+            norm_rows(pool, x, &weights.feed_forward_norm, model.eps(), &mut work.scales, &mut work.normed);
             let place = |row: usize| {
                 let share = shares.iter().rfind(|share| share.first <= row).expect("every row is of a piece");
                 TokenPlace { position: share.past + row - share.first, token: tokens[row], modality: modalities[row] }
@@ -445,16 +495,21 @@ impl Engine {
                 experts,
                 &mut work.moe,
                 &mut work.out,
-                Watch { log: log.as_mut().map(|log| (log, &place as TokenPlaces<'_>)), left_out, modalities: &modalities },
+                Watch {
+                    log: log.as_mut().map(|log| (log, &place as TokenPlaces<'_>)),
+                    left_out,
+                    weight_min: *weight_min,
+                    modalities: &modalities,
+                },
             );
             if let Err(error) = result {
                 experts.cancel();
                 return Err(error.into());
             }
-            add(work.x.data_mut(), work.out.data());
+            add(x.data_mut(), work.out.data());
             for (first, overlay) in &added {
                 let rows = overlay.deepstack.get(number).into_iter().flat_map(|added| added.chunks_exact(hidden));
-                (first + overlay.first..).zip(rows).for_each(|(row, added)| work.x.add_to_token(row, added));
+                (first + overlay.first..).zip(rows).for_each(|(row, added)| x.add_to_token(row, added));
             }
         }
         for piece in pieces {
@@ -469,8 +524,11 @@ impl Engine {
 
     /// Computes the logits after some rows of the last pass, [`LOGITS_TOKENS`] at most.
     fn head(&mut self, rows: &[usize]) {
-        let Self { machine, model, options, work, .. } = self;
+        let Self { machine, model, options, work, results, .. } = self;
+        let Results { x, one_x, logits, .. } = results;
         let pool: &mut Pool = &mut machine.pool();
+        let work = &mut *work.lock(rows.len());
+        work.begin_head(model.decoder(), rows.len());
         let mut tile_list = [Tile { first: 0, rows: 0 }; LOGITS_TOKENS];
         let mut used = 0;
         for tile in tiles(0, rows.len()) {
@@ -478,16 +536,15 @@ impl Engine {
             used += 1;
         }
         let tile_list = &tile_list[..used];
-        work.head_x.resize(rows.len());
         for (i, &row) in rows.iter().enumerate() {
-            work.x.copy_token(row, 0, &mut work.one_x);
-            work.head_x.set_token(i, &work.one_x);
+            x.copy_token(row, 0, one_x);
+            work.head_x.set_token(i, one_x);
         }
         norm_rows(pool, &work.head_x, &model.final_norm, model.eps(), &mut work.scales, &mut work.head_normed);
         let head = model.head().view();
         let (data, tokens) = (work.head_normed.data(), work.head_normed.tokens());
         work.head_operand.fill(pool, work.head_normed.width(), head.forms(), tile_list, |row| Vector::of(data, tokens, 0, row));
-        work.logits.resize(rows.len());
-        project(pool, options.kernels, &[head], &work.head_operand, tile_list, &mut work.logits);
+        logits.resize(rows.len());
+        project(pool, options.kernels, &[head], &work.head_operand, tile_list, logits);
     }
 }

@@ -1,4 +1,4 @@
-//! What all models of a process share: the threads that compute, the kernels, and the memory for experts and trunks.
+//! What all models of a process share: the threads that compute, the kernels, and the memory for experts, trunks and passes.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -10,6 +10,7 @@ use crate::cache_policy::PolicyKind;
 use crate::expert_memory::ExpertMemory;
 use crate::kernels::Kernels;
 use crate::pool::Pool;
+use crate::work::WorkMemory;
 
 /// A handle on a machine; one a process, but for tests.
 #[derive(Clone, Debug)]
@@ -20,6 +21,7 @@ pub struct Machine {
     experts: ExpertMemory,
     tensors: Arc<Mutex<HashMap<ContentHash, Weak<AlignedBytes>>>>,
     trunk: ByteCount,
+    work: WorkMemory,
 }
 
 impl Machine {
@@ -34,6 +36,7 @@ impl Machine {
             experts: ExpertMemory::new(0, policy),
             tensors: Arc::default(),
             trunk: ByteCount::default(),
+            work: WorkMemory::default(),
         }
     }
 
@@ -52,9 +55,19 @@ impl Machine {
         &self.experts
     }
 
-    /// Bytes that experts and the trunks of all models take, in whole pages.
+    /// Bytes that experts and the trunks of all models take, in whole pages, and what passes work in.
     pub fn bytes(&self) -> u64 {
-        self.experts.bytes() + self.trunk.bytes()
+        self.experts.bytes() + self.trunk.bytes() + self.work.bytes()
+    }
+
+    /// Bytes of the memory that passes of all models work in: as much as the most demanding of them needs.
+    pub fn work_bytes(&self) -> u64 {
+        self.work.bytes()
+    }
+
+    /// Those of them that no pass has written to yet: promised, and not taken.
+    pub fn work_bytes_untaken(&self) -> u64 {
+        self.work.untaken()
     }
 
     /// Bytes that the trunks of all models take, in whole pages; tensors that models share count once.
@@ -80,6 +93,11 @@ impl Machine {
     /// Lets the thread that runs passes, which has a core of its own, run anywhere until the next: threads that it starts meanwhile may, too.
     pub fn rest(&self) {
         self.pool().rest();
+    }
+
+    /// The memory that passes work in.
+    pub(crate) fn work(&self) -> &WorkMemory {
+        &self.work
     }
 
     /// The threads, for one pass.

@@ -4,6 +4,7 @@ use protocol::ModelManifest;
 
 use crate::aligned::AlignedBytes;
 use crate::engine::EngineOptions;
+use crate::machine::Machine;
 use crate::mixer::kv_cache::KvCache;
 
 /// The shares of a budget, in bytes.
@@ -13,7 +14,7 @@ pub struct MemoryPlan {
     pub trunk: u64,
     /// Keys and values of all sequences.
     pub kv_cache: u64,
-    /// What a forward pass works in.
+    /// What a pass works in, as far as the machine does not have it for other models, and what it leaves behind.
     pub scratch: u64,
     /// Everything else that the process needs.
     pub process: u64,
@@ -52,9 +53,15 @@ pub fn least_of_experts(manifest: &ModelManifest) -> u64 {
 /// Smallest batch that memory is saved by.
 const BATCH_TOKENS_MIN: usize = 32;
 
-/// Divides `budget` bytes; `process` is what the process needs besides. At least layers × top-k experts must fit; a larger batch is given
+/// Divides `budget` bytes for a model on `machine`, or on one of its own; `process` is what the process needs besides. At least layers × top-k experts must fit; a larger batch is given
 /// up for more experts only when they would not.
-pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u64, budget: u64) -> Result<MemoryPlan, BudgetTooSmall> {
+pub fn plan_memory(
+    manifest: &ModelManifest,
+    options: &EngineOptions,
+    machine: Option<&Machine>,
+    process: u64,
+    budget: u64,
+) -> Result<MemoryPlan, BudgetTooSmall> {
     let (part, decoder) = (manifest.text(), manifest.decoder());
     let trunk = part.trunk_bytes();
     let context = options.context.min(decoder.context as usize);
@@ -63,7 +70,7 @@ pub fn plan_memory(manifest: &ModelManifest, options: &EngineOptions, process: u
     let mut batch_tokens = options.batch_tokens.clamp(1, context.max(1));
     loop {
         let options = EngineOptions { batch_tokens, context, ..*options };
-        let scratch = options.work_bytes(manifest, part.kind);
+        let scratch = options.work_bytes(manifest, part.kind, machine);
         let taken = trunk + kv_cache + scratch + process;
         // A batch must not take more than an eighth of what experts could have.
         let fits = taken + least <= budget && (scratch <= (budget - taken) / 8 || batch_tokens <= BATCH_TOKENS_MIN);

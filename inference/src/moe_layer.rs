@@ -3,7 +3,7 @@
 use crate::activation_log::{ActivationLog, TokenPlace};
 use crate::experts::{Experts, ExpertsError, Present};
 use crate::kernels::math::{add_weighted, sigmoid};
-use crate::kernels::{Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
+use crate::kernels::{Forms, Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
 use crate::layer_inputs::LayerInputs;
 use crate::model::{DenseWeights, LayerFeedForward, Model, SharedWeights};
 use crate::pool::Pool;
@@ -11,10 +11,10 @@ use crate::router::{Choice, route};
 use crate::swiglu::gate_and_up;
 use crate::weights::Weight;
 use crate::work_sizes::WorkSizes;
-use protocol::ExpertSlot;
 use protocol::decoder::Router;
 use protocol::precision::PANEL_ROWS;
 use protocol::profile::Modality;
+use protocol::{Decoder, ExpertSlot};
 
 /// Experts of a prefill that are in use at a time.
 const WAVE: usize = 32;
@@ -94,22 +94,22 @@ impl MoeWork {
             tiles: Vec::with_capacity(assigned),
             operand: Operand::with_capacity(assigned, sizes.hidden(), sizes.expert_forms),
             middle: vec![0.0; middle],
-            middle_operand: Operand::with_capacity(assigned, sizes.intermediate, sizes.expert_forms),
+            middle_operand: Operand::for_either(Self::middle_shapes(sizes)),
             shared_out: Rows::with_capacity(if sizes.shared { sizes.rows() } else { 0 }, sizes.hidden()),
             shared_weight: Rows::with_capacity(if sizes.shared { sizes.rows() } else { 0 }, 1),
             shared_weights: Vec::with_capacity(if sizes.shared { sizes.rows() } else { 0 }),
         }
-        .with_dense(sizes)
     }
 
-    fn with_dense(mut self, sizes: &WorkSizes) -> Self {
-        if sizes.dense > 0 {
-            let wide = Operand::bytes(sizes.rows(), sizes.dense, sizes.trunk_forms());
-            if wide > Operand::bytes(sizes.assigned, sizes.intermediate, sizes.expert_forms) {
-                self.middle_operand = Operand::with_capacity(sizes.rows(), sizes.dense, sizes.trunk_forms().or(sizes.expert_forms));
-            }
-        }
-        self
+    /// Prepares for a pass through the layers of a model.
+    pub(crate) fn begin(&mut self, decoder: &Decoder) {
+        self.logits.reshape(0, decoder.experts() as usize);
+        self.shared_out.reshape(0, decoder.hidden_size as usize);
+    }
+
+    /// What the middle of a layer's networks is: that of the experts, and that of a dense or shared one.
+    fn middle_shapes(sizes: &WorkSizes) -> [(usize, usize, Forms); 2] {
+        [(sizes.assigned, sizes.intermediate, sizes.expert_forms), (sizes.rows(), sizes.dense, sizes.trunk_forms())]
     }
 
     fn middle(sizes: &WorkSizes) -> usize {
@@ -122,9 +122,8 @@ impl MoeWork {
         let rows = Operand::bytes(sizes.rows(), sizes.hidden(), sizes.trunk_forms().or(sizes.expert_forms))
             + Rows::bytes(sizes.rows(), sizes.experts);
         let routing = (sizes.assigned * 24 + sizes.experts * 16) as u64;
-        let dense = if sizes.dense > 0 { Operand::bytes(sizes.rows(), sizes.dense, sizes.trunk_forms().or(sizes.expert_forms)) } else { 0 };
-        let experts = Operand::bytes(sizes.assigned, sizes.hidden(), sizes.expert_forms)
-            + Operand::bytes(sizes.assigned, sizes.intermediate, sizes.expert_forms).max(dense);
+        let experts =
+            Operand::bytes(sizes.assigned, sizes.hidden(), sizes.expert_forms) + Operand::bytes_for_either(Self::middle_shapes(sizes));
         let scratch = (sizes.threads() * (sizes.experts + Scratch::RESULTS) * 4) as u64;
         let shared = if sizes.shared {
             Rows::bytes(sizes.rows(), sizes.hidden()) + Rows::bytes(sizes.rows(), 1) + 8 * sizes.rows() as u64
@@ -159,6 +158,8 @@ pub(crate) struct Watch<'a> {
     pub(crate) log: Option<(&'a mut ActivationLog, TokenPlaces<'a>)>,
     /// Experts whose results are left out.
     pub(crate) left_out: &'a [LeftOut],
+    /// By modality: results with less weight are left out, too.
+    pub(crate) weight_min: [f32; 3],
     /// What each row stands for.
     pub(crate) modalities: &'a [Modality],
 }
@@ -189,10 +190,11 @@ pub(crate) fn feed_forward(
             work.tokens.fill(pool, x.width(), forms, token_tiles, |row| Vector::of(data, tokens, 0, row));
             work.logits.resize(tokens);
             project(pool, kernels, &[router], &work.tokens, token_tiles, &mut work.logits);
-            let left_out = |row: usize, expert| {
-                let slot = ExpertSlot { part: model.part, layer: number as u32, expert };
+            let left_out = |row: usize, choice: &Choice| {
+                let slot = ExpertSlot { part: model.part, layer: number as u32, expert: choice.expert };
                 let of_row = |modality| modality == watch.modalities[row];
-                watch.left_out.iter().any(|one| one.slot == slot && one.modality.is_none_or(of_row))
+                choice.weight < watch.weight_min[watch.modalities[row] as usize]
+                    || watch.left_out.iter().any(|one| one.slot == slot && one.modality.is_none_or(of_row))
             };
             if work.route(pool, model, tokens, left_out).is_err() {
                 return Err(ExpertsError::Router { layer: number as u32 });
@@ -283,7 +285,7 @@ impl MoeWork {
         pool: &mut Pool,
         model: &Model,
         tokens: usize,
-        left_out: impl Fn(usize, u32) -> bool,
+        left_out: impl Fn(usize, &Choice) -> bool,
     ) -> Result<(), RouterNotFinite> {
         let moe = model.decoder().moe().expect("a router chooses among experts");
         let (k, experts, Router::Softmax { normalise }) = (moe.per_token as usize, moe.experts as usize, moe.router);
@@ -291,10 +293,11 @@ impl MoeWork {
         let choices = &mut self.choices[..tokens * k];
         pool.chunks_with(choices, ROUTED * k, &mut self.scratch, |chunk, scratch, choices| {
             for (i, choices) in choices.chunks_exact_mut(k).enumerate() {
-                logits.copy_token(chunk * ROUTED + i, 0, &mut scratch.probabilities);
+                let probabilities = &mut scratch.probabilities[..experts];
+                logits.copy_token(chunk * ROUTED + i, 0, probabilities);
                 // Asked here: softmax makes some number of what is none.
-                let is_finite = scratch.probabilities.iter().all(|logit| logit.is_finite());
-                route(&mut scratch.probabilities, normalise, choices);
+                let is_finite = probabilities.iter().all(|logit| logit.is_finite());
+                route(probabilities, normalise, choices);
                 if !is_finite {
                     choices[0].weight = f32::NAN;
                 }
@@ -318,7 +321,7 @@ impl MoeWork {
         for (token, choices) in choices.chunks_exact(k).enumerate() {
             for choice in choices {
                 let place = &mut self.starts[choice.expert as usize];
-                let weight = if left_out(token, choice.expert) { 0.0 } else { choice.weight };
+                let weight = if left_out(token, choice) { 0.0 } else { choice.weight };
                 self.assigned[*place as usize] = (token as u32, weight);
                 *place += 1;
             }

@@ -9,8 +9,8 @@ use crate::model::expert_forms;
 /// Rows whose logits are computed together.
 pub const LOGITS_TOKENS: usize = 16;
 
-/// Sizes of all buffers of an engine: what they are made of, and what they are counted by.
-#[derive(Clone, Copy, Debug)]
+/// Sizes of all buffers that passes work in: what they are made of, and what they are counted by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct WorkSizes {
     pub(crate) gqa: GqaSizes,
     pub(crate) vocab: usize,
@@ -42,6 +42,27 @@ impl WorkSizes {
             shared: shared > 0,
             expert_forms: expert_forms(manifest, part),
         }
+    }
+
+    /// Sizes that serve both.
+    pub(crate) fn max(&self, other: &Self) -> Self {
+        Self {
+            gqa: self.gqa.max(&other.gqa),
+            vocab: self.vocab.max(other.vocab),
+            assigned: self.assigned.max(other.assigned),
+            experts: self.experts.max(other.experts),
+            intermediate: self.intermediate.max(other.intermediate),
+            dense: self.dense.max(other.dense),
+            shared: self.shared || other.shared,
+            expert_forms: self.expert_forms.or(other.expert_forms),
+        }
+    }
+
+    /// What passes of at most `rows` rows take of all this.
+    pub(crate) fn of_rows(&self, rows: usize) -> Self {
+        let all = self.rows().max(1);
+        let part = |numbers: usize| (numbers * rows.min(all)).div_ceil(all);
+        Self { gqa: self.gqa.of_rows(rows.min(all), part(self.gqa.partials)), assigned: part(self.assigned), ..*self }
     }
 
     pub(crate) fn rows(&self) -> usize {

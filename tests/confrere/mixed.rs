@@ -128,6 +128,44 @@ fn two_models_in_one_memory_are_as_each_alone() {
     }
 }
 
+/// Passes of models of different shapes take turns in one working memory, as large as the larger needs; the smaller's is its own again.
+#[test]
+fn models_of_different_shapes_share_what_they_work_in() {
+    let models = [model(1, 64), model(2, 96), model(3, 32)];
+    let tokens: Vec<u32> = (0..40).map(|n| n * 13 % 64).collect();
+    let alone: Vec<_> = models.iter().map(|model| bits(&mut model.engine(u64::MAX, 1), &tokens, 7)).collect();
+    let machine = Machine::new(2, Kernels::best(), PolicyKind::Lru);
+    machine.experts().lock().set_bytes_max(u64::MAX);
+    let mut engines = Vec::new();
+    let needs: Vec<_> = [1, 0, 2]
+        .map(|n| {
+            engines.push(models[n].engine_on(&machine, 5));
+            machine.work_bytes()
+        })
+        .into();
+    assert_eq!(needs, [needs[0]; 3], "the first is the largest");
+    assert_eq!(machine.work_bytes_untaken(), needs[0]);
+    let mut sessions: Vec<_> = engines.iter().map(Engine::session).collect();
+    let mut found = [const { Vec::new() }; 3];
+    for tokens in tokens.chunks(7) {
+        for ((engine, session), found) in engines.iter_mut().zip(&mut sessions).zip(&mut found) {
+            found.extend(engine.forward(session, tokens).expect("it runs").iter().map(|logit| logit.to_bits()));
+        }
+    }
+    assert!(found == [1, 0, 2].map(|n| alone[n].clone()));
+    assert!(machine.work_bytes_untaken() > 0, "no pass had all rows that there may be");
+    engines.remove(0);
+    let less = machine.work_bytes();
+    assert!(less < needs[0] && less > 0);
+    let mut session = engines[0].session();
+    assert_eq!(
+        engines[0].forward(&mut session, &tokens[..7]).expect("it runs").iter().map(|logit| logit.to_bits()).collect::<Vec<_>>(),
+        alone[0][..64]
+    );
+    drop(engines);
+    assert_eq!(machine.work_bytes(), 0);
+}
+
 /// Runs the test below in a process of its own: what others take must not count.
 #[test]
 fn what_the_process_takes_is_what_it_counts() {
@@ -157,7 +195,7 @@ fn memory_of_two_models_of_four_precisions() {
         }
         uses = engines.iter_mut().map(|engine| engine.experts().usage().uses).sum();
         let counted = machine.bytes()
-            + engines.iter().map(Engine::work_bytes).sum::<u64>()
+            + engines.iter().map(Engine::results_bytes).sum::<u64>()
             + sessions.iter().map(inference::session::Session::bytes).sum::<u64>();
         let taken = resident_bytes(std::process::id()).saturating_sub(before);
         worst = worst.max(taken.saturating_sub(counted));

@@ -101,8 +101,39 @@ fn idle_models_go_after_their_time() {
     door.answer("/v1/completions", &ask("q4", PROMPTS[0]));
     assert_eq!(loaded(&door), ["q4"]);
     wait_until_loaded(&door, &[]);
-    assert_eq!(api_json(&door.api, "/api/loaded")["memory"], json!({"experts_bytes": 0, "experts_bytes_max": 0, "trunk_bytes": 0}));
+    assert_eq!(
+        api_json(&door.api, "/api/loaded")["memory"],
+        json!({"experts_bytes": 0, "experts_bytes_max": 0, "trunk_bytes": 0, "work_bytes": 0})
+    );
     door.answer("/v1/completions", &ask("q4", PROMPTS[0]));
+}
+
+/// A model whose trunk comes slowly keeps no other from answering, and answers once it is here.
+#[test]
+fn a_model_answers_while_another_is_loaded() {
+    let slow = Door::of(node(&["q8"]), String::new(), &["--upload", "500KB"]);
+    let expected = slow.answer("/v1/completions", &ask("q8", PROMPTS[0]));
+    let door = Door::of(node(&["q4"]), String::new(), &[]);
+    door.answer("/v1/completions", &ask("q4", PROMPTS[0]));
+    let joined = door.node.run(&["join", &slow.serving.ticket]);
+    assert_eq!(joined.code, Some(0), "{}", joined.err);
+    std::thread::scope(|scope| {
+        let late = scope.spawn(|| door.answer("/v1/completions", &ask("q8", PROMPTS[0])));
+        let state = || api_json(&door.api, "/api/node")["model"]["state"].clone();
+        while state() != "loading" {
+            assert!(!late.is_finished(), "the trunk comes slowly");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        for prompt in PROMPTS {
+            door.answer("/v1/completions", &ask("q4", prompt));
+        }
+        assert_eq!((state(), loaded(&door)), (json!("loading"), vec!["q4".to_owned()]));
+        assert_eq!(api_json(&door.api, "/health")["status"], "ok");
+        assert_eq!(late.join().expect("it answers")["choices"], expected["choices"]);
+    });
+    let mut names = loaded(&door);
+    names.sort();
+    assert_eq!(names, ["q4", "q8"]);
 }
 
 /// Where memory holds the keys and values of one model only, the other goes for it.

@@ -217,14 +217,29 @@ pub(crate) struct Operand {
 impl Operand {
     /// Room for `rows` vectors of up to `columns` numbers.
     pub(crate) fn with_capacity(rows: usize, columns: usize, forms: Forms) -> Self {
-        let (words, plain) = Self::room(rows, columns, forms);
-        Self { words: Words::new(words), plain: vec![0.0; plain], groups: 0, columns: 0 }
+        Self::for_either([(rows, columns, forms); 2])
     }
 
     /// Bytes that this room takes.
     pub(crate) fn bytes(rows: usize, columns: usize, forms: Forms) -> u64 {
-        let (words, plain) = Self::room(rows, columns, forms);
+        Self::bytes_for_either([(rows, columns, forms); 2])
+    }
+
+    /// Room for either of two shapes: so many vectors, of so many numbers, in such forms.
+    pub(crate) fn for_either(shapes: [(usize, usize, Forms); 2]) -> Self {
+        let (words, plain) = Self::room_for_either(shapes);
+        Self { words: Words::new(words), plain: vec![0.0; plain], groups: 0, columns: 0 }
+    }
+
+    /// Bytes that this room takes.
+    pub(crate) fn bytes_for_either(shapes: [(usize, usize, Forms); 2]) -> u64 {
+        let (words, plain) = Self::room_for_either(shapes);
         4 * (words + plain) as u64
+    }
+
+    fn room_for_either(shapes: [(usize, usize, Forms); 2]) -> (usize, usize) {
+        let [one, other] = shapes.map(|(rows, columns, forms)| Self::room(rows, columns, forms));
+        (one.0.max(other.0), one.1.max(other.1))
     }
 
     fn room(rows: usize, columns: usize, forms: Forms) -> (usize, usize) {

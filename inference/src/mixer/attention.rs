@@ -46,6 +46,11 @@ impl Heads {
         self.heads * self.head_dim
     }
 
+    /// Numbers of all keys of a token.
+    pub(crate) fn kv_width(self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
     /// Numbers of a partial result of one query head: values, greatest score, sum of weights.
     fn partial(self) -> usize {
         self.padded() + BLOCK
@@ -109,26 +114,40 @@ pub(crate) struct Scratch {
     counts: Vec<usize>,
 }
 
-impl Scratch {
+/// Sizes of what a thread needs.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ScratchSizes {
+    /// Query vectors of a task, at most, in whole eights.
+    queries: usize,
+    /// Numbers of a head, in whole blocks.
+    pub(crate) padded: usize,
+}
+
+impl ScratchSizes {
     pub(crate) fn new(heads: Heads) -> Self {
-        let queries = Self::queries(heads);
+        Self { queries: (TOKENS * heads.group()).next_multiple_of(QUERIES), padded: heads.padded() }
+    }
+
+    pub(crate) fn max(self, other: Self) -> Self {
+        Self { queries: self.queries.max(other.queries), padded: self.padded.max(other.padded) }
+    }
+
+    pub(crate) fn bytes(self) -> u64 {
+        let Self { queries, padded } = self;
+        ((queries * (padded + PIECE + padded + BLOCK + 2) + 2 * BLOCK * padded) * 4) as u64
+    }
+}
+
+impl Scratch {
+    pub(crate) fn new(sizes: ScratchSizes) -> Self {
+        let ScratchSizes { queries, padded } = sizes;
         Self {
-            queries: vec![0.0; queries * heads.head_dim],
+            queries: vec![0.0; queries * padded],
             scores: vec![0.0; queries * PIECE],
-            block: vec![0.0; 2 * BLOCK * heads.padded()],
-            piece: vec![0.0; queries * heads.partial()],
+            block: vec![0.0; 2 * BLOCK * padded],
+            piece: vec![0.0; queries * (padded + BLOCK)],
             counts: vec![0; queries],
         }
-    }
-
-    /// Query vectors of a task, at most, in whole eights.
-    fn queries(heads: Heads) -> usize {
-        (TOKENS * heads.group()).next_multiple_of(QUERIES)
-    }
-
-    pub(crate) fn bytes(heads: Heads) -> u64 {
-        let queries = Self::queries(heads);
-        ((queries * (heads.head_dim + PIECE + heads.partial() + 2) + 2 * BLOCK * heads.padded()) * 4) as u64
     }
 }
 
@@ -217,7 +236,7 @@ fn one_piece(
         let both = if let Some(keys) = keys.filter(|keys| multiplies(keys, queries)) {
             keys.from(block * BLOCK * padded)
         } else {
-            let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
+            let (one, other) = scratch.block[..2 * BLOCK * padded].split_at_mut(BLOCK * padded);
             cache.widen_keys(layer, piece, task.kv_head, block, one);
             cache.widen_keys(layer, piece, task.kv_head, block + 1, other); // there, if not yet filled
             Stored::F32(&scratch.block)
@@ -239,7 +258,7 @@ fn one_piece(
         add_values_of_queries(&scratch.scores, &scratch.counts[..queries], 0..most, (values, next), (padded, partial), results);
     } else {
         for block in (0..most.div_ceil(BLOCK)).step_by(2) {
-            let (one, other) = scratch.block.split_at_mut(BLOCK * padded);
+            let (one, other) = scratch.block[..2 * BLOCK * padded].split_at_mut(BLOCK * padded);
             cache.widen_values(layer, piece, task.kv_head, block, one);
             cache.widen_values(layer, piece, task.kv_head, block + 1, other);
             let here = block * BLOCK..most.min((block + 2) * BLOCK);

@@ -61,12 +61,24 @@ impl GqaWeights {
     }
 }
 
-/// The memory that attention works in, and what the rows of a pass share in all layers.
+/// What attention is in all layers of a model.
 #[derive(Debug)]
-pub(crate) struct GqaWork {
+pub(crate) struct Attention {
     heads: Heads,
     eps: f32,
     rope: RopeFrequencies,
+}
+
+impl Attention {
+    pub(crate) fn new(decoder: &Decoder) -> Self {
+        let attention = decoder.attention();
+        Self { heads: heads(attention), eps: decoder.runs[0].norm.eps() as f32, rope: RopeFrequencies::new(attention) }
+    }
+}
+
+/// The memory that attention works in, and what the rows of a pass share in all layers.
+#[derive(Debug)]
+pub(crate) struct GqaWork {
     qkv: Rows,
     operand: Operand,
     rotations: Vec<Rotation>,
@@ -79,44 +91,70 @@ pub(crate) struct GqaWork {
 }
 
 /// Sizes of the buffers: what they are made of, and what they are counted by.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct GqaSizes {
     pub(crate) rows: usize,
     pub(crate) threads: usize,
-    pub(crate) context: usize,
     pub(crate) hidden: usize,
     pub(crate) forms: Forms,
-    heads: Heads,
+    /// Numbers of all queries of a row; of all its keys.
+    query: usize,
+    kv: usize,
+    /// Numbers of partial results.
+    pub(crate) partials: usize,
+    scratch: attention::ScratchSizes,
 }
 
 impl GqaSizes {
     pub(crate) fn new(decoder: &Decoder, (rows, threads, context): (usize, usize, usize), forms: Forms) -> Self {
-        Self { rows, threads, context, hidden: decoder.hidden_size as usize, forms, heads: heads(decoder.attention()) }
+        let (hidden, heads) = (decoder.hidden_size as usize, heads(decoder.attention()));
+        Self {
+            rows,
+            threads,
+            hidden,
+            forms,
+            query: heads.query_width(),
+            kv: heads.kv_width(),
+            partials: attention::partial_numbers_max(rows, context, heads),
+            scratch: attention::ScratchSizes::new(heads),
+        }
     }
 
-    fn kv_width(&self) -> usize {
-        self.heads.kv_heads * self.heads.head_dim
+    /// Sizes that serve both.
+    pub(crate) fn max(&self, other: &Self) -> Self {
+        Self {
+            rows: self.rows.max(other.rows),
+            threads: self.threads.max(other.threads),
+            hidden: self.hidden.max(other.hidden),
+            forms: self.forms.or(other.forms),
+            query: self.query.max(other.query),
+            kv: self.kv.max(other.kv),
+            partials: self.partials.max(other.partials),
+            scratch: self.scratch.max(other.scratch),
+        }
     }
 
-    fn qkv(&self) -> usize {
-        let panels = |width: usize| width.next_multiple_of(PANEL_ROWS);
-        panels(self.heads.query_width()) + 2 * panels(self.kv_width())
+    /// The same for other numbers of rows and of partial results.
+    pub(crate) fn of_rows(&self, rows: usize, partials: usize) -> Self {
+        Self { rows, partials, ..*self }
     }
 
     fn widest(&self) -> usize {
-        self.hidden.max(self.heads.query_width())
-    }
-
-    fn partials(&self) -> usize {
-        attention::partial_numbers_max(self.rows, self.context, self.heads)
+        self.hidden.max(self.query)
     }
 
     /// Bytes of all buffers.
     pub(crate) fn bytes(&self) -> u64 {
-        let numbers = self.rows * (2 * self.heads.query_width() + self.kv_width() + self.heads.head_dim) + self.partials();
-        let scratch = self.threads as u64 * attention::Scratch::bytes(self.heads);
-        Rows::bytes(self.rows, self.qkv()) + 4 * numbers as u64 + scratch + Operand::bytes(self.rows, self.widest(), self.forms)
+        let numbers = self.rows * (2 * self.query + self.kv + self.scratch.padded) + self.partials;
+        let scratch = self.threads as u64 * self.scratch.bytes();
+        let qkv = Rows::bytes(self.rows, qkv_width(self.query, self.kv));
+        qkv + 4 * numbers as u64 + scratch + Operand::bytes(self.rows, self.widest(), self.forms)
     }
+}
+
+/// Numbers of a row's queries, keys and values, each in whole panels.
+fn qkv_width(query: usize, kv: usize) -> usize {
+    query.next_multiple_of(PANEL_ROWS) + 2 * kv.next_multiple_of(PANEL_ROWS)
 }
 
 fn heads(shape: &Gqa) -> Heads {
@@ -124,44 +162,39 @@ fn heads(shape: &Gqa) -> Heads {
 }
 
 impl GqaWork {
-    pub(crate) fn new(decoder: &Decoder, sizes: &GqaSizes) -> Self {
-        let (rows, heads) = (sizes.rows, sizes.heads);
+    pub(crate) fn new(sizes: &GqaSizes) -> Self {
+        let GqaSizes { rows, query, kv, .. } = *sizes;
         Self {
-            heads,
-            eps: decoder.runs[0].norm.eps() as f32,
-            rope: RopeFrequencies::new(decoder.attention()),
-            qkv: Rows::with_capacity(rows, sizes.qkv()),
+            qkv: Rows::with_capacity(rows, qkv_width(query, kv)),
             operand: Operand::with_capacity(rows, sizes.widest(), sizes.forms),
             rotations: vec![Rotation::default(); rows],
             tasks: Vec::new(),
-            turned: vec![0.0; rows * (heads.query_width() + sizes.kv_width())],
-            mixed: vec![0.0; rows * heads.query_width()],
-            partials: Vec::with_capacity(sizes.partials()),
-            scratch: (0..sizes.threads).map(|_| attention::Scratch::new(heads)).collect(),
-            values: vec![0.0; TURNED * sizes.kv_width()],
+            turned: vec![0.0; rows * (query + kv)],
+            mixed: vec![0.0; rows * query],
+            partials: Vec::with_capacity(sizes.partials),
+            scratch: (0..sizes.threads).map(|_| attention::Scratch::new(sizes.scratch)).collect(),
+            values: vec![0.0; TURNED * kv],
         }
     }
 
-    /// Prepares for the rows of a pass; `position` says where each stands.
-    pub(crate) fn begin(&mut self, shares: &[Share<'_>], rows: usize, position: impl Fn(usize) -> Position) {
-        self.qkv.resize(rows);
-        attention::plan(shares, self.heads, &mut self.tasks);
-        for (row, rotation) in self.rotations[..rows].iter_mut().enumerate() {
-            self.rope.at(position(row), rotation);
-        }
+    /// Prepares for the rows of a pass, each at its position.
+    pub(crate) fn begin(&mut self, of: &Attention, shares: &[Share<'_>], positions: &[Position]) {
+        self.qkv.reshape(positions.len(), qkv_width(of.heads.query_width(), of.heads.kv_width()));
+        attention::plan(shares, of.heads, &mut self.tasks);
+        self.rotations.iter_mut().zip(positions).for_each(|(rotation, position)| of.rope.at(*position, rotation));
     }
 
     /// Writes what attention makes of the input to `out`, (rows, hidden_size).
-    pub(crate) fn run(&mut self, weights: &GqaWeights, input: MixerInput<'_, '_>, out: &mut Rows) {
+    pub(crate) fn run(&mut self, of: &Attention, weights: &GqaWeights, input: MixerInput<'_, '_>, out: &mut Rows) {
         let MixerInput { pool, kernels, layer, x, tiles, shares } = input;
-        let heads = self.heads;
+        let heads = of.heads;
         let (q, k, v) = (weights.q_proj.view(), weights.k_proj.view(), weights.v_proj.view());
         let (data, rows) = (x.data(), x.tokens());
         let forms = q.forms().or(k.forms()).or(v.forms());
         self.operand.fill(pool, x.width(), forms, tiles, |row| Vector::of(data, rows, 0, row));
         project(pool, kernels, &[q, k, v], &self.operand, tiles, &mut self.qkv);
-        let (query, kv) = (heads.query_width(), heads.kv_heads * heads.head_dim);
-        let (qkv, rotations, eps) = (&self.qkv, &self.rotations, self.eps);
+        let (query, kv) = (heads.query_width(), heads.kv_width());
+        let (qkv, rotations, eps) = (&self.qkv, &self.rotations, of.eps);
         let width = query + kv;
         pool.chunks(&mut self.turned[..rows * width], TURNED * width, |chunk, _, out| {
             qkv.copy_tokens(chunk * TURNED, 0, query, out, width);

@@ -29,7 +29,7 @@ const PATIENCE: Duration = Duration::from_secs(2);
 
 pub(super) async fn health(State(api): State<Arc<Api>>) -> Response {
     match api.generation.model() {
-        ModelState::Loading(_) => loading(),
+        ModelState::Loading(_) if api.generation.models().is_empty() => loading(),
         _ => json_response(json!({"status": "ok"})),
     }
 }
@@ -101,7 +101,7 @@ pub(super) async fn loaded(State(api): State<Arc<Api>>) -> Json<Value> {
         json!({
             "id": ready.found.id.to_string(), "name": ready.found.name, "context": ready.context, "active": of.active,
             "idle_s": of.used.map_or(0, |used| (instant() - used).as_secs()), "trunk_bytes": ready.found.manifest.text().trunk_bytes(),
-            "work_bytes": ready.work_bytes, "kv_bytes": of.kv_bytes,
+            "work_bytes": ready.results_bytes, "kv_bytes": of.kv_bytes,
         })
     };
     let models: Vec<_> = models.iter().map(one).collect();
@@ -110,7 +110,7 @@ pub(super) async fn loaded(State(api): State<Arc<Api>>) -> Json<Value> {
         "models": models,
         "memory": {
             "experts_bytes": machine.experts().bytes(), "experts_bytes_max": machine.experts().lock().bytes_max(),
-            "trunk_bytes": machine.trunk_bytes(),
+            "trunk_bytes": machine.trunk_bytes(), "work_bytes": machine.work_bytes(),
         },
     }))
 }

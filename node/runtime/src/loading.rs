@@ -39,12 +39,14 @@ pub struct Loaded {
     report: SharedReport,
     /// Memory that the process had before the model was loaded.
     process: u64,
+    /// Memory that was left for experts, before it.
+    experts_bytes: u64,
 }
 
 impl Loaded {
     /// Memory that we count as taken, with the keys and values of `session`.
     pub fn counted_bytes(&mut self, session: &Session) -> u64 {
-        self.process + self.engine.machine().bytes() + self.engine.work_bytes() + session.bytes()
+        self.process + self.engine.machine().bytes() + self.engine.results_bytes() + session.bytes()
     }
 
     /// The same, as it goes on.
@@ -74,18 +76,20 @@ impl Loaded {
 
 /// What the process needs besides experts and models to come.
 pub(crate) fn beside_experts(machine: &Machine) -> u64 {
-    resident_bytes().saturating_sub(machine.experts().bytes()) + HEADROOM
+    resident_bytes().saturating_sub(machine.experts().bytes()) + machine.work_bytes_untaken() + HEADROOM
 }
 
 impl Federation {
     /// Makes a model ready to run that is alone on its machine.
     pub fn load(&self, open: &OpenDataDir, found: &LocalModel, memory_max: u64, options: EngineOptions) -> Result<Loaded, Failure> {
         let machine = Machine::new(options.threads, options.kernels, PolicyKind::Lru);
-        self.load_on(&machine, (open, found), memory_max, 0, options)
+        let loaded = self.load_on(&machine, (open, found), memory_max, 0, options)?;
+        machine.experts().lock().set_bytes_max(loaded.experts_bytes);
+        Ok(loaded)
     }
 
-    /// Makes a model ready to run: trunk fetched, verified and loaded, memory divided, experts within reach. `reserved` bytes are set aside for
-    /// other models on the machine, and not taken yet; what experts take is shared among all.
+    /// Makes a model ready to run: trunk fetched, verified and loaded, experts within reach. `reserved` bytes are set aside for other models on
+    /// the machine, and not taken yet; what experts take is shared among all, and the caller says how much that may be.
     pub(crate) fn load_on(
         &self,
         machine: &Machine,
@@ -95,10 +99,8 @@ impl Federation {
         options: EngineOptions,
     ) -> Result<Loaded, Failure> {
         let manifest = &found.manifest;
-        // What starts here reads and verifies beside the engine's threads, not on the core of one of them.
-        machine.rest();
         // Before anything is fetched: no budget is large enough by what only the process itself would save.
-        plan_memory(manifest, &options, 0, memory_max)?;
+        plan_memory(manifest, &options, None, 0, memory_max)?;
         let fetched = self.bring(&open.store, &trunk_parts(manifest), "trunk")?;
         if fetched > 0 {
             note(&format!("fetched the trunk, {}", human_bytes(fetched)));
@@ -117,9 +119,8 @@ impl Federation {
             Ok::<_, Failure>(Chat::new(ChatTemplate { source: text(blob)?, bos_token, eos_token }))
         });
         let (tokenizer, chat) = (tokenizer.transpose()?, chat.transpose()?);
-        let memory = plan_memory(manifest, &options, beside_experts(machine) + reserved, memory_max)?;
-        let process = resident_bytes().saturating_sub(machine.bytes());
-        machine.experts().lock().set_bytes_max(memory.experts);
+        let memory = plan_memory(manifest, &options, Some(machine), beside_experts(machine) + reserved, memory_max)?;
+        let process = (resident_bytes() + machine.work_bytes_untaken()).saturating_sub(machine.bytes());
         let mut read = |blob| machine.tensor(blob, |bytes| self.read_into(&open.store, blob, bytes));
         let model = Model::load(Arc::clone(manifest), PartKind::Text, &mut read)?;
         let providers = self.new_providers();
@@ -146,6 +147,7 @@ impl Federation {
             providers,
             report,
             process,
+            experts_bytes: memory.experts,
         })
     }
 

@@ -130,7 +130,7 @@ fn way(
     let made = at(manifest, trunk, experts);
     let layers = made.decoder().moe_layers().count().max(1);
     let (total, one) = (layers * made.decoder().experts() as usize, made.text().largest_expert().max(1));
-    let plan = match plan_memory(&made, options, process, memory) {
+    let plan = match plan_memory(&made, options, None, process, memory) {
         Ok(plan) => Ok((plan, ((plan.experts / one) as usize).min(total))),
         Err(error) => Err(error.needed),
     };

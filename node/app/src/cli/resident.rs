@@ -21,14 +21,15 @@ pub(super) fn ps(context: &Context) -> Result<(), Failure> {
     if models.is_empty() {
         note("no model is in memory");
     } else {
-        print_line(&format!("{:<24} {:>8} {:>10} {:>10} {:>10}  state", "model", "context", "trunk", "working", "keys"))?;
+        print_line(&format!("{:<24} {:>8} {:>10} {:>10} {:>10}  state", "model", "context", "trunk", "results", "keys"))?;
     }
     for model in &models {
         print_line(&line(model))?;
     }
     if let Some(experts) = loaded["memory"]["experts_bytes"].as_u64() {
         let most = loaded["memory"]["experts_bytes_max"].as_u64().unwrap_or(0);
-        note(&format!("experts of all models: {} of {}", human_bytes(experts), human_bytes(most)));
+        let work = loaded["memory"]["work_bytes"].as_u64().unwrap_or(0);
+        note(&format!("all models: experts {} of {}, working memory {}", human_bytes(experts), human_bytes(most), human_bytes(work)));
     }
     Ok(())
 }

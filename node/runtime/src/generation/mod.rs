@@ -1,5 +1,5 @@
-//! Answering requests of several clients at once: a queue in which users take turns, and a thread that owns the engine and decodes what is
-//! under way in one batch. No request changes a bit of another's tokens.
+//! Answering requests of several clients at once: a queue in which users take turns, and a thread that owns the engines and decodes what is
+//! under way in one batch a model. No request changes a bit of another's tokens.
 
 mod activity;
 mod batch;
@@ -72,6 +72,8 @@ struct Shared {
 
 struct State {
     queue: FairQueue<Item>,
+    /// Whether a model has just been loaded, or could not be.
+    loaded: bool,
     /// When the node was told to stop.
     stopping: Option<Instant>,
     /// Gone when it was: then nobody waits for a model to be loaded any more.
@@ -157,8 +159,8 @@ pub struct ReadyModel {
     pub text: Arc<ModelText>,
     /// Longest sequence, in tokens.
     pub context: usize,
-    /// Bytes of its working memory.
-    pub work_bytes: u64,
+    /// Bytes of what its passes leave behind.
+    pub results_bytes: u64,
 }
 
 /// Why a request is not answered.
@@ -189,13 +191,12 @@ impl Generation {
         let (loading, waiting) = watch::channel(());
         let federation = federation.for_client(waiting);
         let shared = Arc::new(Shared {
-            state: Mutex::new(State { queue, stopping: None, loading: Some(loading) }),
+            state: Mutex::new(State { queue, loaded: false, stopping: None, loading: Some(loading) }),
             news: Condvar::new(),
             models: watch::Sender::new(Models { current: state, ready: Vec::new(), failed: HashMap::new() }),
             activity: Activity::default(),
         });
-        let worker =
-            worker::Worker { shared: Arc::clone(&shared), open, federation, options, machine: machine.clone(), residents: Vec::new() };
+        let worker = worker::Worker::new(Arc::clone(&shared), open, federation, options, machine.clone());
         let thread = threads::watched("generation", move || worker.work());
         Self { shared, machine, thread: Arc::new(Mutex::new(Some(thread))) }
     }
@@ -307,20 +308,26 @@ impl Shared {
         self.activity.lock().abandoned += (before - state.queue.len()) as u64;
     }
 
-    /// What is next of the users whom `may` lets, if anything is.
-    fn next(&self, may: impl Fn(&str) -> bool) -> Option<Item> {
+    /// What is next of all that `may` be taken up, if anything is.
+    fn next(&self, may: impl Fn(&str, &Item) -> bool) -> Option<Item> {
         self.lock().queue.pop(may)
     }
 
-    /// Waits for what is next, so long at most; returns nothing then, and once the node is to stop.
-    fn wait(&self, most: Option<Duration>) -> Option<Item> {
-        let idle = |state: &mut State| state.stopping.is_none() && state.queue.len() == 0;
+    /// Waits until something `may` be taken up, a model has been loaded or the node is to stop, so long at most.
+    fn wait(&self, most: Option<Duration>, may: impl Fn(&str, &Item) -> bool) {
+        let idle = |state: &mut State| state.stopping.is_none() && !state.loaded && !state.queue.has(&may);
         let state = self.lock();
         let mut state = match most {
             Some(most) => self.news.wait_timeout_while(state, most, idle).unwrap_or_else(PoisonError::into_inner).0,
             None => self.news.wait_while(state, idle).unwrap_or_else(PoisonError::into_inner),
         };
-        if state.stopping.is_some() { None } else { state.queue.pop(|_| true) }
+        state.loaded = false;
+    }
+
+    /// Whoever loads a model is done.
+    fn has_loaded(&self) {
+        self.lock().loaded = true;
+        self.news.notify_one();
     }
 
     /// A model is being loaded.
@@ -335,7 +342,7 @@ impl Shared {
     fn tell_failed(&self, id: ModelId, failure: Failure) {
         self.models.send_modify(|models| {
             models.failed.insert(id, failure);
-            models.current = ModelState::Failed;
+            models.current = models.ready.last().map_or(ModelState::Failed, |model| ModelState::Ready(Arc::clone(model)));
         });
     }
 

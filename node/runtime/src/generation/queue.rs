@@ -39,16 +39,22 @@ impl<T> FairQueue<T> {
         Ok(())
     }
 
-    /// Takes the oldest of the user whose turn it is, of those whom `may` lets; who has more goes to the end of the line.
-    pub(crate) fn pop(&mut self, may: impl Fn(&str) -> bool) -> Option<T> {
-        let at = self.users.iter().position(|(user, _)| may(user))?;
+    /// Takes the oldest that `may` be taken of the user whose turn it is; who has more goes to the end of the line.
+    pub(crate) fn pop(&mut self, may: impl Fn(&str, &T) -> bool) -> Option<T> {
+        let first = |(at, (user, own)): (usize, &(String, VecDeque<T>))| Some((at, own.iter().position(|thing| may(user, thing))?));
+        let (at, place) = self.users.iter().enumerate().find_map(first)?;
         let (user, mut own) = self.users.remove(at)?;
-        let thing = own.pop_front();
+        let thing = own.remove(place);
         self.length -= usize::from(thing.is_some());
         if !own.is_empty() {
             self.users.push_back((user, own));
         }
         thing
+    }
+
+    /// Whether there is anything that may be taken.
+    pub(crate) fn has(&self, may: impl Fn(&str, &T) -> bool) -> bool {
+        self.users.iter().any(|(user, own)| own.iter().any(|thing| may(user, thing)))
     }
 
     /// Lets go of everything that `keep` refuses.
@@ -69,7 +75,7 @@ mod tests {
         for (user, thing) in [("a", 1), ("a", 2), ("a", 3), ("b", 4), ("c", 5), ("b", 6)] {
             assert_eq!(queue.push(user, thing), Ok(()));
         }
-        let order: Vec<_> = std::iter::from_fn(|| queue.pop(|_| true)).collect();
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop(|_, _| true)).collect();
         assert_eq!((order, queue.len()), (vec![1, 4, 5, 2, 6, 3], 0));
     }
 
@@ -81,6 +87,20 @@ mod tests {
         let refused: Vec<_> = (0..3).filter_map(|thing| queue.push("b", thing).err()).collect();
         assert_eq!(refused, [2]);
         queue.retain(|thing| *thing != 0);
-        assert_eq!((queue.len(), queue.pop(|user| user != "a"), queue.pop(|_| true), queue.len()), (3, Some(1), Some(1), 1));
+        assert_eq!((queue.len(), queue.pop(|user, _| user != "a"), queue.pop(|_, _| true), queue.len()), (3, Some(1), Some(1), 1));
+    }
+
+    #[test]
+    fn what_may_not_be_taken_yet_keeps_nobody_waiting_and_its_place() {
+        let mut queue = FairQueue::new(8, 4);
+        for (user, thing) in [("a", 1), ("a", 2), ("a", 3), ("b", 5), ("b", 4)] {
+            assert_eq!(queue.push(user, thing), Ok(()));
+        }
+        let even = |_: &str, thing: &i32| thing % 2 == 0;
+        assert!(queue.has(even));
+        assert_eq!([queue.pop(even), queue.pop(even), queue.pop(even)], [Some(2), Some(4), None]);
+        assert!(!queue.has(even));
+        let order: Vec<_> = std::iter::from_fn(|| queue.pop(|_, _| true)).collect();
+        assert_eq!(order, [1, 5, 3]);
     }
 }

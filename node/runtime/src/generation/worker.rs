@@ -1,6 +1,7 @@
-//! The thread that generates: loads the models that are asked for, admits requests to their batches, and lets models go.
+//! The thread that generates: has the models loaded that are asked for, admits requests to their batches, and lets models go.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use base::clock::instant;
@@ -22,12 +23,21 @@ use crate::usage::Uses;
 const USES_PAUSE: Duration = Duration::from_secs(30);
 
 pub(super) struct Worker {
-    pub(super) shared: Arc<Shared>,
-    pub(super) open: Arc<OpenDataDir>,
-    pub(super) federation: Federation,
-    pub(super) options: GenerationOptions,
-    pub(super) machine: Machine,
-    pub(super) residents: Vec<Resident>,
+    shared: Arc<Shared>,
+    open: Arc<OpenDataDir>,
+    federation: Federation,
+    options: GenerationOptions,
+    machine: Machine,
+    residents: Vec<Resident>,
+    loading: Option<Loading>,
+}
+
+/// A model that another thread loads, meanwhile.
+struct Loading {
+    /// What it is loaded for.
+    item: Item,
+    result: mpsc::Receiver<Result<Loaded, Failure>>,
+    thread: JoinHandle<()>,
 }
 
 /// A model in memory.
@@ -43,11 +53,22 @@ pub(super) struct Resident {
 }
 
 impl Worker {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        open: Arc<OpenDataDir>,
+        federation: Federation,
+        options: GenerationOptions,
+        machine: Machine,
+    ) -> Self {
+        Self { shared, open, federation, options, machine, residents: Vec::new(), loading: None }
+    }
+
     /// Works until the node is to stop.
     pub(super) fn work(mut self) {
         let mut waiting: Option<Item> = None;
         loop {
-            while let Some(item) = waiting.take().or_else(|| self.shared.next(|user| self.admits(user))) {
+            self.bring_in_loaded();
+            while let Some(item) = waiting.take().or_else(|| self.shared.next(|user, item| self.admits(user, item))) {
                 waiting = self.take_up(item);
                 if waiting.is_some() {
                     break;
@@ -66,18 +87,26 @@ impl Worker {
                 break;
             }
             self.let_go_of_idle();
-            if waiting.is_none() {
-                waiting = self.shared.wait(self.until_idle());
+            // What waits although nothing is under way waits for a model on its way.
+            let is_blocked = waiting.is_some();
+            if !is_blocked || self.loading.is_some() {
+                self.shared.wait(self.until_idle(), |user, item| !is_blocked && self.admits(user, item));
             }
         }
+        if let Some(Loading { item, thread, .. }) = self.loading.take() {
+            let _ = thread.join(); // it gives up what it fetches, since the node is to stop
+            item.fail(Stopped::Stopping);
+        }
         self.residents.clear();
-        waiting.into_iter().chain(std::iter::from_fn(|| self.shared.next(|_| true))).for_each(|item| item.fail(Stopped::Stopping));
+        waiting.into_iter().chain(std::iter::from_fn(|| self.shared.next(|_, _| true))).for_each(|item| item.fail(Stopped::Stopping));
         self.shared.tell_models(Vec::new());
     }
 
-    /// Whether a user may have another request taken up now.
-    fn admits(&self, user: &str) -> bool {
-        self.residents.iter().map(|resident| resident.batch.active_of(user)).sum::<usize>() < TOGETHER_OF_ONE_MAX
+    /// Whether something of a user may be taken up now: nobody has all places, and what is for another model waits while one is loaded.
+    fn admits(&self, user: &str, item: &Item) -> bool {
+        let is_here = || self.residents.iter().any(|resident| resident.ready.found.id == item.found.id);
+        (self.loading.is_none() || is_here())
+            && self.residents.iter().map(|resident| resident.batch.active_of(user)).sum::<usize>() < TOGETHER_OF_ONE_MAX
     }
 
     fn is_busy(&self) -> bool {
@@ -100,13 +129,7 @@ impl Worker {
             }
             return None;
         }
-        let Some(resident) = self.find(item.found.id) else {
-            // While it is loaded, nothing else goes on.
-            if self.is_busy() {
-                return Some(item);
-            }
-            return self.bring_in(item);
-        };
+        let Some(resident) = self.find(item.found.id) else { return self.begin_to_load(item) };
         if resident.leaving {
             return Some(item);
         }
@@ -123,44 +146,88 @@ impl Worker {
         None
     }
 
-    /// Loads the model that is asked for, and goes on with what is to be done with it.
-    fn bring_in(&mut self, item: Item) -> Option<Item> {
-        let id = item.found.id;
+    /// Has the model loaded that is asked for, by another thread; gives the item back where that must wait for something under way.
+    fn begin_to_load(&mut self, item: Item) -> Option<Item> {
+        if self.loading.is_some() {
+            return Some(item);
+        }
+        let Some(experts) = self.make_room(&item.found) else { return Some(item) };
+        // Set here and not by what loads: towers take of it meanwhile.
+        self.machine.experts().lock().set_bytes_max(experts);
         self.shared.tell_loading(&item.found);
-        // A fault of a model's own files ends with this model's requests; the thread answers for others.
-        match threads::caught("loading the model", || self.load(&item.found)).and_then(|loaded| loaded) {
+        let (shared, open, federation, machine) =
+            (Arc::clone(&self.shared), Arc::clone(&self.open), self.federation.clone(), self.machine.clone());
+        let (options, memory_max, reserved) = ((self.options.engine)(&item.found.manifest), self.options.memory_max, self.reserved());
+        let (sender, result) = mpsc::sync_channel(1);
+        let found = item.found.clone();
+        let load = move || -> Result<Loaded, Failure> {
+            federation.check_publisher(&open.dir, found.publisher)?;
+            federation.follow(&found);
+            federation.load_on(&machine, (&open, &found), memory_max, reserved, options)
+        };
+        // What loads reads and verifies beside the engine's threads, not on the core of one of them.
+        self.machine.rest();
+        let thread = threads::watched("loading", move || {
+            // A fault of a model's own files ends with this model's requests.
+            let _ = sender.send(threads::caught("loading the model", load).and_then(|loaded| loaded));
+            shared.has_loaded();
+        });
+        self.loading = Some(Loading { item, result, thread });
+        None
+    }
+
+    /// Goes on with what a model was loaded for, once it is here.
+    fn bring_in_loaded(&mut self) {
+        let Some(result) = self.loading.as_ref().and_then(|loading| loading.result.try_recv().ok()) else { return };
+        let Some(Loading { item, .. }) = self.loading.take() else { return };
+        let id = item.found.id;
+        match result {
             Ok(loaded) => {
                 let text = Arc::clone(&loaded.text);
-                let (context, work_bytes) = (loaded.engine.context(), loaded.engine.work_bytes());
-                let ready = Arc::new(ReadyModel { found: item.found.clone(), text, context, work_bytes });
+                let (context, results_bytes) = (loaded.engine.context(), loaded.engine.results_bytes());
+                let ready = Arc::new(ReadyModel { found: item.found.clone(), text, context, results_bytes });
                 let batch = Batch::new(id, loaded, Arc::clone(&self.shared));
                 let written = (instant(), vec![Uses::default(); batch.experts()]);
                 self.residents.push(Resident { ready: Arc::clone(&ready), batch, used: instant(), leaving: false, written });
+                self.give_experts_the_rest();
                 self.tell(Some(ready));
-                self.take_up(item)
+                if let Some(item) = self.take_up(item) {
+                    item.fail(Stopped::QueueFull); // what a model that has nothing under way cannot take up would wait for ever
+                }
             }
             Err(failure) => {
+                self.give_experts_the_rest();
                 self.shared.tell_failed(id, failure.clone());
                 item.fail(Stopped::Failed(failure));
-                None
             }
         }
     }
 
-    fn load(&mut self, found: &LocalModel) -> Result<Loaded, Failure> {
-        self.federation.check_publisher(&self.open.dir, found.publisher)?;
-        self.federation.follow(found);
+    /// Lets go of what has nothing to do until a model has room, eyes and ears first, then the idlest model. Returns the bytes that are left
+    /// for experts, or nothing where the model has to wait for those that are at work.
+    fn make_room(&mut self, found: &LocalModel) -> Option<u64> {
         let (options, memory_max) = ((self.options.engine)(&found.manifest), self.options.memory_max);
-        // Eyes and ears are let go first, then the idlest model. A model that is too large even alone fails below, with the reason.
-        while plan_memory(&found.manifest, &options, beside_experts(&self.machine) + self.reserved(), memory_max).is_err() {
-            if self.residents.iter_mut().any(|resident| resident.batch.let_go_of_towers()) {
+        // What is too large even alone fails when it is loaded, with the reason; nothing goes for it.
+        if plan_memory(&found.manifest, &options, None, 0, memory_max).is_err() {
+            return Some(self.experts_bytes_max());
+        }
+        loop {
+            let taken = beside_experts(&self.machine) + self.reserved();
+            if let Ok(plan) = plan_memory(&found.manifest, &options, Some(&self.machine), taken, memory_max) {
+                return Some(plan.experts);
+            }
+            let idle = |resident: &Resident| resident.batch.is_empty();
+            if self.residents.iter_mut().filter(|resident| idle(resident)).any(|resident| resident.batch.let_go_of_towers()) {
                 continue;
             }
-            let Some(idlest) = (0..self.residents.len()).min_by_key(|&at| self.residents[at].used) else { break };
+            let idlest = (0..self.residents.len()).filter(|&at| idle(&self.residents[at])).min_by_key(|&at| self.residents[at].used);
+            let Some(idlest) = idlest else { return self.residents.is_empty().then(|| self.experts_bytes_max()) };
             self.unload(idlest, "to make room");
         }
-        let reserved = self.reserved();
-        self.federation.load_on(&self.machine, (&self.open, found), memory_max, reserved, options)
+    }
+
+    fn experts_bytes_max(&self) -> u64 {
+        self.machine.experts().lock().bytes_max()
     }
 
     /// Bytes of keys and values that are promised to the models that are here, and not taken yet.
@@ -174,21 +241,28 @@ impl Worker {
         resident.write_uses(&self.shared, &self.open, true);
         note(&format!("{} is unloaded {why}", resident.ready.found.name));
         drop(resident);
-        let experts = self.options.memory_max.saturating_sub(beside_experts(&self.machine) + self.reserved());
-        let wanted = self.options.executes || !self.residents.is_empty();
-        let mut memory = self.machine.experts().lock();
-        memory.set_bytes_max(if wanted { experts } else { 0 });
+        self.give_experts_the_rest();
         // Those that ran for peers are nobody's either: they stay where that goes on.
         if !self.options.executes {
-            memory.forget_released();
+            self.machine.experts().lock().forget_released();
         }
-        drop(memory);
         self.tell(None);
     }
 
-    /// Lets go of models that are told to go, and of those that have had nothing to do for as long as models are kept.
+    /// Gives experts the memory that nothing else takes or is promised.
+    fn give_experts_the_rest(&self) {
+        let rest = self.options.memory_max.saturating_sub(beside_experts(&self.machine) + self.reserved());
+        let wanted = self.options.executes || !self.residents.is_empty();
+        self.machine.experts().lock().set_bytes_max(if wanted { rest } else { 0 });
+    }
+
+    /// Lets go of models that are told to go, and of those that have had nothing to do for as long as models are kept; not while another is
+    /// loaded, which has counted on what there is.
     fn let_go_of_idle(&mut self) {
-        while let Some(at) = self.residents.iter().position(|resident| resident.leaving) {
+        if self.loading.is_some() {
+            return;
+        }
+        while let Some(at) = self.residents.iter().position(|resident| resident.leaving && resident.batch.is_empty()) {
             self.unload(at, "as it was told to be");
         }
         self.residents.iter_mut().for_each(|resident| resident.batch.let_go_of_idle_towers());
@@ -200,6 +274,9 @@ impl Worker {
 
     /// How long until the first of the models, or of their towers, has been idle for long enough to go.
     fn until_idle(&self) -> Option<Duration> {
+        if self.loading.is_some() {
+            return None;
+        }
         let models = self.residents.iter().filter_map(|resident| Some(self.options.keep_alive?.saturating_sub(instant() - resident.used)));
         models.chain(self.residents.iter().filter_map(|resident| resident.batch.until_towers_idle())).min()
     }
