@@ -66,6 +66,17 @@ pub(crate) struct SharedWeights {
 }
 
 impl Model {
+    /// The rows of a layer's router, (experts, hidden_size); nothing where the layer has none.
+    pub fn router(&self, layer: u32) -> Option<Vec<Vec<f32>>> {
+        let LayerFeedForward::Moe { router, .. } = &self.layers.get(layer as usize)?.feed_forward else { return None };
+        let row = |row| {
+            let mut out = vec![0.0; router.columns()];
+            router.view().row(row, &mut out);
+            out
+        };
+        Some((0..router.rows).map(row).collect())
+    }
+
     /// Loads the trunk of a part.
     ///
     /// # Panics

@@ -7,6 +7,7 @@
 //! alone, so that whoever has the model counts the same. Keeps no time and no files: whoever drives it does.
 
 use protocol::profile::lift::{Z_95, wilson};
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use protocol::profile::{COACTIVE_MAX, DomainTotal, GATE_UNIT, Modality, ProfileBody};
@@ -89,6 +90,23 @@ pub struct Reading {
     gate_mass: Vec<(u32, u64)>,
     /// Negative log-likelihood of each token that is scored, as bits of f64.
     losses: Vec<u64>,
+}
+
+/// What was counted of a probe's tokens of one modality.
+#[derive(Clone, Debug)]
+pub struct ProbeCounts {
+    /// The probe's domain, by number.
+    pub domain: usize,
+    /// Its number in the domain.
+    pub probe: usize,
+    /// The tokens' modality.
+    pub modality: Modality,
+    /// How many they are.
+    pub tokens: u32,
+    /// By expert, how many of them were routed to it.
+    pub routed: Vec<u32>,
+    /// By expert, the sum of its weights, in parts of [`GATE_UNIT`].
+    pub gate_mass: Vec<u64>,
 }
 
 /// How an expert fared in a domain.
@@ -232,13 +250,7 @@ impl Profiler {
         }
         for modality in Modality::ALL {
             let Some(number) = numbers[modality as usize] else { continue };
-            let mut routed = vec![0u32; self.slots.len()];
-            for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
-                if modalities[row / self.layers.len()] == modality {
-                    experts.iter().for_each(|&expert| routed[self.number(row % self.layers.len(), u32::from(expert))] += 1);
-                }
-            }
-            let tokens = modalities.iter().filter(|&&of| of == modality).count() as u32;
+            let (routed, tokens) = self.routed(&reading, &modalities, modality);
             for (counts, &routed) in self.body.experts.iter_mut().zip(&routed).filter(|(_, routed)| **routed > 0) {
                 counts.tokens += u64::from(routed);
                 counts.modalities[modality as usize] += u64::from(routed);
@@ -290,7 +302,18 @@ impl Profiler {
 
     /// Counts which experts are used together.
     fn count_together(&mut self) {
-        let mut together = vec![std::collections::HashMap::<u32, u32>::new(); self.slots.len()];
+        let together = self.together();
+        for (counts, together) in self.body.experts.iter_mut().zip(together) {
+            let mut pairs: Vec<_> = together.into_iter().collect();
+            pairs.sort_unstable_by_key(|&(expert, count)| (std::cmp::Reverse(count), expert));
+            pairs.truncate(COACTIVE_MAX);
+            counts.coactive = pairs;
+        }
+    }
+
+    /// For every expert, those of its layer that were used for the same tokens, and for how many.
+    pub fn together(&self) -> Vec<HashMap<u32, u32>> {
+        let mut together = vec![HashMap::new(); self.slots.len()];
         for reading in self.readings.iter().flatten().flatten() {
             for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
                 for &expert in experts {
@@ -301,12 +324,49 @@ impl Profiler {
                 }
             }
         }
-        for (counts, together) in self.body.experts.iter_mut().zip(together) {
-            let mut pairs: Vec<_> = together.into_iter().collect();
-            pairs.sort_unstable_by_key(|&(expert, count)| (std::cmp::Reverse(count), expert));
-            pairs.truncate(COACTIVE_MAX);
-            counts.coactive = pairs;
+        together
+    }
+
+    /// Every probe by domain, in the order of the set.
+    pub fn probes(&self) -> &[Vec<ProbeTokens>] {
+        &self.probes
+    }
+
+    /// The layers that have routed experts, and how many each has.
+    pub fn layers(&self) -> (&[u32], usize) {
+        (&self.layers, self.slots.len() / self.layers.len().max(1))
+    }
+
+    /// What was counted of the tokens of each modality of each probe that has been read, by domain and probe.
+    pub fn counts_by_probe(&self) -> Vec<ProbeCounts> {
+        let mut all = Vec::new();
+        for (domain, probes) in self.readings.iter().enumerate() {
+            for reading in probes.iter().flatten() {
+                let modalities = self.probes[domain][reading.probe as usize].modalities();
+                for modality in Modality::ALL {
+                    let (routed, tokens) = self.routed(reading, &modalities, modality);
+                    if tokens > 0 {
+                        let mut gate_mass = vec![0; self.slots.len()];
+                        let from = modality as usize * self.slots.len();
+                        let of = |&&(number, _): &&(u32, u64)| (from..from + self.slots.len()).contains(&(number as usize));
+                        reading.gate_mass.iter().filter(of).for_each(|&(number, mass)| gate_mass[number as usize - from] = mass);
+                        all.push(ProbeCounts { domain, probe: reading.probe as usize, modality, tokens, routed, gate_mass });
+                    }
+                }
+            }
         }
+        all
+    }
+
+    /// How many of a probe's tokens of a modality were routed to each expert, and how many such tokens it has.
+    fn routed(&self, reading: &Reading, modalities: &[Modality], modality: Modality) -> (Vec<u32>, u32) {
+        let mut routed = vec![0; self.slots.len()];
+        for (row, experts) in reading.experts.chunks_exact(self.k).enumerate() {
+            if modalities[row / self.layers.len()] == modality {
+                experts.iter().for_each(|&expert| routed[self.number(row % self.layers.len(), u32::from(expert))] += 1);
+            }
+        }
+        (routed, modalities.iter().filter(|&&of| of == modality).count() as u32)
     }
 
     /// The `pairs_max` pairs of expert and domain of whose trials least is known: those that are tried next, with how many trials each will have had then.
@@ -440,7 +500,7 @@ impl Profiler {
 }
 
 /// Reads a probe: negative log-likelihoods of the tokens that are scored, as bits of f64.
-fn losses(engine: &mut Engine, towers: &mut dyn TowerSource, probe: &ProbeTokens) -> Result<Vec<u64>, ProfileError> {
+pub fn losses(engine: &mut Engine, towers: &mut dyn TowerSource, probe: &ProbeTokens) -> Result<Vec<u64>, ProfileError> {
     let (tokens, from) = (&probe.tokens, probe.scored_from());
     let mut losses = Vec::with_capacity(tokens.len().saturating_sub(from));
     read(engine, towers, (tokens, probe.media.as_ref()), |place, logits| {

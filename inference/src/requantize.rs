@@ -3,7 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use protocol::manifest::{PackedBlob, Part, TrunkTensor};
-use protocol::{BlobRef, ModelManifest, Precision};
+use protocol::tensors::TensorSpec;
+use protocol::{BlobRef, ExpertSlot, ModelManifest, PartKind, Precision};
 use rayon::prelude::*;
 
 use crate::checkpoint::import::{BlobSink, ImportError};
@@ -26,6 +27,14 @@ pub enum RequantizeError<E> {
     Import(#[from] ImportError),
 }
 
+/// The precision that each tensor and expert is to have, by what it has.
+pub struct Precisions<'a> {
+    /// Of a trunk's tensor.
+    pub tensor: &'a (dyn Fn(PartKind, &TensorSpec, Precision) -> Precision + Sync),
+    /// Of an expert.
+    pub expert: &'a (dyn Fn(ExpertSlot, Precision) -> Precision + Sync),
+}
+
 /// Converts the model of `manifest`, blob by blob; `read` gets the verified bytes of one. Gives the model that an import of the checkpoint
 /// with the same target gives.
 pub fn requantize<E: Send>(
@@ -39,6 +48,20 @@ pub fn requantize<E: Send>(
     if let Some(precision) = tensors.chain(experts).find(|precision| precision.is_packed()) {
         return Err(RequantizeError::Packed(precision));
     }
+    let precisions = Precisions {
+        tensor: &|part, spec, precision| target.of_tensor(part, spec, precision),
+        expert: &|_, precision| target.experts.unwrap_or(precision),
+    };
+    requantize_each(manifest, &precisions, read, sink)
+}
+
+/// The same, with a precision for each tensor and expert. What is packed already cannot change.
+pub fn requantize_each<E: Send>(
+    manifest: &ModelManifest,
+    precisions: &Precisions<'_>,
+    read: &(dyn Fn(BlobRef) -> Result<Vec<u8>, E> + Sync),
+    sink: &dyn BlobSink,
+) -> Result<ModelManifest, RequantizeError<E>> {
     let done = AtomicU64::new(0);
     let put = |source: BlobRef, bytes: &[u8]| {
         let blob = sink.put(bytes).map_err(ImportError::Sink)?;
@@ -49,10 +72,11 @@ pub fn requantize<E: Send>(
         let specs = part.config.tensors();
         let tensors: Vec<_> = part.trunk.iter().zip(&specs).collect();
         let trunk = tensors.into_par_iter().map(|(tensor, spec)| {
-            let to = target.of_tensor(part.kind, spec, tensor.precision);
+            let to = (precisions.tensor)(part.kind, spec, tensor.precision);
             if to == tensor.precision {
                 return Ok(tensor.clone());
             }
+            unpacked(tensor.precision)?;
             let bytes = read(tensor.blob).map_err(|error| RequantizeError::Read(tensor.role.to_string(), error))?;
             let blob = put(tensor.blob, &convert_matrix(&bytes, tensor.precision, to, spec.sides()))?;
             Ok(TrunkTensor { precision: to, blob, ..tensor.clone() })
@@ -60,10 +84,11 @@ pub fn requantize<E: Send>(
         let trunk = trunk.collect::<Result<_, RequantizeError<E>>>()?;
         let slots: Vec<_> = part.slots().zip(&part.experts).collect();
         let experts = slots.into_par_iter().map(|(slot, expert)| {
-            let precision = target.experts.unwrap_or(expert.precision);
+            let precision = (precisions.expert)(slot, expert.precision);
             if precision == expert.precision {
                 return Ok(*expert);
             }
+            unpacked(expert.precision)?;
             let (from, to) = (part.expert_shape(expert.precision), part.expert_shape(precision));
             let bytes = read(expert.blob).map_err(|error| RequantizeError::Read(slot.to_string(), error))?;
             let blob = put(expert.blob, &convert_expert(from.planes().map(|plane| (&bytes[plane], from.precision)), to))?;
@@ -78,4 +103,8 @@ pub fn requantize<E: Send>(
         return Err(RequantizeError::Same);
     }
     Ok(ModelManifest { parent: Some(manifest.parent.unwrap_or(manifest.id())), ..made }.checked().map_err(ImportError::from)?)
+}
+
+fn unpacked<E>(precision: Precision) -> Result<(), RequantizeError<E>> {
+    if precision.is_packed() { Err(RequantizeError::Packed(precision)) } else { Ok(()) }
 }

@@ -1,6 +1,7 @@
 //! Cross-crate tests: the engine against transformers, and the real binary against everything a user or a peer may do.
 
 mod api;
+mod atlas;
 mod binary;
 mod census;
 mod chat;

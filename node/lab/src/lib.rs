@@ -2,12 +2,14 @@
 
 #![expect(missing_docs, reason = "the crates of the node are public to one another only, and many a name says it all")]
 
+mod atlas;
 mod federation;
 mod speed;
 mod synth;
 mod towers;
 mod trace;
 
+pub use self::atlas::{AtlasArgs, atlas};
 pub use self::trace::read_trace;
 
 use base::failure::Failure;

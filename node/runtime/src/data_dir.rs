@@ -112,7 +112,7 @@ impl DataDir {
 
     /// Records and opinions as they are on the disk, of the models that are here and of all probes that were measured with, the shipped ones too.
     pub fn load_records(&self) -> Result<SharedRecords, Failure> {
-        let probes = self.all_profiles().into_iter().map(|(_, profile)| profile.probes).chain([probes::shipped().set.hash()]);
+        let probes = self.all_profiles().into_iter().map(|(_, profile)| profile.probes).chain(probes::shipped_hashes());
         SharedRecords::load(self.record_files(), self.key()?.id(), self.model_ids(), probes.collect())
     }
 

@@ -13,6 +13,7 @@ pub mod federation;
 pub mod generation;
 pub mod library;
 pub mod loading;
+pub mod measuring;
 pub mod media;
 pub mod memory;
 pub mod message_files;

@@ -64,7 +64,7 @@ pub enum MediaSound {
     /// Its own.
     Own,
     /// A file of its own.
-    Path(PathBuf),
+    Other(MediaSource),
 }
 
 /// The towers that take media, and how much of them.
@@ -126,7 +126,7 @@ impl Senses<'_> {
                     (Some(_), None) => return Err(Failure::new(Kind::Usage, "this model takes no sound")),
                     (Some(sound), Some(audio)) => {
                         let bytes = match sound {
-                            MediaSound::Path(path) => self.read(&MediaSource::Path(path.clone()))?,
+                            MediaSound::Other(source) => self.read(source)?,
                             MediaSound::Own => self.own_sound(given)?,
                         };
                         hasher.update(&bytes);

@@ -80,6 +80,11 @@ pub fn read_messages(file: &Path) -> Result<(Vec<Message>, Vec<GivenMedium>), Fa
 /// Reads questions, one a line: {"content": text or parts, "answer": text}. Paths as in [`read_messages`].
 pub fn read_questions(file: &Path) -> Result<Vec<Question>, Failure> {
     let text = String::from_utf8(bytes_of(file)?).map_err(|_| wrong(file, "is not UTF-8"))?;
+    questions_of(file, &text)
+}
+
+/// The questions of a file's text.
+pub(crate) fn questions_of(file: &Path, text: &str) -> Result<Vec<Question>, Failure> {
     let lines = (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty());
     let question = |(number, line): (usize, &str)| {
         let read = serde_json::from_str(line).map_err(|error| wrong(file, format!("line {number} is no question: {error}")))?;
@@ -118,7 +123,7 @@ fn parts_of(file: &Path, parts: Vec<FilePart>, media: &mut Vec<GivenMedium>) -> 
         let sound = match sound {
             None | Some(FileSound::Own(false)) => None,
             Some(FileSound::Own(true)) => Some(MediaSound::Own),
-            Some(FileSound::Path(path)) => Some(MediaSound::Path(beside(path))),
+            Some(FileSound::Path(path)) => Some(MediaSound::Other(MediaSource::Path(beside(path)))),
         };
         media.push(GivenMedium { kind, name: path.display().to_string(), source: MediaSource::Path(beside(path)), fps, sound });
         Ok(ContentPart::Medium(kind))

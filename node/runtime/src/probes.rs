@@ -1,10 +1,11 @@
-//! The probe set that ships with Confrere, and those that users bring.
+//! The probe sets that ship with Confrere, and those that users bring.
 
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
 use base::failure::{Failure, Kind, io_failure};
+use include_dir::{Dir, include_dir};
 use inference::chat::{ContentPart, MediumKind};
 use inference::engine::Position;
 use inference::media::limits::MediaLimits;
@@ -14,8 +15,8 @@ use inference::tokenizer::{SpecialTokens, Tokenizer};
 use protocol::profile::{Probe, ProbeMedium, ProbePart, ProbeSet, ProbeSetError};
 use protocol::{ContentHash, ModelManifest};
 
-use crate::media::{GivenMedium, MediaSound, MediaSource, Senses, prepare};
-use crate::message_files::{Question, bytes_of, read_questions};
+use crate::media::{MediaSound, MediaSource, Senses, prepare};
+use crate::message_files::{Question, bytes_of, questions_of, read_questions};
 use crate::prompt::ModelText;
 
 const SHIPPED: [(&str, &str); 9] = [
@@ -38,9 +39,52 @@ pub struct Probes {
     questions: BTreeMap<String, Vec<Question>>,
 }
 
-/// The probe set that ships with Confrere.
+/// Questions about pictures, sounds and videos, and the media.
+static OMNI: Dir<'_> = include_dir!("$CARGO_MANIFEST_DIR/probes/omni");
+/// The hash of the set with them.
+const OMNI_HASH: &str = "b3:de06939565f778dc67c0a6e4b15390b1c179061158860c601023d0def1af81af";
+/// The domain of text that is not asked of a model with eyes and ears: a set has no room for more.
+const NOT_OF_OMNI: &str = "prose";
+
+/// The probe set of texts that ships with Confrere.
 pub fn shipped() -> Probes {
     Probes { set: ProbeSet::from_texts(SHIPPED).expect("a test reads it"), questions: BTreeMap::new() }
+}
+
+/// The shipped probe set of texts, pictures, sounds and videos.
+pub fn shipped_omni() -> Probes {
+    let texts = ProbeSet::from_texts(SHIPPED.into_iter().filter(|(name, _)| *name != NOT_OF_OMNI)).expect("a test reads it");
+    let (mut domains, mut questions) = (texts.domains().clone(), BTreeMap::new());
+    for file in OMNI.files().filter(|file| file.path().extension().is_some_and(|extension| extension == "jsonl")) {
+        let mut read = questions_of(file.path(), file.contents_utf8().expect("a test reads it")).expect("a test reads it");
+        for given in read.iter_mut().flat_map(|question| &mut question.media) {
+            let sound = given.sound.as_mut().and_then(|sound| if let MediaSound::Other(source) = sound { Some(source) } else { None });
+            for source in std::iter::once(&mut given.source).chain(sound) {
+                let MediaSource::Path(path) = source else { continue };
+                *source = MediaSource::Bytes(OMNI.get_file(&*path).expect("a test reads it").contents().to_vec());
+            }
+        }
+        let name = file.path().file_stem().unwrap_or_default().to_string_lossy().into_owned();
+        domains.insert(name.clone(), read.iter().map(|question| probe_of(question).expect("a test reads it")).collect());
+        questions.insert(name, read);
+    }
+    Probes { set: ProbeSet::new(domains).expect("a test reads it"), questions }
+}
+
+/// The shipped probes for a model: those with pictures and sounds where it has eyes and ears.
+pub fn shipped_for(manifest: &ModelManifest) -> Probes {
+    if manifest.vision().is_some() && manifest.audio().is_some() { shipped_omni() } else { shipped() }
+}
+
+/// The shipped probes of a hash.
+pub fn shipped_as(hash: ContentHash) -> Option<Probes> {
+    let [texts, omni] = shipped_hashes();
+    if hash == omni { Some(shipped_omni()) } else { (hash == texts).then(shipped) }
+}
+
+/// The hashes of all shipped probes. Media take memory once they are read, so theirs is written down.
+pub fn shipped_hashes() -> [ContentHash; 2] {
+    [shipped().set.hash(), OMNI_HASH.parse().expect("a test reads it")]
 }
 
 /// The probe set of a directory. For each domain there is a file DOMAIN.txt, with probes between lines of `%%`, or DOMAIN.jsonl, with
@@ -75,9 +119,8 @@ pub fn read(dir: &Path) -> Result<Probes, Failure> {
 
 /// A question with its media by their hashes.
 fn probe_of(question: &Question) -> Result<Probe, Failure> {
-    let hash = |path: &Path| Ok::<_, Failure>(ContentHash::of(&bytes_of(path)?));
-    let source = |given: &GivenMedium| match &given.source {
-        MediaSource::Path(path) => hash(path),
+    let hash = |source: &MediaSource| match source {
+        MediaSource::Path(path) => Ok::<_, Failure>(ContentHash::of(&bytes_of(path)?)),
         MediaSource::Bytes(bytes) => Ok(ContentHash::of(bytes)),
     };
     let mut media = question.media.iter();
@@ -88,15 +131,15 @@ fn probe_of(question: &Question) -> Result<Probe, Failure> {
         };
         let given = media.next().expect("each medium has a part");
         Ok(ProbePart::Medium(match kind {
-            MediumKind::Image => ProbeMedium::Image(source(given)?),
-            MediumKind::Audio => ProbeMedium::Audio(source(given)?),
+            MediumKind::Image => ProbeMedium::Image(hash(&given.source)?),
+            MediumKind::Audio => ProbeMedium::Audio(hash(&given.source)?),
             MediumKind::Video => {
                 let sound = match &given.sound {
                     None => None,
-                    Some(MediaSound::Own) => Some(source(given)?),
-                    Some(MediaSound::Path(path)) => Some(hash(path)?),
+                    Some(MediaSound::Own) => Some(hash(&given.source)?),
+                    Some(MediaSound::Other(source)) => Some(hash(source)?),
                 };
-                ProbeMedium::Video(source(given)?, (given.fps * 1000.0).round() as u32, sound)
+                ProbeMedium::Video(hash(&given.source)?, (given.fps * 1000.0).round() as u32, sound)
             }
         }))
     });
@@ -104,6 +147,14 @@ fn probe_of(question: &Question) -> Result<Probe, Failure> {
 }
 
 impl Probes {
+    /// At most `count` probes of each domain, the first.
+    pub fn first(&self, count: usize) -> Result<Self, Failure> {
+        let domains = self.set.domains().iter().map(|(name, probes)| (name.clone(), probes.iter().take(count).cloned().collect()));
+        let set = ProbeSet::new(domains.collect::<Vec<_>>()).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?;
+        let questions = self.questions.iter().map(|(name, questions)| (name.clone(), questions.iter().take(count).cloned().collect()));
+        Ok(Self { set, questions: questions.collect() })
+    }
+
     /// Tokens that the longest probe may have.
     pub fn tokens_max(&self) -> usize {
         if self.questions.is_empty() { PROBE_TOKENS_MAX } else { QUESTION_TOKENS_MAX }
@@ -174,5 +225,20 @@ mod tests {
         }
         let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("probes");
         assert_eq!(read(&dir).expect("it is a set").set.hash(), set.hash());
+        assert_eq!(shipped_as(set.hash()).map(|probes| probes.set.domains().len()), Some(9));
+    }
+
+    #[test]
+    fn the_shipped_questions_are_those_of_their_files() {
+        let omni = shipped_omni();
+        assert_eq!(omni.set.hash().to_string(), OMNI_HASH, "a change of a byte makes another set");
+        assert_eq!(omni.set.domains().len(), 16);
+        assert!(omni.set.domains().values().all(|probes| probes.len() == 100));
+        let read = read(&Path::new(env!("CARGO_MANIFEST_DIR")).join("probes/omni")).expect("it is a set");
+        for (domain, probes) in read.set.domains() {
+            assert_eq!(omni.set.domains()[domain], *probes, "{domain}");
+        }
+        assert_eq!(read.set.domains().len(), 8);
+        assert_eq!(shipped_as(omni.set.hash()).map(|probes| probes.questions.len()), Some(8));
     }
 }

@@ -100,8 +100,8 @@ fn share(total: &DomainTotal, of: &DomainCounts) -> (f64, f64) {
     // Σ (r_p − share·n_p)², from sums.
     let squares = f64::from(of.square_routed) - 2.0 * share * f64::from(of.cross) + share * share * total.square_tokens as f64;
     let clustered = if probes > 1.0 { squares.max(0.0) * probes / (probes - 1.0) / (tokens * tokens) } else { 0.0 };
-    // Tokens of a probe are alike; that they differ from each other more than by chance is not believed.
-    (share, clustered.max(share * (1.0 - share) / tokens))
+    // Tokens of a probe are alike; that they differ from each other more than by chance is not believed. Where none was seen, the next may be.
+    (share, clustered.max(share * (1.0 - share) / tokens).max(1.0 / (tokens * tokens)))
 }
 
 /// Between which bounds the probability is of what came true `hits` times in `trials`; (0, 1) without trials.

@@ -44,14 +44,14 @@ def trust(rng):
     return [{"steps": s, "now_ms": int(now), "score": score_after(s, now)} for s, now in cases]
 
 
-def lift_world(rng, domains, experts):
+def lift_world(rng, domains, experts, exclusive=0):
     lengths = [rng.integers(5, 120, rng.integers(20, 60)) for _ in range(domains)]
     counts = np.zeros((experts, domains), dtype=object)
     for e in range(experts):
         for d in range(domains):
             base = 0.02 if rng.random() < 0.7 else 0.3
             shares = np.clip(rng.normal(base, base, len(lengths[d])), 0, 1)
-            counts[e, d] = rng.binomial(lengths[d], shares)
+            counts[e, d] = rng.binomial(lengths[d], shares) * (e >= exclusive or d == e % domains)
     totals = [{"probes": len(n), "tokens": int(n.sum()), "square_tokens": int((n**2).sum())} for n in lengths]
     out = {"domains": totals, "experts": []}
     for e in range(experts):
@@ -76,7 +76,7 @@ def lift_world(rng, domains, experts):
             for share, r, n in zip(shares, counts[e], lengths):
                 residual = r - share * n  # sums to 0, so its sample variance is about the mean
                 clustered = len(n) * residual.var(ddof=1) / n.sum() ** 2
-                variances.append(max(clustered, share * (1 - share) / n.sum()))
+                variances.append(max(clustered, share * (1 - share) / n.sum(), 1 / n.sum() ** 2))  # where none was seen, the next may be
             step = 1e-7
             gradient = np.array([(log_lift(shares + step * u, d) - log_lift(shares - step * u, d)) / (2 * step) for u in np.eye(domains)])
             deviation = np.sqrt((gradient**2 * variances).sum())
@@ -93,6 +93,7 @@ def main():
     with open(sys.argv[1], "w") as f:
         json.dump(trust(rng), f, indent=0)
     worlds = [lift_world(rng, 3, 12), lift_world(rng, 9, 24)]
+    worlds.append(lift_world(rng, 2, 8, exclusive=4))
     wilson = [[int(h), int(n), *map(float, stats.binomtest(int(h), int(n)).proportion_ci(0.90, "wilson"))] for n in (1, 7, 50, 1000) for h in {0, n // 3, n}]
     with open(sys.argv[2], "w") as f:
         json.dump({"worlds": worlds, "wilson": sorted(wilson)}, f)

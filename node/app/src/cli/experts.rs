@@ -21,6 +21,7 @@ use runtime::claims::{self, Check, Claim, Claims, Sample, check_text, unknown_do
 use runtime::command::{Context, EngineArgs, Held, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
 use runtime::federation::Federation;
+use runtime::measuring::Measuring;
 use runtime::media::{FPS_DEFAULT, GivenMedium, MediaSource, Senses, prepare};
 use runtime::probes;
 use runtime::profiles::ProfileStep;
@@ -30,7 +31,6 @@ use serde_json::{Value, json};
 
 use super::map::Map;
 use super::one_expert;
-use super::profile::Measuring;
 use super::{encoded, parse_time};
 
 const HEADING: &str = "layer expert   lift             95%        q  routed  trials helps at least";
@@ -247,7 +247,8 @@ fn check_claims(
     domain: &str,
     claims: &mut Claims,
 ) -> Result<(), Failure> {
-    let probes = probes::shipped();
+    let shipped = claims.held.iter().find_map(|claim| probes::shipped_as(claim.probes));
+    let probes = shipped.unwrap_or_else(|| probes::shipped_for(&found.manifest));
     let is_known = probes.set.domains().contains_key(domain);
     if claims.held.iter().all(|claim| claim.check == Check::Own) || args.check.is_zero() {
         return Ok(());

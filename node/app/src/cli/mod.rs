@@ -34,7 +34,7 @@ use base::failure::{Failure, Kind};
 use base::{output, threads};
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
-use lab::BenchCommand;
+use lab::{AtlasArgs, BenchCommand};
 use net::CALM_LOG;
 use protocol::NodeId;
 use runtime::command::{Context, parse_size};
@@ -134,6 +134,8 @@ enum Command {
     /// Measure what a model's experts are good at
     #[command(subcommand)]
     Profile(profile::ProfileCommand),
+    /// Say what a model's experts are: six questions answered with numbers, tables, pictures and a page
+    Atlas(Box<AtlasArgs>),
     /// Measure a model
     #[command(subcommand)]
     Eval(eval::EvalCommand),
@@ -225,6 +227,7 @@ pub(crate) fn main() -> Result<(), Failure> {
         Command::Profile(command) => profile::profile(&context, &command),
         Command::Pull(args) => pull::pull(&context, &args),
         Command::Run(args) => run::run(&context, &args),
+        Command::Atlas(args) => lab::atlas(&context, &args),
         Command::Bench(command) => lab::bench(&context, &command),
         Command::Eval(command) => eval::eval(&context, &command),
         Command::Repo(command) => repo::repo(&context, &command),

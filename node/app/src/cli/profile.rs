@@ -7,19 +7,18 @@ use base::clock::{instant, interrupted, now_ms};
 use base::failure::{Failure, Kind};
 use base::output::{count_bar, note, print_json, print_line};
 use clap::{Args, Subcommand};
-use inference::engine::EngineOptions;
-use inference::profiler::{PAIRS_AT_ONCE, ProfileError, Profiler};
+use inference::profiler::PAIRS_AT_ONCE;
 use net::records::parse_peer;
+use protocol::ModelId;
 use protocol::profile::BODY_BYTES_MAX;
 use protocol::profile::lift::{FALSE_DISCOVERY_RATE, ranking};
 use protocol::record::Facet;
-use protocol::{ContentHash, ModelId};
 use runtime::claims::{self, Check, Sample, check_text};
 use runtime::command::{Context, EngineArgs, PeerArgs};
-use runtime::data_dir::{LocalModel, OpenDataDir};
+use runtime::data_dir::LocalModel;
 use runtime::federation::Federation;
-use runtime::loading::Loaded;
-use runtime::probes::{self, Probes};
+use runtime::measuring::Measuring;
+use runtime::probes;
 use runtime::profiles::{Journal, Profile, ProfileStep};
 use runtime::pulling::SETTLE;
 use serde_json::{Value, json};
@@ -72,7 +71,8 @@ pub(super) struct VerifyArgs {
 pub(super) struct BuildArgs {
     /// A name, an id or the beginning of an id
     model: String,
-    /// A directory with a file DOMAIN.txt for each domain, probes between lines of %% [default: the nine domains that ship]
+    /// A directory with a file for each domain: DOMAIN.txt, probes between lines of %%, or DOMAIN.jsonl, questions with pictures and sounds
+    /// [default: the nine domains of text that ship, or for a model with eyes and ears eight of them and eight kinds of questions]
     #[arg(long, value_name = "DIR")]
     probes: Option<PathBuf>,
     /// How long it may take in all: 90s, 10m, 2h. A later build goes on from there. 0 reads the probes to the end, and leaves no expert out
@@ -92,83 +92,15 @@ pub(super) fn profile(context: &Context, command: &ProfileCommand) -> Result<(),
     }
 }
 
-/// A model that is being measured.
-pub(super) struct Measuring {
-    pub(super) loaded: Loaded,
-    pub(super) profiler: Profiler,
-    pub(super) build_profile: ContentHash,
-}
-
-impl Measuring {
-    /// Loads a model and gets its probes ready.
-    pub(super) fn new(
-        context: &Context,
-        (open, found): (&OpenDataDir, &LocalModel),
-        federation: &Federation,
-        engine: &EngineArgs,
-        probes: &Probes,
-    ) -> Result<Self, Failure> {
-        let window = (found.manifest.decoder().context as usize).min(probes.tokens_max());
-        // Whoever reads less of a probe counts otherwise.
-        let options = EngineOptions { context: window, ..engine.options(&found.manifest, Some(window)) };
-        let loaded = federation.load(open, found, context.memory_max, options)?;
-        let profiler = profiler(&loaded, found, probes)?;
-        Ok(Self { loaded, profiler, build_profile: build_profile(&options) })
-    }
-
-    /// Takes in what an earlier build has read with the same probes, and goes on in its journal.
-    pub(super) fn resume(&mut self, open: &OpenDataDir, found: &LocalModel, probes: &Probes) -> Result<Journal, Failure> {
-        let set = probes.set.hash();
-        let begun = ProfileStep::Begun(set, self.build_profile);
-        let (mut journal, steps) = Journal::open(&open.dir, found.id, set, self.build_profile)?;
-        let anew = steps.is_empty();
-        if resume(&mut self.profiler, &begun, steps).is_err() {
-            if !anew {
-                note("warning: what was measured earlier is damaged; it is measured anew");
-            }
-            self.profiler = profiler(&self.loaded, found, probes)?;
-            journal.clear()?;
-            journal.add(&begun)?;
-        }
-        Ok(journal)
-    }
-
-    /// Reads all probes; `go_on` is asked after each, and `note_down` given what came of it. Says whether it got to the end.
-    pub(super) fn read_all(
-        &mut self,
-        go_on: impl Fn() -> bool,
-        mut note_down: impl FnMut(ProfileStep) -> Result<(), Failure>,
-    ) -> Result<bool, Failure> {
-        let bar = count_bar(self.profiler.tokens(), "probes", "tokens");
-        loop {
-            bar.set_position(self.profiler.tokens_read());
-            let Some(reading) = self.profiler.read_next(&mut self.loaded.engine, &mut self.loaded.towers)? else {
-                bar.finish_and_clear();
-                return Ok(true);
-            };
-            note_down(ProfileStep::Read(reading))?;
-            if !go_on() {
-                let is_read = self.profiler.tokens_read() == self.profiler.tokens();
-                bar.finish_and_clear();
-                return Ok(is_read);
-            }
-        }
-    }
-}
-
-/// The arithmetic that counts depend on: who uses another may count otherwise.
-pub(super) fn build_profile(options: &EngineOptions) -> ContentHash {
-    ContentHash::of(format!("confrere-forward/1 trials=2 kv={}", options.kv).as_bytes())
-}
-
 fn build(context: &Context, args: &BuildArgs) -> Result<(), Failure> {
     let began = instant();
     let is_over = || !args.budget.is_zero() && instant() - began >= args.budget;
-    let probes = args.probes.as_deref().map_or_else(|| Ok(probes::shipped()), probes::read)?;
-    let set = probes.set.hash();
+    let given = args.probes.as_deref().map(probes::read).transpose()?;
     let open = context.lock()?;
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let found = federation.find(&open, &args.model, None)?;
+    let probes = given.unwrap_or_else(|| probes::shipped_for(&found.manifest));
+    let set = probes.set.hash();
     let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &probes)?;
     let mut journal = measuring.resume(&open, &found, &probes)?;
     if open.dir.profile(found.id)?.is_some_and(|profile| profile.probes != set) {
@@ -221,27 +153,6 @@ fn read_in_part(context: &Context, found: &LocalModel, measuring: &Measuring, be
     ));
     if context.json {
         return print_json(&json!({"model": found.id.to_string(), "finished": false, "tokens_read": read, "tokens": of}));
-    }
-    Ok(())
-}
-
-fn profiler(loaded: &Loaded, found: &LocalModel, probes: &Probes) -> Result<Profiler, Failure> {
-    let tokens = probes.tokens(&loaded.text, &found.manifest, loaded.engine.context())?;
-    Ok(Profiler::new(&loaded.engine, found.id, probes.set.hash(), tokens)?)
-}
-
-/// Takes in the steps of an earlier build, if they are about the same.
-fn resume(profiler: &mut Profiler, begun: &ProfileStep, steps: Vec<ProfileStep>) -> Result<(), ProfileError> {
-    let mut steps = steps.into_iter();
-    if steps.next().as_ref() != Some(begun) {
-        return Err(ProfileError::Other);
-    }
-    for step in steps {
-        match step {
-            ProfileStep::Begun(..) => return Err(ProfileError::Other),
-            ProfileStep::Read(reading) => profiler.take_reading(reading)?,
-            ProfileStep::Tried(found) => found.into_iter().try_for_each(|trials| profiler.take_trials(trials))?,
-        }
     }
     Ok(())
 }
@@ -313,8 +224,8 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
     let federation = Federation::connect(context.runtime.handle(), &open.dir, &args.peers.options(), context.offline)?;
     let model = args.model.clone().map_or_else(|| open.only_model(), Ok)?;
     let found = federation.find(&open, &model, None)?;
-    let probes = probes::shipped();
-    let any = probes.set.domains().keys().next().expect("a probe set has domains").clone();
+    let own = probes::shipped_for(&found.manifest);
+    let any = own.set.domains().keys().next().expect("a probe set has domains").clone();
     let network = federation.settle(SETTLE)?.ok_or_else(|| Failure::new(Kind::NoPeers, "no peer is known (--peer ADDR)"))?;
     let mut claims = claims::collect(&federation, (&open, &network), &found, &any, Some(peer))?;
     let mut results = Vec::new();
@@ -327,7 +238,8 @@ fn verify(context: &Context, args: &VerifyArgs) -> Result<(), Failure> {
         }
         return Err(Failure::new(Kind::NotFound, format!("{peer} says nothing of {} that has come here", found.name)));
     }
-    if !claims.held.is_empty() {
+    if let Some(claim) = claims.held.first() {
+        let probes = probes::shipped_as(claim.probes).unwrap_or(own);
         let mut measuring = Measuring::new(context, (&open, &found), &federation, &args.engine, &probes)?;
         let mut journal = measuring.resume(&open, &found, &probes)?;
         if !measuring.read_all(|| !interrupted(), |step| journal.add(&step))? {
