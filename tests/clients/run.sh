@@ -30,13 +30,13 @@ cp "$here"/package.json "$here"/*.mjs "$work/npm/"
 
 chromium=${CHROMIUM:-$(command -v chromium || true)}
 export CHROMIUM=$chromium
-names=${*:-openai_sdk omni_sdk video llm_command npm_clients refusals hostile terminate slow_peer quick_start schema killed_peer throughput${chromium:+ dashboard}}
+names=${*:-openai_sdk omni_sdk video llm_command npm_clients refusals hostile terminate slow_peer quick_start schema killed_peer throughput${chromium:+ dashboard atlas}}
 lines=() failed=0
 for name in $names; do
     case $name in
         openai_sdk|omni_sdk|video|llm_command|refusals|hostile|terminate|slow_peer) run=("$python" -m pytest -q -p no:cacheprovider "$here/$name.py") ;;
         npm_clients) run=("$python" "$here/nodes.py" node --test "$work/npm/$name.mjs") ;;
-        dashboard) run=("$python" "$here/dashboard.py" "$work/npm/dashboard.mjs" "$pictures") ;;
+        dashboard|atlas) run=("$python" "$here/$name.py" "$work/npm/$name.mjs" "$pictures") ;;
         *) run=("$python" "$here/$name.py") ;;
     esac
     echo "== $name ($(date -u +%H:%M:%S))"

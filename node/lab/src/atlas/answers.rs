@@ -249,13 +249,13 @@ fn narrow(atlas: &Atlas) -> Option<Answer> {
     })
 }
 
-/// The domains whose ten experts ranked first cost at least `times` what ten random ones do, by the means.
-pub(super) fn selective(atlas: &Atlas, times: f64) -> Vec<(String, f64, f64)> {
+/// The domains that surely suffer without the ten experts ranked first for them, and at least `times` as much as without ten random ones, by the means.
+pub(super) fn selective(atlas: &Atlas, times: f64) -> Vec<String> {
     let random: Vec<_> = atlas.changes.iter().filter(|change| change.name.starts_with(&format!("random {RANKED_FIRST}, draw"))).collect();
     let of = |(number, domain): (usize, &String)| {
-        let own = change(atlas, &format!("ranked first for {domain}"))?.rises[number].value;
+        let own = change(atlas, &format!("ranked first for {domain}"))?.rises[number];
         let drawn = random.iter().map(|change| change.rises[number].value).sum::<f64>() / random.len().max(1) as f64;
-        Some((domain.clone(), own, drawn))
+        (own.is_above(0.0) && own.value >= times * drawn).then(|| domain.clone())
     };
-    atlas.domains.iter().enumerate().filter_map(of).filter(|(_, own, drawn)| *own >= times * drawn.max(1e-9)).collect()
+    atlas.domains.iter().enumerate().filter_map(of).collect()
 }

@@ -79,13 +79,16 @@ impl Drawing {
         y + LINE
     }
 
-    /// The upright axis between `top` and `bottom`; returns where a number lies on it.
+    /// The upright axis between `top` and `bottom`, in round steps; returns where a number lies on it.
     fn upright(&mut self, top: f64, bottom: f64, (least, most): (f64, f64), name: &str) -> impl Fn(f64) -> f64 + use<> {
-        let place = move |value: f64| bottom - (value.clamp(least, most) - least) / (most - least).max(1e-12) * (bottom - top);
-        let faint = self.faint();
-        for step in 0..=4 {
-            let value = least + (most - least) * f64::from(step) / 4.0;
-            self.line((LEFT, place(value)), (WIDTH - 8.0, place(value)), faint, 1.0);
+        let step = round_step((most - least) / 4.0);
+        let (first, last) = ((least / step).floor(), (most / step).ceil());
+        let (least, most) = (first * step, last * step);
+        let place = move |value: f64| bottom - (value.clamp(least, most) - least) / (most - least) * (bottom - top);
+        for number in first as i64..=last as i64 {
+            let value = number as f64 * step;
+            let colour = if number == 0 { self.ink() } else { self.faint() };
+            self.line((LEFT, place(value)), (WIDTH - 8.0, place(value)), colour, 1.0);
             self.text((LEFT - 6.0, place(value) + 4.0), "end", &short(value));
         }
         self.text((4.0, top - 8.0), "start", name);
@@ -104,6 +107,12 @@ impl Drawing {
 
 fn escaped(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('\'', "&#39;").replace('"', "&quot;")
+}
+
+/// The least of 1, 2 and 5 times a power of ten that is at least `step`.
+fn round_step(step: f64) -> f64 {
+    let power = 10.0_f64.powf(step.log10().floor());
+    [1.0, 2.0, 5.0, 10.0].into_iter().map(|times| times * power).find(|round| *round >= step * 0.999).unwrap_or(step)
 }
 
 /// What all numbers lie between, with 0 where they are of one sign.
@@ -230,6 +239,14 @@ pub(super) fn cells(shown: Shown, title: &str, names: &[String], rows: &[(String
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn axes_go_in_round_steps() {
+        let near = |found: f64, expected: f64| assert!((found / expected - 1.0).abs() < 1e-9, "{found}, expected {expected}");
+        [(0.3, 0.5), (0.11, 0.2), (1.0, 1.0), (42.0, 50.0), (0.007, 0.01)]
+            .into_iter()
+            .for_each(|(step, round)| near(round_step(step), round));
+    }
 
     #[test]
     fn what_names_say_is_no_markup() {

@@ -94,8 +94,7 @@ fn losses(atlas: &Atlas) -> String {
     };
     let selective = selective(atlas, 5.0);
     let row = |(number, domain): (usize, &String)| {
-        let is_selective = selective.iter().any(|(name, ..)| name == domain);
-        let yes = if is_selective { "yes" } else { "no" };
+        let yes = if selective.contains(domain) { "yes" } else { "no" };
         vec![domain.clone(), atlas.losses[number].text(), ranked(domain, number), yes.to_owned()]
     };
     let first = format!("rise without its {RANKED_FIRST} first");
