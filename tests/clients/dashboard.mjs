@@ -161,6 +161,10 @@ async function details(page, label) {
   expect(/^Layer \d+, expert 1: /.test(readout), `${label}: ${readout}`);
   await page.keyboard.press("Enter");
   await page.waitForSelector("#expert .facts");
+  if (await page.locator("#expert .interval").count()) {
+    const facts = await page.textContent("#expert .facts");
+    expect(["Serves most", "Used for", "Together with"].every((fact) => facts.includes(fact)), `${label}: what the profile says of the expert`);
+  }
   await page.waitForTimeout(300);
   await page.locator("#expert").screenshot({ path: join(out, `${label}-expert.png`) });
   await accessible(page, `${label}, an expert open`);

@@ -48,9 +48,13 @@ def of_many_experts(script, out):
 
 
 def of_eyes_and_ears(script, out):
-    """A tiny Qwen3-Omni."""
-    with nodes.node_with("omni") as node, node.serve("--model", "omni") as serving:
-        return look(script, serving.url, out / "omni")
+    """A tiny Qwen3-Omni, with a profile of its own."""
+    with nodes.node_with("omni") as node, tempfile.TemporaryDirectory() as probes:
+        for domain, words in {"numbers": "one two three four five", "colours": "red green blue white black"}.items():
+            (Path(probes) / f"{domain}.txt").write_text("%%\n".join(f"{number} {words}\n" for number in range(40)))
+        node.command("--quiet", "profile", "build", "omni", "--probes", probes, "--budget", "2s")
+        with node.serve("--model", "omni") as serving:
+            return look(script, serving.url, out / "omni")
 
 
 def main():

@@ -53,7 +53,19 @@ function facts(expert) {
     fact("Used", `${number(expert.uses)} times`),
     fact("Size", `${bytes(expert.bytes)} at ${expert.precision}`),
     fact("Hash", hash, " ", button),
+    ...ofProfile(expert.profile),
   );
+}
+
+/** What a profile says of the expert as a whole. */
+function ofProfile(profile) {
+  if (!profile) return [];
+  const others = profile.coactive.map(({ expert, share }) => `${expert} (${percent(share, 1)})`);
+  return [
+    fact("Serves most", profile.primary_modality ? name(profile.primary_modality) : "nothing surely"),
+    fact("Used for", `${percent(profile.activation_frequency, 1)} of the probes' tokens`),
+    fact("Together with", others.length ? others.join(", ") : "none"),
+  ];
 }
 
 function providers(holders) {
