@@ -337,6 +337,12 @@ impl Profiler {
         (&self.layers, self.slots.len() / self.layers.len().max(1))
     }
 
+    /// Which experts each token of a probe used, (tokens, layers, experts of a token), if it has been read.
+    pub fn routing(&self, domain: usize, probe: usize) -> Option<Vec<Vec<&[u16]>>> {
+        let experts = &self.readings[domain][probe].as_ref()?.experts;
+        Some(experts.chunks_exact(self.layers.len() * self.k).map(|token| token.chunks_exact(self.k).collect()).collect())
+    }
+
     /// What was counted of the tokens of each modality of each probe that has been read, by domain and probe.
     pub fn counts_by_probe(&self) -> Vec<ProbeCounts> {
         let mut all = Vec::new();

@@ -121,21 +121,22 @@ fn cross_modal(atlas: &Atlas) -> Option<Answer> {
                 format!("rise of the loss on text alone without the pool of {label}; without as many random experts"),
                 format!("{}; {}", with.text(), random.text()),
             ));
-            if with.is_above(NO_LOSS) {
+            if with.is_above(NO_LOSS.max(random.high)) {
                 harmed.push(format!("the pool of {label} raises it by {} nats", short(with.value)));
             }
         }
     }
     let verdict = if use_of.low > 0.0 && use_of.value >= 0.001 { "Yes" } else { "Hardly" };
     let loss = if harmed.is_empty() {
-        "leaving out the pools of pictures and sounds does not raise the loss on text".to_owned()
+        "Text does not need them: without the pools of pictures and sounds its loss rises no more than without as many random experts"
+            .to_owned()
     } else {
-        format!("without it, text suffers: leaving out {}", harmed.join(", "))
+        format!("Text needs them: leaving out {}, more than as many random experts do", harmed.join(", "))
     };
     Some(Answer {
         number: 3,
         question: "Do cross-modal experts fire when the input has one modality only?".to_owned(),
-        text: format!("{verdict}: specialists of pictures and sounds have {}% of the uses when there is text alone. Beyond how often they fire, {loss}.", short(100.0 * use_of.value)),
+        text: format!("{verdict}: specialists of pictures and sounds have {}% of the uses when there is text alone. {loss}.", short(100.0 * use_of.value)),
         figures,
         pictures: vec!["pools"],
         refuted_by: "Texts on which the share of these experts has an interval on the other side of one in a thousand, or whose loss behaves otherwise without them.".to_owned(),

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::caches::CacheRow;
 use super::counts::{LayerFigures, SpecialistsFound};
 use super::routers::RouterFigures;
 use super::statistics::{Agreement, Figure};
@@ -50,6 +51,8 @@ pub(super) struct Atlas {
     pub(super) changes: Vec<ChangeRow>,
     /// Text that has no pictures or sounds: the share of its uses of experts that are specialists of those.
     pub(super) foreign_use: Option<Figure>,
+    /// A memory for a fifth of the experts, when requests of each label take turns.
+    pub(super) caches: Vec<CacheRow>,
     pub(super) untrained: Option<Compared>,
     pub(super) checkpoints: Vec<Compared>,
     pub(super) answers: Vec<Answer>,

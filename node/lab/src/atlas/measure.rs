@@ -17,6 +17,7 @@ use runtime::probes::{self, Probes};
 
 use super::AtlasArgs;
 use super::answers::answers;
+use super::caches::caches;
 use super::counts::Counts;
 use super::figures::{Atlas, ChangeRow, Compared, ExpertRow, Named, RANKED_FIRST, Role};
 use super::narrowed::Narrowed;
@@ -133,6 +134,7 @@ pub(super) fn measure(context: &Context, args: &AtlasArgs) -> Result<Atlas, Fail
         changes.push(row(&name, experts, &after));
     }
     let foreign_use = foreign_use(&counts, &experts, seed);
+    let caches = caches(&measuring, &counts, seed);
     drop(measuring);
     let untrained = args.untrained.as_deref().map(|name| reader.compare(name, &items, &domains)).transpose()?;
     let checkpoints = args.checkpoints.iter().map(|name| reader.compare(name, &items, &domains)).collect::<Result<_, _>>()?;
@@ -158,6 +160,7 @@ pub(super) fn measure(context: &Context, args: &AtlasArgs) -> Result<Atlas, Fail
         losses,
         changes,
         foreign_use,
+        caches,
         untrained,
         checkpoints,
         answers: Vec::new(),

@@ -2,6 +2,7 @@
 //! tables, pictures and a page.
 
 mod answers;
+mod caches;
 mod charts;
 mod counts;
 mod figures;

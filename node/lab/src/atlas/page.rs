@@ -53,6 +53,7 @@ pub(super) fn page(atlas: &Atlas, plots: &[Plot]) -> String {
     page.push_str(&losses(atlas));
     page.push_str(&layers(atlas));
     page.push_str(&changes(atlas));
+    page.push_str(&caches(atlas));
     page.push_str(&experts(atlas));
     page.push_str("</section></main></body></html>\n");
     page
@@ -127,6 +128,16 @@ fn changes(atlas: &Atlas) -> String {
         vec![change.name.clone(), change.experts.to_string(), change.rise.text(), most]
     });
     table("What was left out or narrowed", &["change", "experts", "rise, nats a token", "most"], rows)
+}
+
+fn caches(atlas: &Atlas) -> String {
+    let percent = |share: f64| format!("{}%", short(100.0 * share));
+    let rows = atlas.caches.iter().map(|row| vec![row.policy.clone(), percent(row.hits), percent(row.brought)]);
+    table(
+        "A memory for a fifth of the experts, requests of each kind in turns",
+        &["policy", "uses that find their expert", "brought for each use"],
+        rows,
+    )
 }
 
 fn experts(atlas: &Atlas) -> String {

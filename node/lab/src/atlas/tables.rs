@@ -10,6 +10,7 @@ pub(super) fn tables(atlas: &Atlas) -> Vec<(String, String)> {
         ("experts.csv".to_owned(), experts(atlas)),
         ("changes.csv".to_owned(), changes(atlas)),
         ("specialists.csv".to_owned(), specialists(atlas)),
+        ("caches.csv".to_owned(), caches(atlas)),
     ]
 }
 
@@ -72,6 +73,11 @@ fn changes(atlas: &Atlas) -> String {
         [change.name.clone(), change.experts.to_string()].into_iter().chain(numbers).collect()
     });
     csv(&heading(&["change", "experts"], &figures), rows)
+}
+
+fn caches(atlas: &Atlas) -> String {
+    let rows = atlas.caches.iter().map(|row| vec![row.policy.clone(), row.hits.to_string(), row.brought.to_string()]);
+    csv(&["policy", "hits", "brought for each use"].map(str::to_owned), rows)
 }
 
 fn specialists(atlas: &Atlas) -> String {
