@@ -32,6 +32,7 @@ pub mod perplexity;
 mod pool;
 pub mod probe;
 pub mod profiler;
+pub mod random;
 pub mod reference;
 pub mod requantize;
 mod retention;

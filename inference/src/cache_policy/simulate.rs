@@ -102,10 +102,10 @@ impl Memory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cache_policy::synthetic::SplitMix;
     use crate::cache_policy::{Skew, synthetic};
+    use crate::random::Random;
 
-    fn random_trace(random: &mut SplitMix, layers: u32, experts: u32, steps: u32, step_max: usize) -> Trace {
+    fn random_trace(random: &mut Random, layers: u32, experts: u32, steps: u32, step_max: usize) -> Trace {
         let mut trace = Trace::new(layers, experts).expect("within limits");
         while trace.steps().len() < steps as usize {
             let used: Vec<u32> = (0..experts).filter(|_| random.below(3) == 0).take(step_max).collect();
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn no_policy_beats_belady() {
-        let mut random = SplitMix(3);
+        let mut random = Random::new(3);
         let mut traces: Vec<Trace> = (0..30).map(|_| random_trace(&mut random, 3, 12, 300, 6)).collect();
         traces.extend([Skew::Measured, Skew::Uniform].map(|skew| synthetic(4, 128, 8, 300, skew, 1)));
         for (trace, kind) in traces.iter().flat_map(|trace| PolicyKind::ALL.map(|kind| (trace, kind))) {
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn belady_is_the_best_of_all_choices() {
-        let mut random = SplitMix(11);
+        let mut random = Random::new(11);
         for round in 0..150 {
             let trace = random_trace(&mut random, 2, 3, 8, 2);
             let capacity = 2 + round % 3;

@@ -1,6 +1,7 @@
 //! Made-up routing with the statistics of a measured one, for where no trace has been recorded.
 
 use super::Trace;
+use crate::random::Random;
 
 /// How tokens choose experts in a synthetic trace.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -41,7 +42,7 @@ pub struct SyntheticRouting {
     skew: Skew,
     experts: usize,
     k: usize,
-    random: SplitMix,
+    random: Random,
     recent: Vec<u32>,     // (layers, experts): the latest used first
     popular: Vec<u32>,    // (layers, experts): the most popular first
     recency: Vec<f64>,    // (experts): weights, summed up
@@ -52,7 +53,7 @@ impl SyntheticRouting {
     /// A router that chooses `k` of `experts` in each of `layers`.
     pub fn new(layers: u32, experts: u32, k: usize, skew: Skew, seed: u64) -> Self {
         let mut popular: Vec<u32> = (0..layers).flat_map(|_| 0..experts).collect();
-        let (experts, mut random) = (experts as usize, SplitMix(seed));
+        let (experts, mut random) = (experts as usize, Random::new(seed));
         assert!((1..=experts).contains(&k), "{k} of {experts} experts");
         popular.chunks_mut(experts).for_each(|layer| random.shuffle_first(layer, experts));
         Self {
@@ -121,42 +122,6 @@ fn sums(count: usize, weight: impl Fn(usize) -> f64) -> Vec<f64> {
     let mut sums: Vec<f64> = (0..count).map(weight).collect();
     (1..count).for_each(|index| sums[index] += sums[index - 1]);
     sums
-}
-
-/// SplitMix64 (Steele, Lea and Flood, 2014).
-#[derive(Debug)]
-pub(super) struct SplitMix(pub(super) u64);
-
-impl SplitMix {
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut bits = self.0;
-        bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        bits ^ (bits >> 31)
-    }
-
-    pub(super) fn below(&mut self, limit: usize) -> usize {
-        ((u128::from(self.next()) * limit as u128) >> 64) as usize
-    }
-
-    /// In 0..1.
-    fn unit(&mut self) -> f64 {
-        (self.next() >> 11) as f64 / (1u64 << 53) as f64
-    }
-
-    /// An index, by weights summed up.
-    fn by_weight(&mut self, sums: &[f64]) -> usize {
-        let drawn = self.unit() * sums[sums.len() - 1];
-        sums.partition_point(|sum| *sum <= drawn).min(sums.len() - 1)
-    }
-
-    /// Brings `count` of the items to the front, each choice and order alike.
-    pub(super) fn shuffle_first(&mut self, items: &mut [u32], count: usize) {
-        for index in 0..count {
-            items.swap(index, index + self.below(items.len() - index));
-        }
-    }
 }
 
 #[cfg(test)]

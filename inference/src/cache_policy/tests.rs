@@ -1,7 +1,7 @@
 //! The policies against slow ones in plain vectors and against cases worked out by hand.
 
-use super::synthetic::SplitMix;
 use super::{CachePolicy, Lfu, PolicyKind, S3Fifo};
+use crate::random::Random;
 
 const SLOTS: usize = 40;
 
@@ -33,12 +33,12 @@ impl Naive {
 #[test]
 fn policies_evict_all_in_memory_but_nothing_pinned_and_as_naive_ones_do() {
     for (kind, seed) in PolicyKind::ALL.into_iter().flat_map(|kind| (0..100).map(move |seed| (kind, seed))) {
-        let (mut random, capacity) = (SplitMix(seed), seed as usize % 35);
+        let (mut random, capacity) = (Random::new(seed), seed as usize % 35);
         let (mut policy, mut naive) = (kind.build(SLOTS, capacity), Naive { memory: Vec::new(), counts: [0; SLOTS], uses: 0 });
         for call in 0..1000 + SLOTS {
             // Low slots are used more often; evictions pin some, all or nothing, and at the end nothing.
             let slot = random.below(SLOTS).min(random.below(SLOTS));
-            let mask = [0, u64::MAX, random.next(), random.next() | random.next()][random.below(4)];
+            let mask = [0, u64::MAX, random.bits(), random.bits() | random.bits()][random.below(4)];
             let pinned = |slot: usize| call < 1000 && mask >> slot & 1 == 1;
             let choice = random.below(8);
             if call < 1000 && choice < 6 {

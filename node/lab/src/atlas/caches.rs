@@ -4,11 +4,11 @@
 use std::collections::BTreeSet;
 
 use inference::cache_policy::{PolicyKind, Trace, belady, simulate};
+use inference::random::Random;
 use runtime::measuring::Measuring;
 use serde::Serialize;
 
 use super::counts::Counts;
-use super::statistics::Random;
 
 /// The share of all experts that memory holds.
 const HELD: f64 = 0.2;

@@ -1,12 +1,13 @@
 //! What was counted while a model read its probes, and the figures that follow from it: by layer, by modality or domain, and by expert.
 
 use inference::profiler::{ProbeCounts, Profiler};
+use inference::random::Random;
 use protocol::profile::lift::{Ranked, ranking};
 use protocol::profile::{DomainCounts, DomainTotal, ExpertCounts, Modality, ProfileBody};
 use protocol::{ContentHash, ModelId};
 use serde::Serialize;
 
-use super::statistics::{Figure, RESAMPLES, Random, bootstrap, divergence, entropy, gini, overlap, pool};
+use super::statistics::{Figure, RESAMPLES, bootstrap, divergence, entropy, gini, overlap, pool};
 
 /// Shares of gate mass whose pools are compared.
 const POOL_SHARES: [f64; 2] = [0.5, 0.9];

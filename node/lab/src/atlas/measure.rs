@@ -6,6 +6,7 @@ use base::clock::check_interrupted;
 use base::failure::{Failure, Kind};
 use base::output::note;
 use inference::engine::LeftOut;
+use inference::random::Random;
 use protocol::profile::Modality;
 use protocol::profile::lift::{Ranked, TOKENS_MIN};
 use protocol::{ExpertSlot, Precision};
@@ -22,7 +23,7 @@ use super::counts::Counts;
 use super::figures::{Atlas, ChangeRow, Compared, ExpertRow, Named, RANKED_FIRST, Role};
 use super::narrowed::Narrowed;
 use super::routers::routers;
-use super::statistics::{Figure, Random, agreement, clusters, mean, pool};
+use super::statistics::{Figure, agreement, clusters, mean, pool};
 use super::tries::{Bench, Change, Losses, Try, by_domain};
 
 /// The share of gate mass that the pool of a label carries, which is left out as a whole.

@@ -1,38 +1,9 @@
 //! Statistics of how experts are used: entropies, divergences, pools, clusters and how far two clusterings agree, and intervals by resampling.
 
+use inference::random::Random;
+
 /// Samples of a bootstrap, and permutations of a null.
 pub(super) const RESAMPLES: usize = 200;
-
-/// Random numbers, the same from the same seed (splitmix64; Steele, Lea and Flood 2014).
-#[derive(Clone, Debug)]
-pub(super) struct Random(u64);
-
-impl Random {
-    pub(super) fn new(seed: u64) -> Self {
-        Self(seed)
-    }
-
-    /// A number below `below`, which is at least 1.
-    pub(super) fn below(&mut self, below: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let z = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((u128::from(z ^ (z >> 31)) * below as u128) >> 64) as usize
-    }
-
-    pub(super) fn shuffle<T>(&mut self, things: &mut [T]) {
-        (1..things.len()).rev().for_each(|at| things.swap(at, self.below(at + 1)));
-    }
-
-    /// `count` of the numbers below `below`, ascending.
-    pub(super) fn sample(&mut self, below: usize, count: usize) -> Vec<usize> {
-        let mut all: Vec<_> = (0..below).collect();
-        self.shuffle(&mut all);
-        all.truncate(count);
-        all.sort_unstable();
-        all
-    }
-}
 
 /// A measured number with its 95% interval, from so many items.
 #[derive(Clone, Copy, PartialEq, Debug, serde::Serialize)]
