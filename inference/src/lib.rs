@@ -31,6 +31,7 @@ mod moe_layer;
 pub mod perplexity;
 mod pool;
 pub mod probe;
+pub mod probe_tokens;
 pub mod profiler;
 pub mod random;
 pub mod reference;

@@ -1,4 +1,4 @@
-//! What a model's experts do with texts of known domains, and with questions about pictures and sounds: counts for a profile.
+//! What a model's experts do with the probes of known domains: counts for a profile.
 //!
 //! First each probe is read once, and noted which experts each token used and how likely the token after it was. Then single tokens are computed
 //! again, each without one of its experts: a *trial* leaves the expert's result out, with the weights of the others as they were, and finishes the
@@ -6,25 +6,20 @@
 //! of one modality, and it is a hit when the answer as a whole became less likely. Which tokens an expert is tried on, and in which order, follows from the probes
 //! alone, so that whoever has the model counts the same. Keeps no time and no files: whoever drives it does.
 
-use protocol::profile::lift::{Z_95, wilson};
 use std::collections::HashMap;
-use std::sync::Arc;
 
+use protocol::profile::lift::{Z_95, wilson};
 use protocol::profile::{COACTIVE_MAX, DomainTotal, GATE_UNIT, Modality, ProfileBody};
 use protocol::{ContentHash, ExpertSlot, ModelId};
 use serde::{Deserialize, Serialize};
 
 use crate::activation_log::ActivationLog;
 use crate::engine::{Engine, ForwardError, LeftOut};
-use crate::generate::{GenerateError, TowerSource, read};
-use crate::media::prompt::MediaPrompt;
+use crate::generate::{GenerateError, TowerSource};
 use crate::perplexity::negative_log_likelihood;
+use crate::probe_tokens::{ProbeTokens, losses};
 use crate::tokenizer::TokenizerError;
 
-/// Tokens of a text that are read; what is longer is cut.
-pub const PROBE_TOKENS_MAX: usize = 512;
-/// Most tokens of a question with its media and its answer.
-pub const QUESTION_TOKENS_MAX: usize = 4096;
 /// In place of a token: the whole probe.
 const WHOLE: u32 = u32::MAX;
 /// Trials that an expert has in a domain at a time.
@@ -33,33 +28,6 @@ const TRIALS_AT_ONCE: u32 = 8;
 pub const PAIRS_AT_ONCE: usize = 128;
 /// After so many trials in a domain an expert has had enough.
 pub const TRIALS_MAX: u32 = 256;
-
-/// A probe, as a model reads it.
-#[derive(Clone, Debug)]
-pub struct ProbeTokens {
-    /// Its tokens; the answer to a question is the end of them.
-    pub tokens: Vec<u32>,
-    /// What stands in place of some of them.
-    pub media: Option<Arc<MediaPrompt>>,
-    /// Where the answer begins, if it is a question.
-    pub answer: Option<usize>,
-}
-
-impl ProbeTokens {
-    /// What each token stands for.
-    fn modalities(&self) -> Vec<Modality> {
-        let mut modalities = vec![Modality::Text; self.tokens.len()];
-        for run in self.media.iter().flat_map(|media| &media.runs) {
-            modalities[run.first..][..run.rows.len()].fill(run.source.modality());
-        }
-        modalities
-    }
-
-    /// The first token whose likelihood counts.
-    fn scored_from(&self) -> usize {
-        self.answer.unwrap_or(1).max(1)
-    }
-}
 
 /// Why a probe cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -503,18 +471,6 @@ impl Profiler {
     fn number(&self, layer: usize, expert: u32) -> usize {
         layer * (self.slots.len() / self.layers.len().max(1)) + expert as usize
     }
-}
-
-/// Reads a probe: negative log-likelihoods of the tokens that are scored, as bits of f64.
-pub fn losses(engine: &mut Engine, towers: &mut dyn TowerSource, probe: &ProbeTokens) -> Result<Vec<u64>, ProfileError> {
-    let (tokens, from) = (&probe.tokens, probe.scored_from());
-    let mut losses = Vec::with_capacity(tokens.len().saturating_sub(from));
-    read(engine, towers, (tokens, probe.media.as_ref()), |place, logits| {
-        let next = tokens.get(place + 1).filter(|_| place + 1 >= from);
-        losses.extend(next.map(|&next| negative_log_likelihood(logits, next).to_bits()));
-        Ok::<_, ProfileError>(())
-    })?;
-    Ok(losses)
 }
 
 /// Puts tokens, which come probe by probe, in the order in which an expert is tried on them: one of each probe, then another of each, since tokens of

@@ -225,7 +225,7 @@ impl Operand {
         Self::bytes_for_either([(rows, columns, forms); 2])
     }
 
-    /// Room for either of two shapes: so many vectors, of so many numbers, in such forms.
+    /// Room that is enough for each of two shapes: (vectors, numbers of a vector, forms).
     pub(crate) fn for_either(shapes: [(usize, usize, Forms); 2]) -> Self {
         let (words, plain) = Self::room_for_either(shapes);
         Self { words: Words::new(words), plain: vec![0.0; plain], groups: 0, columns: 0 }

@@ -66,7 +66,7 @@ impl AudioTower {
         })
     }
 
-    /// The most bytes that [`run`](Self::run) takes for so many frames of a spectrum, its result included.
+    /// Bytes that [`run`](Self::run) takes at most for a spectrum of `frames` frames. Its result is included.
     pub fn work_bytes(shape: &Audio, frames: usize) -> u64 {
         let [hidden, width, channels, bands, chunk, out] =
             [shape.hidden_size, shape.width, shape.channels, shape.bands, shape.chunk, shape.out].map(|side| side as usize);

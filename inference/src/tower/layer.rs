@@ -21,7 +21,7 @@ pub(super) struct Buffers {
 }
 
 impl Buffers {
-    /// For so many rows.
+    /// Buffers for `rows` rows of `hidden` numbers, and for a network of `width`.
     pub(super) fn new(rows: usize, hidden: usize, width: usize) -> Self {
         Self {
             normed: vec![0.0; rows * hidden],

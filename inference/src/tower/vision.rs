@@ -75,7 +75,7 @@ impl VisionTower {
         Ok(Self { patch, positions, blocks, merger, deepstack: deepstack.collect::<Result<_, _>>()?, shape })
     }
 
-    /// The most bytes that [`run`](Self::run) takes for so many patches, its result included.
+    /// Bytes that [`run`](Self::run) takes at most for `patches` patches. Its result is included.
     pub fn work_bytes(shape: &Vision, patches: usize) -> u64 {
         let [hidden, width, merged, out] = [shape.hidden_size, shape.width, shape.merged(), shape.out].map(|side| side as usize);
         let rows = patches * (hidden + hidden / shape.heads as usize); // the rows themselves, and their positions

@@ -10,7 +10,7 @@ use inference::chat::{ContentPart, MediumKind};
 use inference::engine::Position;
 use inference::media::limits::MediaLimits;
 use inference::media::prompt::MediaPrompt;
-use inference::profiler::{PROBE_TOKENS_MAX, ProbeTokens, QUESTION_TOKENS_MAX};
+use inference::probe_tokens::{PROBE_TOKENS_MAX, ProbeTokens, QUESTION_TOKENS_MAX};
 use inference::tokenizer::{SpecialTokens, Tokenizer};
 use protocol::profile::{Probe, ProbeMedium, ProbePart, ProbeSet, ProbeSetError};
 use protocol::{ContentHash, ModelManifest};

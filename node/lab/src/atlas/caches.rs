@@ -53,23 +53,16 @@ pub(super) fn caches(measuring: &Measuring, counts: &Counts, seed: u64) -> Vec<C
 
 /// What a request is about: the label of its media, if it has some.
 fn label_of_item(counts: &Counts) -> Vec<usize> {
-    let mut labels = vec![0; counts.items];
+    let mut labels = vec![0; counts.items.len()];
     counts.blocks.iter().for_each(|block| labels[block.item] = labels[block.item].max(block.label));
     labels
 }
 
-/// Each item's domain and probe.
-fn places(counts: &Counts) -> Vec<(usize, usize)> {
-    let mut places = vec![(0, 0); counts.items];
-    counts.blocks.iter().for_each(|block| places[block.item] = (block.counts.domain, block.counts.probe));
-    places
-}
-
 fn workload(measuring: &Measuring, counts: &Counts, seed: u64) -> Workload {
-    let (label_of, places, mut random) = (label_of_item(counts), places(counts), Random::new(seed));
+    let (label_of, mut random) = (label_of_item(counts), Random::new(seed));
     let mut bursts: Vec<Vec<usize>> = Vec::new();
     for label in 0..counts.labels.len() {
-        let mut items: Vec<_> = (0..counts.items).filter(|&item| item % 2 == 1 && label_of[item] == label).collect();
+        let mut items: Vec<_> = (0..counts.items.len()).filter(|&item| item % 2 == 1 && label_of[item] == label).collect();
         random.shuffle(&mut items);
         bursts.extend(items.chunks(BURST).map(<[usize]>::to_vec));
     }
@@ -77,7 +70,7 @@ fn workload(measuring: &Measuring, counts: &Counts, seed: u64) -> Workload {
     let mut trace = Trace::new(counts.layers.len() as u32, counts.per_layer as u32).expect("a model's shape is within a trace's limits");
     let mut labels = Vec::new();
     for item in bursts.into_iter().flatten() {
-        let (domain, probe) = places[item];
+        let (domain, probe) = counts.items[item];
         let Some(routing) = measuring.profiler.routing(domain, probe) else { continue };
         let prompt = measuring.profiler.probes()[domain][probe].answer.unwrap_or(routing.len() / 2).clamp(1, routing.len());
         let passes = std::iter::once(0..prompt).chain((prompt..routing.len()).map(|token| token..token + 1));

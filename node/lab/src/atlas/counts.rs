@@ -18,9 +18,8 @@ pub(super) struct Counts {
     pub(super) layers: Vec<u32>,
     /// Experts of a layer.
     pub(super) per_layer: usize,
-    /// Probes, each an item of the samples.
-    pub(super) items: usize,
-    domain_of_items: Vec<usize>,
+    /// Probes, each an item of the samples: its domain, and its number there.
+    pub(super) items: Vec<(usize, usize)>,
     pub(super) domains: Vec<String>,
     /// What input is sorted by: modalities, or domains where there is one modality only.
     pub(super) labels: Vec<String>,
@@ -79,20 +78,25 @@ impl Counts {
             domains.iter().map(|&d| d.to_owned()).collect()
         };
         let block = |counts: ProbeCounts| {
-            let item = items.iter().position(|item| *item == (counts.domain, counts.probe)).expect("it is one of them");
+            let item = items.binary_search(&(counts.domain, counts.probe)).expect("it is one of them");
             let label = if by_modality { modalities.iter().position(|m| *m == counts.modality) } else { Some(counts.domain) };
             Block { item, label: label.expect("it is one of them"), counts }
         };
+        let blocks = all.into_iter().map(block).collect();
         Self {
             model,
             layers: layers.to_vec(),
             per_layer,
-            items: items.len(),
-            domain_of_items: items.iter().map(|(domain, _)| *domain).collect(),
+            items,
             domains: domains.iter().map(|&domain| domain.to_owned()).collect(),
             labels,
-            blocks: all.into_iter().map(block).collect(),
+            blocks,
         }
+    }
+
+    /// The domain of each item, within which a bootstrap draws.
+    fn strata(&self) -> Vec<usize> {
+        self.items.iter().map(|(domain, _)| *domain).collect()
     }
 
     fn has_media(&self, domain: usize) -> bool {
@@ -115,7 +119,7 @@ impl Counts {
 
     /// The items whose number leaves `half` when it is divided by two.
     pub(super) fn half(&self, half: usize) -> Vec<u32> {
-        (0..self.items).map(|item| u32::from(item % 2 == half)).collect()
+        (0..self.items.len()).map(|item| u32::from(item % 2 == half)).collect()
     }
 
     /// Sums up the blocks of a sample, by the given labels.
@@ -155,7 +159,7 @@ impl Counts {
             };
             (0..self.layers.len()).flat_map(of).collect()
         };
-        let figures = bootstrap(&self.domain_of_items, seed, numbers);
+        let figures = bootstrap(&self.strata(), seed, numbers);
         let nulls = self.information_null(seed);
         let of_layer = figures.chunks_exact(3 + 3 * pairs.len());
         of_layer
@@ -181,7 +185,7 @@ impl Counts {
 
     /// By layer, the mutual information of expert and label where labels are permuted among the blocks: mean, and what 95% stay below.
     fn information_null(&self, seed: u64) -> Vec<[f64; 2]> {
-        let (mut random, mut permuted, all) = (Random::new(seed), self.labels_of_blocks(), vec![1; self.items]);
+        let (mut random, mut permuted, all) = (Random::new(seed), self.labels_of_blocks(), vec![1; self.items.len()]);
         let mut by_layer = vec![Vec::new(); self.layers.len()];
         for _ in 0..RESAMPLES {
             random.shuffle(&mut permuted);
@@ -205,7 +209,7 @@ impl Counts {
             let by_layer = (0..self.layers.len()).map(|layer| divergence(&self.of_layer(&sums.routed, layer)));
             vec![by_layer.sum::<f64>() / self.layers.len().max(1) as f64]
         };
-        bootstrap(&self.domain_of_items, seed, of)[0]
+        bootstrap(&self.strata(), seed, of)[0]
     }
 
     /// How far domains differ within a modality, and modalities from each other, by the divergence of pairs, mean over layers: of all pairs
@@ -234,7 +238,7 @@ impl Counts {
             }
             [0, 1].map(|side| totals[side] / pairs[side].max(1.0)).to_vec()
         };
-        let figures = bootstrap(&self.domain_of_items, seed, of);
+        let figures = bootstrap(&self.strata(), seed, of);
         Some([figures[0], figures[1]])
     }
 
@@ -283,13 +287,13 @@ impl Counts {
     /// By label, experts whose lift there is at least that: `[as the numbers say, of those the ones that are
     /// surely used more often there, of the first the ones that other items confirm]`, with the number of items, as more are looked at.
     pub(super) fn specialists_by_items(&self, seed: u64) -> Vec<SpecialistsFound> {
-        let mut order: Vec<_> = (0..self.items).step_by(2).collect();
+        let mut order: Vec<_> = (0..self.items.len()).step_by(2).collect();
         Random::new(seed).shuffle(&mut order);
         let held_out = self.rankings(&self.half(1));
         let confirmed =
             |label: usize, expert: usize| held_out[label].iter().any(|ranked| ranked.expert == expert && ranked.is_specialist());
         let found = |items: usize| {
-            let mut times = vec![0; self.items];
+            let mut times = vec![0; self.items.len()];
             order[..items].iter().for_each(|&item| times[item] = 1);
             let rankings = self.rankings(&times);
             let called: Vec<_> = rankings
@@ -313,7 +317,7 @@ impl Counts {
     }
 }
 
-/// How many experts are called specialists of a label when so many items are looked at.
+/// Experts that are called specialists of a label, counted on the first `items` items.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(super) struct SpecialistsFound {
     pub(super) items: usize,
@@ -346,8 +350,7 @@ mod tests {
             model: ModelId(ContentHash::of(b"m")),
             layers: vec![0],
             per_layer: EXPERTS,
-            items,
-            domain_of_items: vec![0; items],
+            items: (0..items).map(|item| (0, item)).collect(),
             domains: vec!["d".to_owned()],
             labels: vec!["text".to_owned(), "image".to_owned()],
             blocks: (0..items).flat_map(|item| [block(item, 0), block(item, 1)]).collect(),

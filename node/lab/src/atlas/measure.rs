@@ -146,7 +146,7 @@ pub(super) fn measure(context: &Context, args: &AtlasArgs) -> Result<Atlas, Fail
         probes: probes.set.hash().to_string(),
         domains: counts.domains.clone(),
         text_domains: counts.text_domains(),
-        items: counts.items,
+        items: counts.items.len(),
         items_tried: items.len(),
         labels: counts.labels.clone(),
         by_modality: counts.by_modality(),
@@ -170,20 +170,17 @@ pub(super) fn measure(context: &Context, args: &AtlasArgs) -> Result<Atlas, Fail
     Ok(atlas)
 }
 
-/// The items of the half that nothing is chosen by, so many of each domain.
+/// The items that changes are tried on: the first `of_each` of each domain, from the half that chooses nothing.
 fn items_to_try(measuring: &Measuring, counts: &Counts, of_each: usize) -> Vec<(usize, usize)> {
-    let mut items: Vec<_> =
-        counts.blocks.iter().filter(|block| block.item % 2 == 1).map(|block| (block.counts.domain, block.counts.probe)).collect();
-    items.dedup();
-    let is_scored = |&(domain, probe): &(usize, usize)| measuring.profiler.probes()[domain][probe].tokens.len() > 1;
-    items.retain(is_scored);
-    let of_domain = |domain| items.iter().filter(move |item| item.0 == domain).take(of_each).copied();
+    let is_scored = |&&(domain, probe): &&(usize, usize)| measuring.profiler.probes()[domain][probe].tokens.len() > 1;
+    let items: Vec<_> = counts.items.iter().skip(1).step_by(2).filter(is_scored).collect();
+    let of_domain = |domain| items.iter().filter(move |item| item.0 == domain).take(of_each).map(|item| **item);
     (0..counts.domains.len()).flat_map(of_domain).collect()
 }
 
 fn expert_rows(counts: &Counts, chosen_on: &[u32], tried_on: &[u32]) -> Vec<ExpertRow> {
     let labels = counts.labels.len();
-    let all = vec![1; counts.items];
+    let all = vec![1; counts.items.len()];
     let sums = counts.sums(&all, &counts.labels_of_blocks(), labels);
     let (chosen, held_out, whole) = (counts.rankings(chosen_on), counts.rankings(tried_on), counts.rankings(&all));
     let of = |rankings: &[Vec<Ranked>], label: usize, number: usize| rankings[label].iter().find(|ranked| ranked.expert == number).copied();

@@ -19,7 +19,7 @@ pub(super) struct RouterFigures {
     pub(super) clusters: Vec<usize>,
 }
 
-/// The routers of all layers that have one, their experts in so many groups.
+/// Describes the router of every layer that has one. Its experts are put into `groups` groups.
 pub(super) fn routers(model: &Model, groups: usize) -> Vec<RouterFigures> {
     let layers = 0..model.decoder().layers();
     layers.filter_map(|layer| Some(router(layer, &model.router(layer)?, groups))).collect()
