@@ -5,7 +5,7 @@ use protocol::expert_blob::{ExpertShape, HEADER_BYTES};
 use protocol::tensors::TensorSpec;
 use protocol::{PartKind, Precision};
 
-use crate::kernels::{pack, weights_of_row};
+use crate::kernels::{Compensation, pack, weights_of_row};
 
 /// The number formats that a model is converted to; nothing stands for "as it is".
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -20,6 +20,15 @@ impl Target {
     /// The same for all.
     pub fn all(precision: Option<Precision>) -> Self {
         Self { experts: precision, trunk: precision }
+    }
+
+    /// What a user gets who says this of a model: errors in what every token goes through cost more than in experts, so a trunk keeps 6 bits.
+    pub fn usual(precision: Precision) -> Self {
+        let trunk = match precision {
+            Precision::Q4 | Precision::Q3 | Precision::Q2 => Precision::Q6,
+            other => other,
+        };
+        Self { experts: Some(precision), trunk: Some(trunk) }
     }
 
     /// Towers are never narrower than q8, and what speaks stays as it is: what less does to them has not been measured.
@@ -37,30 +46,58 @@ impl Target {
 
 /// Rewrites a matrix of (rows, columns): to the nearest even where plain weights become narrower, else by
 /// [packing](crate::kernels) them.
-pub fn convert_matrix(source: &[u8], from: Precision, to: Precision, (rows, columns): (usize, usize)) -> Vec<u8> {
+pub fn convert_matrix(source: &[u8], from: Precision, to: Precision, sides: (usize, usize)) -> Vec<u8> {
+    convert_compensated(source, from, to, sides, None)
+}
+
+/// The same, with what rounding does made good where weights are packed.
+pub(crate) fn convert_compensated(
+    source: &[u8],
+    from: Precision,
+    to: Precision,
+    (rows, columns): (usize, usize),
+    compensation: Option<&Compensation>,
+) -> Vec<u8> {
     let mut out = vec![0; to.matrix_bytes(rows, columns)];
-    convert_into(source, from, &mut out, to, (rows, columns));
+    convert_into(source, from, &mut out, to, (rows, columns), compensation);
     out
 }
 
 /// Makes the blob of an expert from its three planes, each in its own format.
 pub fn convert_expert(planes: [(&[u8], Precision); 3], shape: ExpertShape) -> Vec<u8> {
+    convert_expert_compensated(planes, shape, [None; 2])
+}
+
+/// The same, with what rounding does made good where weights are packed: by what goes into the expert, and by what goes into `down_proj`.
+pub(crate) fn convert_expert_compensated(
+    planes: [(&[u8], Precision); 3],
+    shape: ExpertShape,
+    [inputs, middle]: [Option<&Compensation>; 2],
+) -> Vec<u8> {
     let mut blob = vec![0; shape.blob_bytes()];
     blob[..HEADER_BYTES].copy_from_slice(&shape.header());
     let ExpertShape { precision, hidden_size, intermediate_size } = shape;
     let sides = [(intermediate_size, hidden_size), (intermediate_size, hidden_size), (hidden_size, intermediate_size)];
-    for (((source, from), place), sides) in planes.into_iter().zip(shape.planes()).zip(sides) {
-        convert_into(source, from, &mut blob[place], precision, sides);
+    let planes = planes.into_iter().zip(shape.planes().into_iter().zip(precision.of_planes())).zip(sides).zip([inputs, inputs, middle]);
+    for ((((source, from), (place, to)), sides), compensation) in planes {
+        convert_into(source, from, &mut blob[place], to, sides, compensation);
     }
     blob
 }
 
-fn convert_into(source: &[u8], from: Precision, out: &mut [u8], to: Precision, (rows, columns): (usize, usize)) {
+fn convert_into(
+    source: &[u8],
+    from: Precision,
+    out: &mut [u8],
+    to: Precision,
+    (rows, columns): (usize, usize),
+    compensation: Option<&Compensation>,
+) {
     if from == to {
         return out.copy_from_slice(source);
     }
     if to.is_packed() {
-        return pack(to, rows, columns, out, |row, values| read_row(source, from, columns, row, values));
+        return pack(to, rows, columns, out, compensation, |row, values| read_row(source, from, columns, row, values));
     }
     let mut values = vec![0.0; columns];
     for (row, out) in out.chunks_exact_mut(to.matrix_bytes(1, columns)).enumerate() {

@@ -21,6 +21,7 @@ use crate::mixer::{MixerInput, Share};
 use crate::model::{MixerWeights, Model};
 pub use crate::moe_layer::LeftOut;
 use crate::moe_layer::{LOOKING_AHEAD, TokenPlaces, Watch, feed_forward, predict};
+use crate::moments::LayerMoments;
 use crate::pool::Pool;
 use crate::session::Session;
 use crate::work::{Work, WorkShare};
@@ -88,6 +89,8 @@ pub struct Engine {
     pub left_out: Vec<LeftOut>,
     /// By [`Modality`]: results of experts that a token of it gives less weight than that are left out, too.
     pub weight_min: [f32; 3],
+    /// What goes through a layer's matrices, while somebody wants to know.
+    pub(crate) moments: Option<LayerMoments>,
 }
 
 /// What a pass leaves behind.
@@ -219,6 +222,7 @@ impl Engine {
             log: None,
             left_out: Vec::new(),
             weight_min: [0.0; 3],
+            moments: None,
         }
     }
 
@@ -418,7 +422,7 @@ impl Engine {
 
     /// Takes rows through some layers; their hidden states are then in the results' `x`.
     fn through(&mut self, pieces: &mut [Piece<'_>], span: Range<u32>, rows: usize) -> Result<(), ForwardError> {
-        let Self { machine, model, experts, options, attention, work, results, log, left_out, weight_min } = self;
+        let Self { machine, model, experts, options, attention, work, results, log, left_out, weight_min, moments } = self;
         let Results { x, one_x, .. } = results;
         let hidden = model.decoder().hidden_size as usize;
         x.resize(rows);
@@ -473,6 +477,11 @@ impl Engine {
                 MixerInput { pool, kernels: options.kernels, layer: number, x: &work.normed, tiles: &work.tiles, shares: &mut shares };
             let MixerWeights::Gqa(mixer) = &weights.mixer;
             work.gqa.run(attention, mixer, input, &mut work.out);
+            let mut moments = moments.as_mut().filter(|moments| moments.is_of(number));
+            if let Some(moments) = &mut moments {
+                moments.add_mixer_input(&work.normed);
+                moments.add_mixer_output(work.gqa.mixed(attention, rows));
+            }
             add(x.data_mut(), work.out.data());
             if let Some(next) = model.layers.get(number + 1).filter(|_| number + 1 < span.end as usize)
                 && rows <= LOOKING_AHEAD
@@ -500,6 +509,7 @@ impl Engine {
                     left_out,
                     weight_min: *weight_min,
                     modalities: &modalities,
+                    moments,
                 },
             );
             if let Err(error) = result {

@@ -37,11 +37,11 @@ impl Expert {
     /// `gate_proj` and `up_proj`, (intermediate_size, hidden_size), and `down_proj`, (hidden_size, intermediate_size).
     pub(crate) fn matrices(&self) -> [Matrix<'_>; 3] {
         let ExpertShape { precision, hidden_size, intermediate_size } = self.shape;
-        let [gate_proj, up_proj, down_proj] = self.shape.planes();
+        let ([gate_proj, up_proj, down_proj], [gate, up, down]) = (self.shape.planes(), precision.of_planes());
         [
-            Matrix::new(&self.bytes[gate_proj], precision, intermediate_size, hidden_size),
-            Matrix::new(&self.bytes[up_proj], precision, intermediate_size, hidden_size),
-            Matrix::new(&self.bytes[down_proj], precision, hidden_size, intermediate_size),
+            Matrix::new(&self.bytes[gate_proj], gate, intermediate_size, hidden_size),
+            Matrix::new(&self.bytes[up_proj], up, intermediate_size, hidden_size),
+            Matrix::new(&self.bytes[down_proj], down, hidden_size, intermediate_size),
         ]
     }
 }

@@ -8,6 +8,7 @@
 pub mod activation_log;
 pub mod aligned;
 pub mod cache_policy;
+pub mod calibration;
 pub mod chat;
 pub mod checkpoint;
 pub mod control_tokens;
@@ -28,6 +29,7 @@ pub mod memory;
 mod mixer;
 pub mod model;
 mod moe_layer;
+mod moments;
 pub mod perplexity;
 mod pool;
 pub mod probe;

@@ -7,6 +7,7 @@ use protocol::tensors::{LayerTensor, TensorRole};
 use protocol::{Decoder, ModelManifest, PartKind};
 
 use crate::kernels::Forms;
+use crate::kernels::math::rms_scale;
 use crate::mixer::gqa::GqaWeights;
 use crate::weights::{LoadError, ReadTensor, TrunkReader, Weight};
 
@@ -145,6 +146,16 @@ impl Model {
     /// Length of the vectors inside an expert.
     pub(crate) fn expert_width(&self) -> usize {
         self.decoder().moe().map_or(0, |moe| moe.width as usize)
+    }
+
+    /// Hidden states behind the last layer, (rows, hidden_size), as the head takes them.
+    pub(crate) fn normed(&self, states: &[f32]) -> Vec<f64> {
+        let rows = states.chunks_exact(self.final_norm.len());
+        let normed = rows.flat_map(|row| {
+            let scale = rms_scale(row, self.eps());
+            row.iter().zip(&self.final_norm).map(move |(x, weight)| f64::from(x * scale * weight))
+        });
+        normed.collect()
     }
 
     pub(crate) fn eps(&self) -> f32 {

@@ -6,6 +6,7 @@ use crate::kernels::math::{add_weighted, sigmoid};
 use crate::kernels::{Forms, Kernels, Operand, PANELS_MAX, Rows, TILE_MAX, Tile, Vector, panels_at_a_time, project, tiles};
 use crate::layer_inputs::LayerInputs;
 use crate::model::{DenseWeights, LayerFeedForward, Model, SharedWeights};
+use crate::moments::{LayerMoments, push_weighted};
 use crate::pool::Pool;
 use crate::router::{Choice, route};
 use crate::swiglu::gate_and_up;
@@ -162,6 +163,8 @@ pub(crate) struct Watch<'a> {
     pub(crate) weight_min: [f32; 3],
     /// What each row stands for.
     pub(crate) modalities: &'a [Modality],
+    /// Where what goes through the experts is summed up.
+    pub(crate) moments: Option<&'a mut LayerMoments>,
 }
 
 /// Writes the feed-forward output of layer `number` for `x`, cut into `token_tiles`, to `out`.
@@ -205,7 +208,7 @@ pub(crate) fn feed_forward(
                     log.record(place(row), number as u32, choices);
                 }
             }
-            work.mix(pool, kernels, model, number as u32, token_tiles, experts, out)?;
+            work.mix(pool, kernels, model, number as u32, token_tiles, experts, out, watch.moments.map(|moments| (moments, x)))?;
             if let Some(shared) = shared {
                 work.add_shared(pool, kernels, shared, token_tiles, out);
             }
@@ -342,6 +345,7 @@ impl MoeWork {
         token_tiles: &[Tile],
         experts: &mut Experts,
         out: &mut Rows,
+        mut moments: Option<(&mut LayerMoments, &Rows)>,
     ) -> Result<(), ExpertsError> {
         out.data_mut().fill(0.0);
         let wave = WAVE.min(experts.capacity() / 2).max(model.decoder().experts_per_token() as usize);
@@ -366,6 +370,9 @@ impl MoeWork {
                 if here {
                     self.first_half(pool, kernels, model, Some(job));
                 }
+            }
+            if let Some((moments, x)) = &mut moments {
+                self.add_moments(model, &self.wanted[from..to], x, moments);
             }
             self.second_half(pool, kernels, model, from, out);
             self.present.clear();
@@ -409,6 +416,21 @@ impl MoeWork {
             let [gate, up, _] = expert.matrices();
             let tiles = &tiles[job.tiles_from..job.tiles_to];
             gate_and_up(kernels, [gate, up], (operand, tiles), (job.first, job.rows), chunk * at_a_time, &mut scratch.results, out);
+        });
+    }
+
+    /// Sums up what the experts of a wave, all of them here, were given, and what they made of it.
+    fn add_moments(&self, model: &Model, wanted: &[u32], x: &Rows, moments: &mut LayerMoments) {
+        let columns = model.expert_width();
+        let panels = columns.div_ceil(PANEL_ROWS);
+        let base = self.starts[wanted[0] as usize] as usize;
+        moments.add_experts(wanted, |job, inputs, middles| {
+            let job = self.jobs[job];
+            let middle = &self.middle[job.first * panels * PANEL_ROWS..][..job.rows * panels * PANEL_ROWS];
+            for (row, &(token, weight)) in self.assigned[base + job.first..][..job.rows].iter().enumerate() {
+                push_weighted(Vector::of(x.data(), x.tokens(), 0, token as usize), x.width(), weight, inputs);
+                push_weighted(Vector::of(middle, job.rows, 0, row), columns, weight, middles);
+            }
         });
     }
 

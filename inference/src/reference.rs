@@ -146,10 +146,15 @@ impl Reference<'_> {
         let bytes = (self.read)(blob.blob).map_err(candle_core::Error::Msg)?;
         let shape = ExpertShape::of_blob(&bytes).map_err(candle_core::Error::wrap)?;
         let (hidden, middle) = (shape.hidden_size, shape.intermediate_size);
-        let [gate, up, down] = shape.planes();
-        let plane =
-            |place, rows, columns| Tensor::from_vec(widen(&bytes[place], shape.precision, rows, columns), (rows, columns), &Device::Cpu);
-        Ok([plane(gate, middle, hidden)?, plane(up, middle, hidden)?, plane(down, hidden, middle)?])
+        let ([gate, up, down], precisions) = (shape.planes(), shape.precision.of_planes());
+        let plane = |place, precision, rows, columns| {
+            Tensor::from_vec(widen(&bytes[place], precision, rows, columns), (rows, columns), &Device::Cpu)
+        };
+        Ok([
+            plane(gate, precisions[0], middle, hidden)?,
+            plane(up, precisions[1], middle, hidden)?,
+            plane(down, precisions[2], hidden, middle)?,
+        ])
     }
 }
 
@@ -163,21 +168,44 @@ fn widen(bytes: &[u8], precision: Precision, rows: usize, columns: usize) -> Vec
         Precision::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
         Precision::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
         Precision::Bf16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
-        Precision::Q8 | Precision::Q4 => (0..rows * columns).map(|i| unpack(bytes, precision, columns, i / columns, i % columns)).collect(),
+        _ => (0..rows * columns).map(|i| unpack(bytes, precision, columns, i / columns, i % columns)).collect(),
     }
 }
 
 /// One weight of a packed matrix, read as `docs/expert-function.md` draws it.
 fn unpack(bytes: &[u8], precision: Precision, columns: usize, row: usize, column: usize) -> f32 {
-    let (block_bytes, bits) = if precision == Precision::Q4 { (288, 4) } else { (544, 8) };
-    let block = &bytes[(row / 16 * columns.div_ceil(32) + column / 32) * block_bytes..][..block_bytes];
+    let block_of = |head: usize, size: usize| &bytes[head + (row / 16 * columns.div_ceil(32) + column / 32) * size..][..size];
     let (row, column) = (row % 16, column % 32);
-    let scale = f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
-    let byte = |column: usize| block[32 + column / 4 * 64 + 4 * row + column % 4];
-    let integer = match (bits, column) {
-        (8, _) => i32::from(byte(column)) - 128,
-        (_, 0..16) => i32::from(byte(column) & 15) - 8,
-        _ => i32::from(byte(column - 16) >> 4) - 8,
+    let byte = |codes: &[u8], word: usize| codes[64 * word + 4 * row + column % 4];
+    let half = |codes: &[u8]| byte(codes, column / 4 % 4) >> (column / 16 * 4) & 15;
+    let pair = |codes: &[u8]| byte(codes, column / 16) >> (column % 16 / 4 * 2) & 3;
+    let long = |block: &[u8]| f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32();
+    let short = |block: &[u8]| {
+        let (stored, sign) = (i32::from(block[row] & 127), if block[row] > 127 { -1.0 } else { 1.0 });
+        let exponent = stored / 8 + i32::from(bytes[0]) - 127;
+        if stored == 0 { 0.0 } else { sign * (1.0 + (stored % 8) as f32 / 8.0) * f32::powi(2.0, exponent) }
     };
-    scale * integer as f32
+    match precision {
+        Precision::Q6 => {
+            let block = block_of(0, 416);
+            long(block) * (f32::from(half(&block[32..])) + 16.0 * f32::from(pair(&block[288..])) - 32.0)
+        }
+        Precision::Q4 => {
+            let block = block_of(0, 288);
+            long(block) * (f32::from(half(&block[32..])) - 8.0)
+        }
+        Precision::Q3 => {
+            let block = block_of(64, 208);
+            let code = pair(&block[16..]) + 4 * (byte(&block[144..], 0) >> (column / 4) & 1);
+            short(block) * [-127.0, -76.0, -44.0, -18.0, 8.0, 34.0, 65.0, 106.0][usize::from(code)]
+        }
+        Precision::Q2 => {
+            let block = block_of(64, 144);
+            short(block) * [-127.0, -44.0, 18.0, 90.0][usize::from(pair(&block[16..]))]
+        }
+        _ => {
+            let block = block_of(0, 544);
+            long(block) * (f32::from(byte(&block[32..], column / 4)) - 128.0)
+        }
+    }
 }

@@ -52,7 +52,7 @@ impl<E: std::error::Error> TrunkReader<'_, E> {
     pub(crate) fn tensor(&mut self, role: TensorRole) -> Result<Weight, LoadError<E>> {
         let (tensor, (rows, columns)) = self.tensors[&role]; // a manifest that was checked has every tensor of its decoder
         let bytes = (self.read)(tensor.blob).map_err(|source| LoadError::Read { tensor: role, source })?;
-        if !tensor.blob.matches(&bytes) {
+        if !tensor.blob.matches(&bytes) || !tensor.precision.head_is_valid(&bytes) {
             return Err(LoadError::WrongBytes(role));
         }
         Ok(Weight { bytes, precision: tensor.precision, rows, columns })

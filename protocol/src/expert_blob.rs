@@ -63,8 +63,12 @@ pub enum ExpertBlobError {
 impl ExpertShape {
     /// Bytes of `gate_proj`, `up_proj` and `down_proj`, without padding.
     const fn plane_bytes(&self) -> [usize; 3] {
-        let up = self.precision.matrix_bytes(self.intermediate_size, self.hidden_size);
-        [up, up, self.precision.matrix_bytes(self.hidden_size, self.intermediate_size)]
+        let [gate, up, down] = self.precision.of_planes();
+        [
+            gate.matrix_bytes(self.intermediate_size, self.hidden_size),
+            up.matrix_bytes(self.intermediate_size, self.hidden_size),
+            down.matrix_bytes(self.hidden_size, self.intermediate_size),
+        ]
     }
 
     /// Where `gate_proj`, `up_proj` and `down_proj` lie in the blob.
@@ -124,6 +128,11 @@ impl ExpertShape {
         if blob.len() != shape.blob_bytes() {
             return Err(ExpertBlobError::Length { found: blob.len(), expected: shape.blob_bytes() });
         }
+        for (plane, precision) in shape.planes().into_iter().zip(precision.of_planes()) {
+            if !precision.head_is_valid(&blob[plane.clone()]) {
+                return Err(unknown("a matrix whose scales count from", u32::from(blob[plane.start])));
+            }
+        }
         // What nothing is kept in is zero: one expert has one hash.
         let [gate, up, down] = shape.planes();
         for unused in [HEADER_USED..HEADER_BYTES, gate.end..up.start, up.end..down.start, down.end..blob.len()] {
@@ -175,6 +184,23 @@ mod tests {
     }
 
     #[test]
+    fn planes_of_8_bit_scales_begin_with_their_exponent() {
+        let shape = ExpertShape { precision: Precision::Q2, hidden_size: 64, intermediate_size: 48 };
+        // 64, and 3 panels × 2 groups of 144 bytes, and 4 panels × 2 groups of 208.
+        assert_eq!(shape.planes(), [64..64 + 928, 1024..1024 + 928, 1984..1984 + 1728]);
+        let mut blob = vec![0; shape.blob_bytes()];
+        blob[..64].copy_from_slice(&shape.header());
+        assert!(ExpertShape::of_blob(&blob).is_err(), "scales count from 0");
+        shape.planes().into_iter().for_each(|plane| blob[plane.start] = 107);
+        assert_eq!(ExpertShape::of_blob(&blob), Ok(shape));
+        for (at, value) in [(64, 240), (65, 1), (127, 1), (1024, 0), (2047, 1)] {
+            let mut bad = blob.clone();
+            bad[at] = value;
+            assert!(ExpertShape::of_blob(&bad).is_err(), "byte {at} = {value}");
+        }
+    }
+
+    #[test]
     fn refuses_other_lengths_versions_and_sides() {
         let mut blob = vec![0; SHAPE.blob_bytes()];
         blob[..64].copy_from_slice(&SHAPE.header());
@@ -199,11 +225,11 @@ mod tests {
 
     proptest! {
         #[test]
-        fn accepted_bytes_hold_every_plane(bytes in proptest::collection::vec(any::<u8>(), 64..4000), side in 1u8..6, number in 0u8..5) {
+        fn accepted_bytes_hold_every_plane(bytes in proptest::collection::vec(any::<u8>(), 64..4000), side in 1u8..6, number in 0u8..8) {
             let mut bytes = bytes;
             bytes[..16].copy_from_slice(&[b'C', b'F', b'X', b'P', 1, 0, number, 0, side, 0, 0, 0, 2, 0, 0, 0]);
             bytes[16..20].copy_from_slice(&[if number < 3 { 0 } else { 32 }, 0, 0, 0]);
-            let shape = ExpertShape { precision: Precision::ALL[number as usize], hidden_size: side as usize, intermediate_size: 2 };
+            let shape = ExpertShape { precision: Precision::try_from(number).expect("a number"), hidden_size: side as usize, intermediate_size: 2 };
             bytes.resize(shape.blob_bytes().min(bytes.len()), 0);
             bytes[20..64].fill(0);
             if let Ok(shape) = ExpertShape::of_blob(&bytes) {

@@ -36,11 +36,11 @@ fn models_are_narrowed_planned_traced_and_measured() {
     let listed = node.json(&["show", "m-q4", "--blobs"]);
     let blobs = listed["blobs"].as_array().expect("a list");
     assert_eq!(blobs.iter().filter(|blob| blob["name"].as_str().is_some_and(|name| name.starts_with("layer "))).count(), 32);
-    assert!(blobs.iter().any(|blob| blob["name"] == "model.embed_tokens.weight" && blob["precision"] == "q4"));
+    assert!(blobs.iter().any(|blob| blob["name"] == "model.embed_tokens.weight" && blob["precision"] == "q6"));
 
     let plan = node.json(&["plan", "m", "--memory", "1GiB"]);
     let ways = plan["ways"].as_array().expect("a list");
-    assert!(ways.len() == 4 && ways.iter().all(|way| way["fits"] == true && way["hits"] == 1.0), "{plan}");
+    assert!(ways.len() == 6 && ways.iter().all(|way| way["fits"] == true && way["hits"] == 1.0), "{plan}");
     let refused = node.run(&["plan", "m", "--memory", "1MiB"]);
     assert!(refused.out.contains("does not run in 1.00 MiB") && refused.out.contains("MiB would do"), "{}", refused.out);
 

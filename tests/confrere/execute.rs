@@ -17,7 +17,7 @@ const LISTEN: [&str; 2] = ["--listen", "/ip4/127.0.0.1/tcp/0"];
 /// A node with a packed model `m`, its id, and its answer.
 fn owner(path: &Path, precision: &str, run: &[&str]) -> (Node, String, Value) {
     let node = Node::new();
-    let imported = node.run(&["import", text(path), "--name", "m", "--precision", precision]);
+    let imported = node.run(&["import", text(path), "--name", "m", "--precision", precision, "--trunk-precision", precision]);
     assert_eq!(imported.code, Some(0), "{}", imported.err);
     let alone = node.json(&[&["run", "m"], run].concat());
     (node, imported.out.lines().last().expect("the id").to_owned(), alone["tokens"].clone())

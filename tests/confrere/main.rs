@@ -3,6 +3,7 @@
 mod api;
 mod atlas;
 mod binary;
+mod calibrate;
 mod census;
 mod chat;
 mod cli;

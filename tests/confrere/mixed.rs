@@ -19,7 +19,7 @@ use serde_json::json;
 use crate::crowd::resident_bytes;
 use crate::support::{Imported, MemoryBlobs};
 
-const MIXED: [Precision; 4] = [Precision::Q4, Precision::Q8, Precision::Bf16, Precision::F32];
+const MIXED: [Precision; 8] = Precision::ALL;
 const LAYERS: u64 = 3;
 const EXPERTS: u64 = 16;
 
@@ -33,7 +33,7 @@ fn random(seed: u64, count: usize, size: f32) -> Vec<u8> {
     (0..count).flat_map(|_| next().to_le_bytes()).collect()
 }
 
-/// A model with experts of `width`, each at the next of four precisions. Models of different seeds share every other expert.
+/// A model with experts of `width`, each at the next of all precisions. Models of different seeds share every other expert.
 fn model(seed: u64, width: usize) -> Imported {
     let config = json!({
         "model_type": "qwen3_moe", "vocab_size": 64, "hidden_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": 4,
@@ -56,7 +56,7 @@ fn model(seed: u64, width: usize) -> Imported {
     };
     let trunk = (0..).zip(decoder.tensors()).map(tensor).collect();
     let expert = |number: u64| {
-        let precision = MIXED[(number % 4) as usize];
+        let precision = MIXED[(number % 8) as usize];
         let seed = if number.is_multiple_of(2) { 0 } else { seed };
         let plane = |n: u64| random(seed * 1_000_000 + 4 * number + n, width * width, 2.0 / (width as f32).sqrt());
         let planes = [plane(1), plane(2), plane(3)];
@@ -83,7 +83,7 @@ fn bits(engine: &mut Engine, tokens: &[u32], at_once: usize) -> Vec<u32> {
 fn a_model_of_mixed_precisions_computes_what_its_weights_say() {
     let model = model(1, 64);
     assert_eq!(ModelManifest::from_bytes(&model.manifest.to_bytes()).expect("it is read again"), *model.manifest);
-    assert_eq!(model.manifest.precision_text(), "f32 × 12, bf16 × 12, q8 × 12, q4 × 12");
+    assert_eq!(model.manifest.precision_text(), "f32 × 6, f16 × 6, bf16 × 6, q8 × 6, q6 × 6, q4 × 6, q3 × 6, q2 × 6");
     let tokens: Vec<u32> = (0..24).map(|n| n * 7 % 64).collect();
     let expected = reference_logits(&model.manifest, &tokens, &mut |blob| Ok(model.blobs.get(blob))).expect("it runs");
     let found: Vec<f32> = bits(&mut model.engine(u64::MAX, 1), &tokens, 1).into_iter().map(f32::from_bits).collect();

@@ -49,8 +49,8 @@ fn a_data_directory_of_before_opens_and_works() {
     assert_eq!(shown["config"]["dense_layers"], json!([1]));
     assert_eq!(shown["parts"][0]["kind"], "text");
     // Served, too; and what is imported now from the same checkpoint is the same model.
-    let again =
-        node.run(&["import", crate::binary::text(&crate::support::checkpoint("variant-dense")), "--name", "n", "--precision", "q4"]);
+    let source = crate::support::checkpoint("variant-dense");
+    let again = node.run(&["import", crate::binary::text(&source), "--name", "n", "--precision", "q4", "--trunk-precision", "q4"]);
     assert_eq!(again.out.trim(), ID, "{}", again.err);
     let door = Door::of(node, ID.to_owned(), &[]);
     let answer = door.answer("/v1/completions", &json!({"model": "m", "prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0}));

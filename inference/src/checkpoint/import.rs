@@ -192,7 +192,7 @@ fn out_of_bounds(bytes: &[u8], precision: Precision) -> Option<(usize, usize)> {
         Precision::F32 => read32(bytes, i) & 0x7fff_ffff > WEIGHT_MAGNITUDE_MAX.to_bits(),
         Precision::Bf16 => read16(bytes, i) & 0x7fff > (WEIGHT_MAGNITUDE_MAX.to_bits() >> 16) as u16,
         Precision::F16 => read16(bytes, i) & 0x7fff >= 0x7c00,
-        Precision::Q8 | Precision::Q4 => unreachable!("checkpoints hold plain weights"),
+        _ => unreachable!("checkpoints hold plain weights"),
     };
     let weights = bytes.len() / precision.matrix_bytes(1, 1);
     let count = (0..weights).filter(|&i| bad(i)).count();

@@ -17,10 +17,19 @@ use std::sync::LazyLock;
 
 use protocol::precision::{BLOCK_SCALE_BYTES, GROUP_COLUMNS, PANEL_ROWS};
 
-use super::avx512::{self, Q4_BLOCK, Q8_BLOCK};
+use super::avx512::{self, Q2_BLOCK, Q3_BLOCK, Q4_BLOCK, Q6_BLOCK, Q8_BLOCK};
 use super::{Activations, Kernels, NUMBER_WORDS, Panels, Results, shares};
 
-pub(super) static KERNELS: Kernels = Kernels { name: "amx-int8", available: || *AVAILABLE, q4, q8, near: 24 << 10 };
+pub(super) static KERNELS: Kernels = Kernels {
+    name: "amx-int8",
+    available: || *AVAILABLE,
+    q8,
+    q6: other::<Q6_BLOCK>,
+    q4,
+    q3: other::<Q3_BLOCK>,
+    q2: other::<Q2_BLOCK>,
+    near: 24 << 10,
+};
 
 /// Tokens of a tile register.
 const TOKENS_MAX: usize = 16;
@@ -79,9 +88,16 @@ unsafe fn q8(w: Panels, x: Activations, y: Results) {
     unsafe { if x.tokens < TOKENS_MIN { avx512::q8(w, x, y) } else { by_tiles::<Q8_BLOCK>(w, x, y) } }
 }
 
+/// # Safety
+/// See [`Kernel`](super::Kernel).
+unsafe fn other<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
+    // SAFETY: the caller's promise.
+    unsafe { if x.tokens < TOKENS_MIN { avx512::other::<BLOCK>(w, x, y) } else { by_tiles::<BLOCK>(w, x, y) } }
+}
+
 /// Unpacked weights of some groups.
 type Unpacked = Aligned<[MaybeUninit<u8>; GROUPS * UNPACKED]>;
-type OfTokens = unsafe fn(*const u8, &Unpacked, usize, Activations, *mut [f32; PANEL_ROWS], (*const u8, usize));
+type OfTokens = unsafe fn(*const u8, &Unpacked, (usize, u32), Activations, *mut [f32; PANEL_ROWS], (*const u8, usize));
 
 /// The functions for 1 to 16 tokens.
 const fn of_each<const BLOCK: usize>() -> [OfTokens; TOKENS_MAX] {
@@ -137,7 +153,7 @@ unsafe fn by_tiles<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
                     (const { of_each::<BLOCK>() })[tokens - 1](
                         panel,
                         &weights,
-                        count,
+                        (count, w.unit),
                         x.from(token),
                         y.at(number, token),
                         (next, count / parts),
@@ -172,11 +188,19 @@ unsafe fn unpack<const BLOCK: usize>(panel: *const u8, groups: usize, weights: &
     const FLIP: i32 = 0b1111_1000;
     let low = _mm512_set1_epi64(0x0102_0408_0808_0808);
     let high = _mm512_set1_epi64(0x1020_4080_8080_8080_u64 as i64);
+    let tables = avx512::tables::<BLOCK>(true);
     for g in 0..groups {
         // SAFETY: within the panel by the caller's promise, and within the weights.
         unsafe {
-            let block = panel.add(g * BLOCK + BLOCK_SCALE_BYTES);
             let out = weights.0.as_mut_ptr().add(g * UNPACKED);
+            if BLOCK != Q4_BLOCK && BLOCK != Q8_BLOCK {
+                let added = _mm512_set1_epi8(if BLOCK == Q6_BLOCK { 32 } else { 0 });
+                for (j, weights) in avx512::weights::<BLOCK>(panel.add(g * BLOCK), &tables).into_iter().enumerate() {
+                    _mm512_store_si512(out.add(64 * j).cast(), _mm512_sub_epi8(weights, added));
+                }
+                continue;
+            }
+            let block = panel.add(g * BLOCK + BLOCK_SCALE_BYTES);
             if BLOCK == Q4_BLOCK {
                 for j in 0..4 {
                     let both = _mm512_loadu_si512(block.add(64 * j).cast());
@@ -202,7 +226,7 @@ unsafe fn unpack<const BLOCK: usize>(panel: *const u8, groups: usize, weights: &
 unsafe fn of_tokens<const T: usize, const BLOCK: usize>(
     panel: *const u8,
     weights: &Unpacked,
-    groups: usize,
+    (groups, unit): (usize, u32),
     x: Activations,
     out: *mut [f32; PANEL_ROWS],
     (next, next_blocks): (*const u8, usize),
@@ -247,7 +271,7 @@ unsafe fn of_tokens<const T: usize, const BLOCK: usize>(
                 unsafe {
                     let (_, scales, _) = x.group(g);
                     let sums: *const [i32; PANEL_ROWS] = sums.add($register).cast();
-                    let of_rows = _mm512_cvtph_ps(_mm256_loadu_si256(panel.add(g * BLOCK).cast()));
+                    let of_rows = avx512::row_scales::<BLOCK>(panel.add(g * BLOCK), unit);
                     for t in 0..T {
                         let scale = _mm512_mul_ps(of_rows, _mm512_set1_ps(*scales.add(t)));
                         let n = _mm512_cvtepi32_ps(_mm512_load_si512(sums.add(t).cast()));

@@ -6,12 +6,13 @@
 
 use std::arch::x86_64::*;
 
-use protocol::precision::BLOCK_SCALE_BYTES;
+use protocol::precision::{BLOCK_SCALE_BYTES, PANEL_ROWS};
 
+use super::packed::{Q2_WEIGHTS, Q3_HIGH, Q3_WEIGHTS, Q6_HIGH};
 use super::{Activations, Kernels, NUMBER_WORDS, Panels, Results, shares};
-use protocol::precision::PANEL_ROWS;
 
-pub(super) static KERNELS: Kernels = Kernels { name: "avx512-vnni", available, q4, q8, near: NEAR };
+pub(super) static KERNELS: Kernels =
+    Kernels { name: "avx512-vnni", available, q8, q6: other::<Q6_BLOCK>, q4, q3: other::<Q3_BLOCK>, q2: other::<Q2_BLOCK>, near: NEAR };
 
 pub(super) fn available() -> bool {
     let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
@@ -20,6 +21,9 @@ pub(super) fn available() -> bool {
 
 pub(super) const Q4_BLOCK: usize = BLOCK_SCALE_BYTES + 256;
 pub(super) const Q8_BLOCK: usize = BLOCK_SCALE_BYTES + 512;
+pub(super) const Q6_BLOCK: usize = BLOCK_SCALE_BYTES + 384;
+pub(super) const Q3_BLOCK: usize = PANEL_ROWS + 192;
+pub(super) const Q2_BLOCK: usize = PANEL_ROWS + 128;
 
 /// Tokens whose sums and results fit in the registers.
 const TOKENS_MAX: usize = 12;
@@ -171,6 +175,194 @@ unsafe fn q8_of<const T: usize>(panel: *const u8, groups: usize, x: Activations,
                 }
             }
             let of_rows = _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
+            for t in 0..T {
+                let sum = if T < 4 { _mm512_add_epi32(n[t], m[t]) } else { n[t] };
+                let scale = _mm512_mul_ps(of_rows, _mm512_set1_ps(*scales.add(t)));
+                y[t] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[t]);
+            }
+        }
+    }
+    for t in 0..T {
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_ps(out.add(t).cast(), y[t]) };
+    }
+}
+
+type OfTokens = unsafe fn(*const u8, usize, u32, Activations, *mut [f32; PANEL_ROWS]);
+
+const fn other_of_each<const BLOCK: usize>() -> [OfTokens; TOKENS_MAX] {
+    [
+        other_of::<1, BLOCK>,
+        other_of::<2, BLOCK>,
+        other_of::<3, BLOCK>,
+        other_of::<4, BLOCK>,
+        other_of::<5, BLOCK>,
+        other_of::<6, BLOCK>,
+        other_of::<7, BLOCK>,
+        other_of::<8, BLOCK>,
+        other_of::<9, BLOCK>,
+        other_of::<10, BLOCK>,
+        other_of::<11, BLOCK>,
+        other_of::<12, BLOCK>,
+    ]
+}
+
+/// Blocks are of `BLOCK` bytes, which tells their precision: q6, q3 or q2.
+///
+/// # Safety
+/// See [`Kernel`](super::Kernel).
+pub(super) unsafe fn other<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
+    for (number, panel) in w.each() {
+        for (first, count) in shares(x.tokens, TOKENS_MAX) {
+            let of_tokens = (const { other_of_each::<BLOCK>() })[count - 1];
+            // SAFETY: the caller's promise.
+            unsafe { of_tokens(panel, w.groups, w.unit, x.from(first), y.at(number, first)) };
+        }
+    }
+}
+
+/// The scales of a block's rows.
+///
+/// # Safety
+/// It has `BLOCK` bytes.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+pub(super) unsafe fn row_scales<const BLOCK: usize>(block: *const u8, unit: u32) -> __m512 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if BLOCK != Q3_BLOCK && BLOCK != Q2_BLOCK {
+            return _mm512_cvtph_ps(_mm256_loadu_si256(block.cast()));
+        }
+        let stored = _mm512_cvtepu8_epi32(_mm_loadu_si128(block.cast()));
+        let magnitude = _mm512_and_si512(stored, _mm512_set1_epi32(127));
+        let value = _mm512_add_epi32(_mm512_slli_epi32::<20>(magnitude), _mm512_set1_epi32(unit as i32));
+        let sign = _mm512_slli_epi32::<31>(_mm512_srli_epi32::<7>(stored));
+        let is_some = _mm512_test_epi32_mask(magnitude, magnitude);
+        _mm512_castsi512_ps(_mm512_maskz_or_epi32(is_some, value, sign))
+    }
+}
+
+/// 16 bytes, for every fourth of a register.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn table(of: impl Fn(usize) -> i8) -> __m512i {
+    let table: [i8; 16] = std::array::from_fn(of);
+    // SAFETY: as many bytes as are read.
+    _mm512_broadcast_i32x4(unsafe { _mm_loadu_si128(table.as_ptr().cast()) })
+}
+
+/// A block's weights, 8 × 64: at q6 with 32 added, else what the [`tables`] have.
+///
+/// # Safety
+/// It has `BLOCK` bytes.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+pub(super) unsafe fn weights<const BLOCK: usize>(block: *const u8, tables: &[__m512i; 4]) -> [__m512i; 8] {
+    // SAFETY: the caller's promise, and the instructions are those of the caller.
+    unsafe {
+        let mut out = [_mm512_setzero_si512(); 8];
+        let low = _mm512_set1_epi8(15);
+        if BLOCK == Q6_BLOCK {
+            let codes = block.add(BLOCK_SCALE_BYTES);
+            let upper = _mm512_set1_epi8(0x30);
+            for j in 0..4 {
+                let both = _mm512_loadu_si512(codes.add(64 * j).cast());
+                out[j] = _mm512_and_si512(both, low);
+                out[4 + j] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+            }
+            for half in 0..2 {
+                let pairs = _mm512_loadu_si512(codes.add(Q6_HIGH + 64 * half).cast());
+                let moved = [_mm512_slli_epi16::<4>(pairs), _mm512_slli_epi16::<2>(pairs), pairs, _mm512_srli_epi16::<2>(pairs)];
+                for k in 0..4 {
+                    // out | (moved & upper)
+                    out[4 * half + k] = _mm512_ternarylogic_epi32::<0xf8>(out[4 * half + k], moved[k], upper);
+                }
+            }
+            return out;
+        }
+        let codes = block.add(PANEL_ROWS);
+        let bits = if BLOCK == Q3_BLOCK { _mm512_loadu_si512(codes.add(Q3_HIGH).cast()) } else { _mm512_setzero_si512() };
+        for half in 0..2 {
+            let pairs = _mm512_loadu_si512(codes.add(64 * half).cast());
+            // Two codes to half a byte: a table for the first of them, and one for the second.
+            let halves = [_mm512_and_si512(pairs, low), _mm512_and_si512(_mm512_srli_epi16::<4>(pairs), low)];
+            for k in 0..4 {
+                let (codes, weight) = (halves[k / 2], &mut out[4 * half + k]);
+                *weight = _mm512_shuffle_epi8(tables[k % 2], codes);
+                if BLOCK == Q3_BLOCK {
+                    let high = match 4 * half + k {
+                        0 => _mm512_slli_epi16::<7>(bits),
+                        1 => _mm512_slli_epi16::<6>(bits),
+                        2 => _mm512_slli_epi16::<5>(bits),
+                        3 => _mm512_slli_epi16::<4>(bits),
+                        4 => _mm512_slli_epi16::<3>(bits),
+                        5 => _mm512_slli_epi16::<2>(bits),
+                        6 => _mm512_slli_epi16::<1>(bits),
+                        _ => bits,
+                    };
+                    *weight = _mm512_mask_shuffle_epi8(*weight, _mm512_movepi8_mask(high), tables[2 + k % 2], codes);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// What [`weights`] looks codes up in, each weight with 128 added, or as it is.
+#[inline]
+#[target_feature(enable = "avx512f")]
+pub(super) fn tables<const BLOCK: usize>(signed: bool) -> [__m512i; 4] {
+    let flip = if signed { 0 } else { -128 };
+    if BLOCK == Q3_BLOCK {
+        let of = |i: usize| Q3_WEIGHTS[i] ^ flip;
+        [table(|i| of(i % 4)), table(|i| of(i / 4)), table(|i| of(4 + i % 4)), table(|i| of(4 + i / 4))]
+    } else {
+        let of = |i: usize| Q2_WEIGHTS[i] ^ flip;
+        [table(|i| of(i % 4)), table(|i| of(i / 4)), _mm512_setzero_si512(), _mm512_setzero_si512()]
+    }
+}
+
+/// The first T tokens of `x`, whose groups are of `x.tokens`.
+///
+/// # Safety
+/// See [`Kernel`](super::Kernel).
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
+unsafe fn other_of<const T: usize, const BLOCK: usize>(
+    panel: *const u8,
+    groups: usize,
+    unit: u32,
+    x: Activations,
+    out: *mut [f32; PANEL_ROWS],
+) {
+    let tables = tables::<BLOCK>(false);
+    // SAFETY: room for T tokens' results, by the caller's promise.
+    let mut y: [_; T] = std::array::from_fn(|t| unsafe { _mm512_loadu_ps(out.add(t).cast()) });
+    for g in 0..groups {
+        // SAFETY: within the panel and the tile, by the caller's promise.
+        unsafe {
+            let block = panel.add(g * BLOCK);
+            if T < 4 {
+                prefetch(block, BLOCK);
+            }
+            let (numbers, scales, excess) = x.group(g);
+            // Weights have 32 or 128 added: 4 or 16 times 8.
+            let mut n: [_; T] = std::array::from_fn(|t| {
+                let excess = _mm512_set1_epi32(*excess.add(t));
+                if BLOCK == Q6_BLOCK { _mm512_slli_epi32::<2>(excess) } else { _mm512_slli_epi32::<4>(excess) }
+            });
+            let mut m = [_mm512_setzero_si512(); T];
+            let weights = weights::<BLOCK>(block, &tables);
+            for j in 0..8 {
+                for t in 0..T {
+                    let activations = _mm512_set1_epi32(*numbers.add(t * NUMBER_WORDS + j));
+                    if T < 4 && j % 2 == 1 {
+                        m[t] = _mm512_dpbusd_epi32(m[t], weights[j], activations);
+                    } else {
+                        n[t] = _mm512_dpbusd_epi32(n[t], weights[j], activations);
+                    }
+                }
+            }
+            let of_rows = row_scales::<BLOCK>(block, unit);
             for t in 0..T {
                 let sum = if T < 4 { _mm512_add_epi32(n[t], m[t]) } else { n[t] };
                 let scale = _mm512_mul_ps(of_rows, _mm512_set1_ps(*scales.add(t)));

@@ -6,6 +6,7 @@
 
 pub(crate) mod math;
 mod packed;
+mod packing;
 mod plain;
 mod rows;
 
@@ -18,7 +19,7 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use std::ops::Range;
 
@@ -28,7 +29,8 @@ use protocol::precision::{GROUP_COLUMNS, PANEL_ROWS};
 use crate::aligned::Words;
 use crate::pool::Pool;
 
-pub(crate) use packed::{pack, weights_of_row};
+pub(crate) use packed::weights_of_row;
+pub(crate) use packing::{Compensation, pack};
 pub(crate) use plain::dot;
 pub(crate) use rows::{Rows, Vector};
 
@@ -92,6 +94,8 @@ pub(crate) struct Panels {
     stride: usize,
     count: usize,
     groups: usize,
+    /// The bits of what 8-bit scales count from.
+    unit: u32,
 }
 
 impl Panels {
@@ -129,8 +133,11 @@ pub struct Kernels {
     /// The name that people see.
     pub name: &'static str,
     available: fn() -> bool,
-    q4: Kernel,
     q8: Kernel,
+    q6: Kernel,
+    q4: Kernel,
+    q3: Kernel,
+    q2: Kernel,
     /// Bytes of a tile that are multiplied with all panels before its next columns are, so that they stay in the nearest cache.
     near: usize,
 }
@@ -158,6 +165,16 @@ impl Kernels {
     /// The fastest.
     pub fn best() -> &'static Self {
         Self::available().next().expect("the scalar kernels run everywhere")
+    }
+
+    fn of(&self, precision: Precision) -> Kernel {
+        match precision {
+            Precision::Q6 => self.q6,
+            Precision::Q4 => self.q4,
+            Precision::Q3 => self.q3,
+            Precision::Q2 => self.q2,
+            _ => self.q8,
+        }
     }
 
     /// Those of a name, if this processor can run them.
@@ -407,9 +424,9 @@ impl<'a> Matrix<'a> {
         assert!((count - 1) * stride + tile.rows * PANEL_ROWS <= out.len(), "there is room for the results");
         out.chunks_mut(stride).take(count).for_each(|out| out[..tile.rows * PANEL_ROWS].fill(0.0));
         let groups = operand.groups;
-        let bytes = &self.bytes[panels.start * groups * block..panels.end * groups * block];
+        let bytes = &self.bytes[self.precision.head_bytes()..][panels.start * groups * block..panels.end * groups * block];
         let words = &operand.words[tile.first * groups * GROUP_WORDS..][..tile.rows * groups * GROUP_WORDS];
-        let kernel = if self.precision == Precision::Q4 { kernels.q4 } else { kernels.q8 };
+        let (kernel, unit) = (kernels.of(self.precision), packed::unit_of(self.precision, self.bytes));
         let results = Results { first: out.as_mut_ptr().cast(), stride: stride / PANEL_ROWS };
         for (first, here) in shares(groups, (kernels.near / (4 * GROUP_WORDS * tile.rows)).max(1)) {
             let from = |words: &[u32], each: usize| words[each * first * tile.rows..].as_ptr();
@@ -420,7 +437,7 @@ impl<'a> Matrix<'a> {
                 excess: from(&words[excess..], 1).cast(),
                 tokens: tile.rows,
             };
-            let panels = Panels { first: bytes[first * block..].as_ptr(), stride: groups * block, count, groups: here };
+            let panels = Panels { first: bytes[first * block..].as_ptr(), stride: groups * block, count, groups: here, unit };
             // SAFETY: all have what the kernel wants, and only kernels that are available are handed out.
             #[expect(unsafe_code, reason = "kernels read by pointer")]
             unsafe {

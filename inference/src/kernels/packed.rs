@@ -1,4 +1,4 @@
-//! Packed weights: how they lie, how they are made, and the kernel that any processor can run.
+//! Packed weights and activations: how they lie, and the kernel that any processor can run.
 //!
 //! `docs/expert-function.md` is the definition; every other kernel gives the same bits as the one here.
 
@@ -11,78 +11,255 @@ use super::{Activations, GROUP_WORDS, Kernels, NUMBER_WORDS, Panels, Results, TI
 
 /// Added to a 4-bit weight, so that it is never negative.
 pub(super) const Q4_BIAS: i32 = 8;
-/// Added to an 8-bit weight.
-pub(super) const Q8_BIAS: i32 = 128;
-/// Largest quantised activation, and largest 8-bit weight that we make.
+/// Added to a 6-bit weight.
+pub(super) const Q6_BIAS: i32 = 32;
+/// What codes of 3 bits stand for.
+pub(super) const Q3_WEIGHTS: [i8; 8] = [-127, -76, -44, -18, 8, 34, 65, 106];
+/// What codes of 2 bits stand for.
+pub(super) const Q2_WEIGHTS: [i8; 4] = [-127, -44, 18, 90];
+/// Where a block's upper bits begin, behind its scales.
+pub(super) const Q6_HIGH: usize = PANEL_ROWS * GROUP_COLUMNS / 2;
+pub(super) const Q3_HIGH: usize = PANEL_ROWS * GROUP_COLUMNS / 4;
+/// Largest quantised activation.
 const INT8_MAX: f32 = 127.0;
 /// Groups of activations below this are taken for zero: 2⁻¹⁰⁰.
 const ACTIVATION_MIN: f32 = f32::from_bits((127 - 100) << 23);
 
 /// The kernels that any processor can run.
-pub(super) static KERNELS: Kernels = Kernels { name: "scalar", available: || true, q4: scalar::<Q4>, q8: scalar::<Q8>, near: usize::MAX };
+pub(super) static KERNELS: Kernels = Kernels {
+    name: "scalar",
+    available: || true,
+    q8: scalar::<Q8>,
+    q6: scalar::<Q6>,
+    q4: scalar::<Q4>,
+    q3: scalar::<Q3>,
+    q2: scalar::<Q2>,
+    near: usize::MAX,
+};
 
-/// Where a weight stands in a block.
-trait Packing {
+/// How a weight lies in a block, and what it stands for.
+pub(super) trait Packing {
     const PRECISION: Precision;
-    const BIAS: i32;
-    /// The biased weight of `row` and `column` of a block.
-    fn weight(block: &[u8], row: usize, column: usize) -> i32;
-    /// Turns weights into integers on a scale.
-    fn quantise(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]);
-    /// Writes the biased weights of a row of a block.
-    fn set_row(block: &mut [u8], row: usize, weights: &[u8; GROUP_COLUMNS]);
+    const BLOCK_BYTES: usize = Self::PRECISION.block_bytes().expect("a packed precision");
+    /// What is stored for `row` and `column` of a block.
+    fn code(block: &[u8], row: usize, column: usize) -> u8;
+    /// Writes what is to be stored for `row`.
+    fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]);
+    /// The integer that a code stands for.
+    fn weight(code: u8) -> i32;
+    /// The scale of a row; those of 8 bits count from `unit`.
+    fn scale(block: &[u8], row: usize, unit: u32) -> f32;
+    /// Writes it.
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32);
 }
 
-struct Q4;
-struct Q8;
+pub(super) struct Q8;
+pub(super) struct Q6;
+pub(super) struct Q4;
+pub(super) struct Q3;
+pub(super) struct Q2;
 
-impl Packing for Q4 {
-    const PRECISION: Precision = Precision::Q4;
-    const BIAS: i32 = Q4_BIAS;
+/// Where the word of a row's four columns stands in a plane of bytes.
+fn place(row: usize, column: usize) -> usize {
+    column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4
+}
 
-    #[inline(always)]
-    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-    fn quantise(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
-        quantise_q4(x)
+/// The byte and the shift of a column's half byte: columns 16 and on take the upper halves.
+fn half_place(row: usize, column: usize) -> (usize, usize) {
+    (place(row, column % 16), column / 16 * 4)
+}
+
+/// The byte and the shift of a column's two bits: in each half of the columns, four and four take the next bits.
+fn pair_place(row: usize, column: usize) -> (usize, usize) {
+    (column / 16 * 4 * PANEL_ROWS + 4 * row + column % 4, column % 16 / 4 * 2)
+}
+
+/// The byte and the shift of a column's single bit.
+fn bit_place(row: usize, column: usize) -> (usize, usize) {
+    (4 * row + column % 4, column / 4)
+}
+
+/// Writes a row's half bytes.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn set_halves(plane: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+    let (low, high) = codes.split_at(GROUP_COLUMNS / 2);
+    let fours = plane.chunks_exact_mut(4 * PANEL_ROWS).zip(low.chunks_exact(4)).zip(high.chunks_exact(4));
+    for ((four, low), high) in fours {
+        four[4 * row..4 * row + 4].iter_mut().zip(low).zip(high).for_each(|((byte, low), high)| *byte = low | high << 4);
     }
+}
 
-    fn weight(block: &[u8], row: usize, column: usize) -> i32 {
-        let (half, column) = (column / 16, column % 16);
-        let byte = block[BLOCK_SCALE_BYTES + column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4];
-        i32::from(byte >> (4 * half) & 15)
-    }
-
-    fn set_row(block: &mut [u8], row: usize, weights: &[u8; GROUP_COLUMNS]) {
-        let (low, high) = weights.split_at(GROUP_COLUMNS / 2);
-        let fours = block[BLOCK_SCALE_BYTES..].chunks_exact_mut(4 * PANEL_ROWS).zip(low.chunks_exact(4)).zip(high.chunks_exact(4));
-        for ((four, low), high) in fours {
-            four[4 * row..4 * row + 4].iter_mut().zip(low).zip(high).for_each(|((byte, low), high)| *byte = low | high << 4);
+/// Writes a row's pairs of bits.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+fn set_pairs(plane: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+    for (bytes, codes) in plane.chunks_exact_mut(4 * PANEL_ROWS).zip(codes.as_chunks::<{ GROUP_COLUMNS / 2 }>().0) {
+        for (i, byte) in bytes[4 * row..4 * row + 4].iter_mut().enumerate() {
+            *byte = codes[i] | codes[4 + i] << 2 | codes[8 + i] << 4 | codes[12 + i] << 6;
         }
     }
 }
 
+fn f16_scale(block: &[u8], row: usize) -> f32 {
+    f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32()
+}
+
+fn set_f16_scale(block: &mut [u8], row: usize, scale: f32) {
+    block[2 * row..][..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+}
+
+/// What a scale of 8 bits is: sign, exponent of 4 bits from `unit` on, 3 bits behind the point; 0 where all but the sign are 0.
+pub(super) fn short_scale(stored: u8, unit: u32) -> f32 {
+    let magnitude = u32::from(stored & 127) << 20;
+    if magnitude == 0 { 0.0 } else { f32::from_bits((magnitude + unit) | u32::from(stored >> 7) << 31) }
+}
+
+/// The nearest scale of 8 bits, ties to even.
+#[inline]
+pub(super) fn to_short_scale(scale: f32, unit: u32) -> u8 {
+    let bits = scale.to_bits();
+    let above = i64::from(bits & 0x7fff_ffff) - i64::from(unit);
+    let rounded = (above + 0x7_ffff + (above >> 20 & 1)) >> 20;
+    if rounded < 1 { 0 } else { rounded.min(127) as u8 | (bits >> 31 << 7) as u8 }
+}
+
 impl Packing for Q8 {
     const PRECISION: Precision = Precision::Q8;
-    const BIAS: i32 = Q8_BIAS;
 
-    #[inline(always)]
-    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-    fn quantise(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
-        quantise_q8(x)
+    fn code(block: &[u8], row: usize, column: usize) -> u8 {
+        block[BLOCK_SCALE_BYTES + place(row, column)]
     }
 
-    fn weight(block: &[u8], row: usize, column: usize) -> i32 {
-        i32::from(block[BLOCK_SCALE_BYTES + column / 4 * 4 * PANEL_ROWS + 4 * row + column % 4])
+    fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+        let fours = block[BLOCK_SCALE_BYTES..].chunks_exact_mut(4 * PANEL_ROWS).zip(codes.as_chunks::<4>().0);
+        fours.for_each(|(four, codes)| *four[4 * row..].first_chunk_mut().expect("a row has four there") = *codes);
     }
 
-    fn set_row(block: &mut [u8], row: usize, weights: &[u8; GROUP_COLUMNS]) {
-        let fours = block[BLOCK_SCALE_BYTES..].chunks_exact_mut(4 * PANEL_ROWS).zip(weights.as_chunks::<4>().0);
-        fours.for_each(|(four, weights)| *four[4 * row..].first_chunk_mut().expect("a row has four there") = *weights);
+    fn weight(code: u8) -> i32 {
+        i32::from(code) - 128
+    }
+
+    fn scale(block: &[u8], row: usize, _: u32) -> f32 {
+        f16_scale(block, row)
+    }
+
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, _: u32) {
+        set_f16_scale(block, row, scale);
     }
 }
 
-fn scale_of(block: &[u8], row: usize) -> f32 {
-    f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32()
+impl Packing for Q6 {
+    const PRECISION: Precision = Precision::Q6;
+
+    fn code(block: &[u8], row: usize, column: usize) -> u8 {
+        let ((low, low_shift), (high, high_shift)) = (half_place(row, column), pair_place(row, column));
+        let codes = &block[BLOCK_SCALE_BYTES..];
+        codes[low] >> low_shift & 15 | (codes[Q6_HIGH + high] >> high_shift & 3) << 4
+    }
+
+    fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+        let (low, high) = block[BLOCK_SCALE_BYTES..].split_at_mut(Q6_HIGH);
+        set_halves(low, row, &codes.map(|code| code & 15));
+        set_pairs(high, row, &codes.map(|code| code >> 4));
+    }
+
+    fn weight(code: u8) -> i32 {
+        i32::from(code) - Q6_BIAS
+    }
+
+    fn scale(block: &[u8], row: usize, _: u32) -> f32 {
+        f16_scale(block, row)
+    }
+
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, _: u32) {
+        set_f16_scale(block, row, scale);
+    }
+}
+
+impl Packing for Q4 {
+    const PRECISION: Precision = Precision::Q4;
+
+    fn code(block: &[u8], row: usize, column: usize) -> u8 {
+        let (byte, shift) = half_place(row, column);
+        block[BLOCK_SCALE_BYTES + byte] >> shift & 15
+    }
+
+    fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+        set_halves(&mut block[BLOCK_SCALE_BYTES..], row, codes);
+    }
+
+    fn weight(code: u8) -> i32 {
+        i32::from(code) - Q4_BIAS
+    }
+
+    fn scale(block: &[u8], row: usize, _: u32) -> f32 {
+        f16_scale(block, row)
+    }
+
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, _: u32) {
+        set_f16_scale(block, row, scale);
+    }
+}
+
+impl Packing for Q3 {
+    const PRECISION: Precision = Precision::Q3;
+
+    fn code(block: &[u8], row: usize, column: usize) -> u8 {
+        let ((low, low_shift), (high, high_shift)) = (pair_place(row, column), bit_place(row, column));
+        let codes = &block[PANEL_ROWS..];
+        codes[low] >> low_shift & 3 | (codes[Q3_HIGH + high] >> high_shift & 1) << 2
+    }
+
+    fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+        let (low, high) = block[PANEL_ROWS..].split_at_mut(Q3_HIGH);
+        set_pairs(low, row, &codes.map(|code| code & 3));
+        for (i, byte) in high[4 * row..4 * row + 4].iter_mut().enumerate() {
+            *byte = codes.iter().skip(i).step_by(4).enumerate().fold(0, |byte, (j, code)| byte | code >> 2 << j);
+        }
+    }
+
+    fn weight(code: u8) -> i32 {
+        i32::from(Q3_WEIGHTS[usize::from(code)])
+    }
+
+    fn scale(block: &[u8], row: usize, unit: u32) -> f32 {
+        short_scale(block[row], unit)
+    }
+
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32) {
+        block[row] = to_short_scale(scale, unit);
+    }
+}
+
+impl Packing for Q2 {
+    const PRECISION: Precision = Precision::Q2;
+
+    fn code(block: &[u8], row: usize, column: usize) -> u8 {
+        let (byte, shift) = pair_place(row, column);
+        block[PANEL_ROWS + byte] >> shift & 3
+    }
+
+    fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
+        set_pairs(&mut block[PANEL_ROWS..], row, codes);
+    }
+
+    fn weight(code: u8) -> i32 {
+        i32::from(Q2_WEIGHTS[usize::from(code)])
+    }
+
+    fn scale(block: &[u8], row: usize, unit: u32) -> f32 {
+        short_scale(block[row], unit)
+    }
+
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32) {
+        block[row] = to_short_scale(scale, unit);
+    }
+}
+
+/// The bits of 2 to the exponent that a matrix's 8-bit scales count from.
+pub(super) fn unit_of(precision: Precision, matrix: &[u8]) -> u32 {
+    if precision.head_bytes() == 0 { 0 } else { u32::from(matrix[0]) << 23 }
 }
 
 /// The definition, as plainly as it can be written.
@@ -91,21 +268,21 @@ fn scale_of(block: &[u8], row: usize) -> f32 {
 /// See [`Kernel`](super::Kernel).
 #[expect(unsafe_code, reason = "kernels read by pointer")]
 unsafe fn scalar<P: Packing>(w: Panels, x: Activations, y: Results) {
-    let (block_bytes, all) = (P::PRECISION.block_bytes().expect("a packed precision"), w.groups * x.tokens);
+    let all = w.groups * x.tokens;
     // SAFETY: the caller's promise.
     let (numbers, scales) =
         unsafe { (std::slice::from_raw_parts(x.numbers.cast::<[i8; GROUP_COLUMNS]>(), all), std::slice::from_raw_parts(x.scales, all)) };
     for (number, panel) in w.each() {
         // SAFETY: the caller's promise.
         let (panel, y) = unsafe {
-            (std::slice::from_raw_parts(panel, w.groups * block_bytes), std::slice::from_raw_parts_mut(y.at(number, 0), x.tokens))
+            (std::slice::from_raw_parts(panel, w.groups * P::BLOCK_BYTES), std::slice::from_raw_parts_mut(y.at(number, 0), x.tokens))
         };
-        for (group, block) in panel.chunks_exact(block_bytes).enumerate() {
+        for (group, block) in panel.chunks_exact(P::BLOCK_BYTES).enumerate() {
             for (token, y) in y.iter_mut().enumerate() {
                 let (activations, scale) = (&numbers[group * x.tokens + token], scales[group * x.tokens + token]);
                 for (row, y) in y.iter_mut().enumerate() {
-                    let products = activations.iter().enumerate().map(|(i, &q)| (P::weight(block, row, i) - P::BIAS) * i32::from(q));
-                    *y = (products.sum::<i32>() as f32).mul_add(scale_of(block, row) * scale, *y);
+                    let products = activations.iter().enumerate().map(|(i, &q)| P::weight(P::code(block, row, i)) * i32::from(q));
+                    *y = (products.sum::<i32>() as f32).mul_add(P::scale(block, row, w.unit) * scale, *y);
                 }
             }
         }
@@ -114,19 +291,22 @@ unsafe fn scalar<P: Packing>(w: Panels, x: Activations, y: Results) {
 
 /// Writes row `row` of a packed matrix as f32.
 pub(crate) fn weights_of_row(bytes: &[u8], precision: Precision, columns: usize, row: usize, out: &mut [f32]) {
-    let block_bytes = precision.block_bytes().expect("a packed precision");
-    let groups = columns.div_ceil(GROUP_COLUMNS);
-    let panel = &bytes[row / PANEL_ROWS * groups * block_bytes..][..groups * block_bytes];
+    match precision {
+        Precision::Q6 => row_of::<Q6>(bytes, columns, row, out),
+        Precision::Q4 => row_of::<Q4>(bytes, columns, row, out),
+        Precision::Q3 => row_of::<Q3>(bytes, columns, row, out),
+        Precision::Q2 => row_of::<Q2>(bytes, columns, row, out),
+        _ => row_of::<Q8>(bytes, columns, row, out),
+    }
+}
+
+fn row_of<P: Packing>(bytes: &[u8], columns: usize, row: usize, out: &mut [f32]) {
+    let (panel_bytes, unit) = (columns.div_ceil(GROUP_COLUMNS) * P::BLOCK_BYTES, unit_of(P::PRECISION, bytes));
+    let panel = &bytes[P::PRECISION.head_bytes() + row / PANEL_ROWS * panel_bytes..][..panel_bytes];
     let row = row % PANEL_ROWS;
-    for (block, out) in panel.chunks_exact(block_bytes).zip(out.chunks_mut(GROUP_COLUMNS)) {
-        let scale = scale_of(block, row);
-        for (column, out) in out.iter_mut().enumerate() {
-            let weight = match precision {
-                Precision::Q4 => Q4::weight(block, row, column) - Q4::BIAS,
-                _ => Q8::weight(block, row, column) - Q8::BIAS,
-            };
-            *out = scale * weight as f32;
-        }
+    for (block, out) in panel.chunks_exact(P::BLOCK_BYTES).zip(out.chunks_mut(GROUP_COLUMNS)) {
+        let scale = P::scale(block, row, unit);
+        out.iter_mut().enumerate().for_each(|(column, out)| *out = scale * P::weight(P::code(block, row, column)) as f32);
     }
 }
 
@@ -230,138 +410,4 @@ fn quantise_group(x: &[f32; GROUP_COLUMNS], words: &mut [u32; NUMBER_WORDS]) -> 
     }
     *words = bytemuck::cast::<_, [u32; NUMBER_WORDS]>(bytes);
     scale.to_bits()
-}
-
-/// Packs a matrix of finite weights, (rows, columns): `row` writes one of its rows.
-pub(crate) fn pack(precision: Precision, rows: usize, columns: usize, out: &mut [u8], mut row: impl FnMut(usize, &mut [f32])) {
-    assert_eq!(out.len(), precision.matrix_bytes(rows, columns), "a packed matrix has all its bytes");
-    let block_bytes = precision.block_bytes().expect("a packed precision");
-    let groups = columns.div_ceil(GROUP_COLUMNS);
-    let mut values = vec![0.0; groups * GROUP_COLUMNS];
-    for number in 0..rows.next_multiple_of(PANEL_ROWS) {
-        values.fill(0.0);
-        if number < rows {
-            row(number, &mut values[..columns]);
-        }
-        let panel = &mut out[number / PANEL_ROWS * groups * block_bytes..][..groups * block_bytes];
-        let row = number % PANEL_ROWS;
-        if precision == Precision::Q4 { pack_row_q4(panel, row, &values) } else { pack_row_q8(panel, row, &values) }
-    }
-}
-
-per_instruction_set! {
-    /// Writes a row of a panel.
-    fn pack_row_q4(panel: &mut [u8], row: usize, values: &[f32]) -> (), pack_row_q4_body
-}
-
-per_instruction_set! {
-    fn pack_row_q8(panel: &mut [u8], row: usize, values: &[f32]) -> (), pack_row_q8_body
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn pack_row_q4_body(panel: &mut [u8], row: usize, values: &[f32]) {
-    pack_row::<Q4>(panel, row, values);
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn pack_row_q8_body(panel: &mut [u8], row: usize, values: &[f32]) {
-    pack_row::<Q8>(panel, row, values);
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn pack_row<P: Packing>(panel: &mut [u8], row: usize, values: &[f32]) {
-    let block_bytes = P::PRECISION.block_bytes().expect("a packed precision");
-    for (block, x) in panel.chunks_exact_mut(block_bytes).zip(values.as_chunks().0) {
-        let (scale, weights) = P::quantise(x);
-        block[2 * row..][..2].copy_from_slice(&scale.to_le_bytes());
-        let mut biased = [0; GROUP_COLUMNS];
-        biased.iter_mut().zip(weights).for_each(|(biased, weight)| *biased = (weight as i32 + P::BIAS) as u8);
-        P::set_row(block, row, &biased);
-    }
-}
-
-/// To the nearest of 255 integers, on a scale rounded first.
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn quantise_q8(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
-    let magnitude = x.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
-    let scale = f16::from_f32(magnitude / INT8_MAX);
-    if scale == f16::ZERO {
-        return (f16::ZERO, [0.0; GROUP_COLUMNS]);
-    }
-    (scale, nearest(x, scale.to_f32(), -INT8_MAX, INT8_MAX))
-}
-
-/// Candidates for the scale: 8 ± this many eighths of the largest weight's step.
-const Q4_STEPS: i32 = 12;
-
-/// Of 25 scales about the one that just reaches the largest weight, each refitted by least squares, that of the least error.
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn quantise_q4(x: &[f32; GROUP_COLUMNS]) -> (f16, [f32; GROUP_COLUMNS]) {
-    let largest = x.iter().fold(0.0, |largest: f32, &x| if x.abs() > largest.abs() { x } else { largest });
-    let plain = f16::from_f32(largest / -8.0);
-    if plain == f16::ZERO {
-        return (f16::ZERO, [0.0; GROUP_COLUMNS]);
-    }
-    let mut best: Option<(f32, f16)> = None;
-    for step in -Q4_STEPS..=Q4_STEPS {
-        let weights = nearest(x, largest / -(8.0 + step as f32 * 0.125), -8.0, 7.0);
-        let mut products = [0.0; GROUP_COLUMNS];
-        let mut squares = [0.0; GROUP_COLUMNS];
-        for i in 0..GROUP_COLUMNS {
-            products[i] = x[i] * weights[i];
-            squares[i] = weights[i] * weights[i];
-        }
-        let (products, squares) = (sum(products), sum(squares));
-        if squares.partial_cmp(&0.0) != Some(std::cmp::Ordering::Greater) {
-            continue;
-        }
-        let scale = f16::from_f32(products / squares);
-        if scale == f16::ZERO || !scale.is_finite() {
-            continue;
-        }
-        let d = scale.to_f32();
-        let weights = nearest(x, d, -8.0, 7.0);
-        let mut errors = [0.0; GROUP_COLUMNS];
-        for i in 0..GROUP_COLUMNS {
-            let t = x[i] - d * weights[i];
-            errors[i] = t * t;
-        }
-        let error = sum(errors);
-        if best.is_none_or(|(least, _)| error < least) {
-            best = Some((error, scale));
-        }
-    }
-    let scale = best.map_or(plain, |(_, scale)| scale);
-    (scale, nearest(x, scale.to_f32(), -8.0, 7.0))
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn nearest(x: &[f32; GROUP_COLUMNS], scale: f32, min: f32, max: f32) -> [f32; GROUP_COLUMNS] {
-    let mut nearest = [0.0; GROUP_COLUMNS];
-    for i in 0..GROUP_COLUMNS {
-        let q = (x[i] / scale).round_ties_even();
-        let q = if q > min { q } else { min };
-        nearest[i] = if q < max { q } else { max };
-    }
-    nearest
-}
-
-/// Adds 16 to 16, 8 to 8, 4 to 4, 2 to 2, 1 to 1.
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
-fn sum(mut x: [f32; GROUP_COLUMNS]) -> f32 {
-    let mut half = GROUP_COLUMNS / 2;
-    while half > 0 {
-        for i in 0..half {
-            x[i] += x[i + half];
-        }
-        half /= 2;
-    }
-    x[0]
 }

@@ -35,7 +35,7 @@ fn widen(precision: Precision, bytes: &[u8], out: &mut [f32]) {
         Precision::F32 => out.copy_from_slice(bytemuck::cast_slice(bytes)),
         Precision::Bf16 => out.iter_mut().zip(bytemuck::cast_slice::<u8, u16>(bytes)).for_each(|(o, &w)| *o = widen_bf16(w)),
         Precision::F16 => widen_f16(bytemuck::cast_slice(bytes), out),
-        Precision::Q8 | Precision::Q4 => unreachable!("packed weights do not stand alone"),
+        _ => unreachable!("packed weights do not stand alone"),
     }
 }
 

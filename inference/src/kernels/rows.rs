@@ -159,7 +159,7 @@ impl<'a> Vector<'a> {
         }
     }
 
-    pub(super) fn copy_to(self, out: &mut [f32]) {
+    pub(crate) fn copy_to(self, out: &mut [f32]) {
         for (i, out) in out.chunks_mut(PANEL_ROWS).enumerate() {
             out.copy_from_slice(&self.data[i * self.stride..][..out.len()]);
         }

@@ -11,26 +11,30 @@ use super::*;
 use crate::convert::convert_expert;
 use crate::pool::Pool;
 
-/// The tensors of `tests/vectors/expert_function.safetensors`: see the script beside it.
-struct Vectors(BTreeMap<String, (Vec<usize>, Vec<u8>)>);
+/// The tensors of a file in `tests/vectors`: see its script there.
+pub(crate) struct Vectors(BTreeMap<String, (Vec<usize>, Vec<u8>)>);
 
 impl Vectors {
     fn read() -> Self {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/vectors/expert_function.safetensors");
+        Self::of("expert_function")
+    }
+
+    pub(crate) fn of(name: &str) -> Self {
+        let path = format!(concat!(env!("CARGO_MANIFEST_DIR"), "/../tests/vectors/{}.safetensors"), name);
         let bytes = std::fs::read(path).expect("the vectors are there");
         let file = SafeTensors::deserialize(&bytes).expect("valid tensors");
         Self(file.tensors().into_iter().map(|(name, view)| (name, (view.shape().to_vec(), view.data().to_vec()))).collect())
     }
 
-    fn bytes(&self, name: &str) -> &[u8] {
+    pub(crate) fn bytes(&self, name: &str) -> &[u8] {
         &self.0.get(name).unwrap_or_else(|| panic!("vector {name}")).1
     }
 
-    fn floats(&self, name: &str) -> Vec<f32> {
+    pub(crate) fn floats(&self, name: &str) -> Vec<f32> {
         self.bytes(name).as_chunks().0.iter().map(|b| f32::from_le_bytes(*b)).collect()
     }
 
-    fn sides(&self, name: &str) -> (usize, usize) {
+    pub(crate) fn sides(&self, name: &str) -> (usize, usize) {
         match self.0[name].0[..] {
             [rows, columns] => (rows, columns),
             _ => panic!("{name} is a matrix"),
@@ -75,7 +79,7 @@ fn packing_is_that_of_the_vectors() {
     let x = vectors.floats("pack.x");
     for precision in [Precision::Q4, Precision::Q8] {
         let mut plane = vec![0; precision.matrix_bytes(rows, columns)];
-        pack(precision, rows, columns, &mut plane, |row, out| out.copy_from_slice(&x[row * columns..][..columns]));
+        pack(precision, rows, columns, &mut plane, None, |row, out| out.copy_from_slice(&x[row * columns..][..columns]));
         assert!(plane == vectors.bytes(&format!("pack.{precision}.plane")), "{precision}");
     }
 }
@@ -103,6 +107,36 @@ fn every_kernel_gives_the_bits_of_the_vectors() {
                     silu_times(&mut middle, &times(&up, shape.intermediate_size, &x));
                     let y = times(&down, hidden_size, &middle);
                     assert!(bits(&y) == bits(&vectors.floats(&format!("{case}.{precision}.y"))), "y of {place}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn low_precisions_are_those_of_the_vectors() {
+    let vectors = Vectors::of("low_precisions");
+    for (hidden_size, intermediate_size) in [(64, 48), (33, 17), (96, 80)] {
+        for precision in [Precision::Q6, Precision::Q3, Precision::Q2] {
+            let case = format!("{hidden_size}x{intermediate_size}.{precision}");
+            let planes = ["gate_proj", "up_proj", "down_proj"].map(|part| (vectors.bytes(&format!("{case}.{part}")), Precision::Bf16));
+            let shape = ExpertShape { precision, hidden_size, intermediate_size };
+            let blob = convert_expert(planes, shape);
+            assert!(blob == vectors.bytes(&format!("{case}.blob")), "packing of {case}");
+            assert_eq!(ExpertShape::of_blob(&blob), Ok(shape));
+            let ([gate, up, down], kinds) = (shape.planes(), precision.of_planes());
+            let x = vectors.floats(&format!("{case}.x"));
+            for kernels in Kernels::available() {
+                for tile_rows in 1..=13 {
+                    let times = |plane: &std::ops::Range<usize>, precision, rows, x: &[f32]| {
+                        product(kernels, Matrix::new(&blob[plane.clone()], precision, rows, x.len() / 13), x, tile_rows)
+                    };
+                    let place = format!("{case}, {} kernels, {tile_rows} rows at a time", kernels.name);
+                    let mut middle = times(&gate, kinds[0], intermediate_size, &x);
+                    assert!(bits(&middle) == bits(&vectors.floats(&format!("{case}.gate"))), "gate of {place}");
+                    silu_times(&mut middle, &times(&up, kinds[1], intermediate_size, &x));
+                    let y = times(&down, kinds[2], hidden_size, &middle);
+                    assert!(bits(&y) == bits(&vectors.floats(&format!("{case}.y"))), "y of {place}");
                 }
             }
         }
@@ -181,11 +215,17 @@ proptest! {
     #[test]
     fn kernels_agree_on_any_bytes(columns in 1usize..200, rows in 1usize..40, tokens in 1usize..=TILE_MAX, seed in any::<u64>()) {
         let x = numbers(tokens * columns, seed);
-        for precision in [Precision::Q4, Precision::Q8] {
+        for precision in [Precision::Q8, Precision::Q6, Precision::Q4, Precision::Q3, Precision::Q2] {
             let mut bytes: Vec<u8> = numbers(precision.matrix_bytes(rows, columns), seed ^ 2).iter().map(|x| (x * 128.0) as i32 as u8).collect();
-            for block in bytes.chunks_exact_mut(precision.block_bytes().expect("packed")) {
-                // Finite scales, of any sign.
-                block[..32].as_chunks_mut::<2>().0.iter_mut().for_each(|scale| scale[1] &= 0xbb);
+            let (head, panels) = bytes.split_at_mut(precision.head_bytes());
+            if let [exponent, zeros @ ..] = head {
+                zeros.fill(0);
+                *exponent = 1 + *exponent % 239;
+            } else {
+                for block in panels.chunks_exact_mut(precision.block_bytes().expect("packed")) {
+                    // Finite scales, of any sign.
+                    block[..32].as_chunks_mut::<2>().0.iter_mut().for_each(|scale| scale[1] &= 0xbb);
+                }
             }
             let w = Matrix::new(&bytes, precision, rows, columns);
             let expected = bits(&product(&packed::KERNELS, w, &x, 1));

@@ -177,6 +177,11 @@ impl GqaWork {
         }
     }
 
+    /// What attention mixed of the values of the last layer, (rows, heads × head_dim).
+    pub(crate) fn mixed(&self, of: &Attention, rows: usize) -> &[f32] {
+        &self.mixed[..rows * of.heads.query_width()]
+    }
+
     /// Prepares for the rows of a pass, each at its position.
     pub(crate) fn begin(&mut self, of: &Attention, shares: &[Share<'_>], positions: &[Position]) {
         self.qkv.reshape(positions.len(), qkv_width(of.heads.query_width(), of.heads.kv_width()));

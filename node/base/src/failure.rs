@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::{fmt, io};
 
+use inference::calibration::CalibrationError;
 use inference::checkpoint::CheckpointError;
 use inference::checkpoint::import::ImportError;
 use inference::engine::ForwardError;
@@ -130,7 +131,17 @@ impl From<RequantizeError<Failure>> for Failure {
         match error {
             RequantizeError::Read(what, failure) => failure.about(what),
             RequantizeError::Import(error) => error.into(),
+            RequantizeError::Calibration(error) => error.into(),
             RequantizeError::Packed(_) | RequantizeError::Same => Self::of(Kind::Usage, &error),
+        }
+    }
+}
+
+impl From<CalibrationError> for Failure {
+    fn from(error: CalibrationError) -> Self {
+        match error {
+            CalibrationError::Forward(error) => error.into(),
+            CalibrationError::Empty => Self::of(Kind::Usage, &error),
         }
     }
 }

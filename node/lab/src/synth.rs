@@ -114,8 +114,8 @@ pub(crate) fn synth(context: &Context, args: &SynthArgs) -> Result<(), Failure> 
                 let mut blob = vec![0; shape.blob_bytes()];
                 blob[..64].copy_from_slice(&shape.header());
                 let mut random = Random::new(args.seed, 1_000_000 + slot);
-                for plane in shape.planes() {
-                    random.weights(args.precision, &mut blob[plane]);
+                for (plane, precision) in shape.planes().into_iter().zip(args.precision.of_planes()) {
+                    random.weights(precision, &mut blob[plane]);
                 }
                 made.push((slot as usize, put(&blob)?));
                 bar.inc(expert_bytes);
@@ -214,11 +214,23 @@ impl Random {
     fn weights(&mut self, precision: Precision, out: &mut [u8]) {
         if let Some(block) = precision.block_bytes() {
             self.stream.fill(out);
-            // Uniform integers of 4 bits deviate by 4.6, of 8 bits by 73.9.
-            let step = DEVIATION / if precision == Precision::Q4 { 4.61 } else { 73.9 };
-            let [low, high] = half::f16::from_f32(step).to_le_bytes();
-            // Integers have a mean of −½, which products with vectors would add up. Scales of either sign leave none.
-            for block in out.chunks_exact_mut(block) {
+            // Integers have a mean below 0, which products with vectors would add up. Scales of either sign leave none.
+            let (head, panels) = out.split_at_mut(precision.head_bytes());
+            if let [exponent, zeros @ ..] = head {
+                // The integers of q3 and q2 deviate by about 80: times 2⁻¹², of the 8-bit scales the one in the middle.
+                *exponent = 127 - 12 - 8;
+                zeros.fill(0);
+                panels.chunks_exact_mut(block).for_each(|block| block[..16].iter_mut().for_each(|scale| *scale = 8 << 3 | *scale & 0x80));
+                return;
+            }
+            // Uniform integers of 4 bits deviate by 4.6, of 6 by 18.5, of 8 by 73.9.
+            let deviation = match precision {
+                Precision::Q4 => 4.61,
+                Precision::Q6 => 18.5,
+                _ => 73.9,
+            };
+            let [low, high] = half::f16::from_f32(DEVIATION / deviation).to_le_bytes();
+            for block in panels.chunks_exact_mut(block) {
                 block[..32].as_chunks_mut().0.iter_mut().for_each(|scale| *scale = [low, high | scale[1] & 0x80]);
             }
         } else {

@@ -49,10 +49,10 @@ impl PackedPieces {
         pool.chunks(&mut self.bytes, self.stride, |number, _, out| {
             let (rows, head) = (&pieces[number / heads], number % heads);
             let (keys, values) = sizes(rows.len(), head_dim);
-            pack(Precision::Q8, rows.len(), head_dim, &mut out[..keys], |key, out| {
+            pack(Precision::Q8, rows.len(), head_dim, &mut out[..keys], None, |key, out| {
                 out.copy_from_slice(qkv.vector(rows.start + key, Of::Keys, head));
             });
-            pack(Precision::Q8, head_dim, rows.len(), &mut out[keys..keys + values], |number, out| {
+            pack(Precision::Q8, head_dim, rows.len(), &mut out[keys..keys + values], None, |number, out| {
                 out.iter_mut().zip(rows.clone()).for_each(|(out, row)| *out = qkv.vector(row, Of::Values, head)[number]);
             });
         });

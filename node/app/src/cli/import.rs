@@ -4,15 +4,18 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use base::clock::{interrupted, now_ms};
-use base::failure::{Failure, Kind};
+use base::failure::{Failure, Kind, io_failure};
 use base::output::{byte_bar, human_bytes, note, print_json, print_line};
 use clap::Args;
 use indicatif::ProgressBar;
+use inference::calibration::{Calibration, WINDOW};
 use inference::chat::{ChatTemplate, TEMPLATE_BYTES_MAX};
 use inference::checkpoint::Checkpoint;
 use inference::checkpoint::import::{BlobSink, import as import_checkpoint};
 use inference::convert::Target;
+use inference::engine::{EngineOptions, KvPrecision};
 use inference::requantize;
+use inference::tokenizer::{SpecialTokens, Tokenizer};
 use protocol::{BlobRef, ContentHash, ModelManifest, Precision};
 use runtime::command::{Context, PeerArgs};
 use runtime::data_dir::{LocalModel, OpenDataDir};
@@ -28,10 +31,10 @@ pub(super) struct ImportArgs {
     /// What to call the model here [default: the directory's name]
     #[arg(long)]
     name: Option<String>,
-    /// Convert the weights: f32, f16, bf16, q8 or q4 [default: as they are]
+    /// Convert the weights: f32, f16, bf16, q8, q6, q4, q3 or q2 [default: as they are]
     #[arg(long)]
     precision: Option<Precision>,
-    /// Convert the trunk's weights to another precision than the experts'
+    /// Convert the trunk's weights to another precision than the experts' [default: theirs, but q6 where that is less]
     #[arg(long, value_name = "PRECISION")]
     trunk_precision: Option<Precision>,
     /// Import the model although its tokenizer cannot be read: prompts are token ids then
@@ -43,11 +46,14 @@ pub(super) struct ImportArgs {
 pub(super) struct RequantizeArgs {
     /// A name, an id or the beginning of an id
     model: String,
-    /// What to convert the weights to: q8, q4, or a plain format
+    /// What to convert the weights to: q8, q6, q4, q3, q2, or a plain format
     precision: Precision,
-    /// Convert the trunk's weights to another precision than the experts'
+    /// Convert the trunk's weights to another precision than the experts' [default: theirs, but q6 where that is less]
     #[arg(long, value_name = "PRECISION")]
     trunk_precision: Option<Precision>,
+    /// Text that the model reads before, so that rounding costs less: what it was trained on does best. The byte 0x1e separates documents; may be given again
+    #[arg(long, value_name = "FILE")]
+    calibrate: Vec<PathBuf>,
     /// What to call the new model here [default: the old name and the precision]
     #[arg(long)]
     name: Option<String>,
@@ -64,7 +70,7 @@ pub(super) enum UnreadTokenizer {
 
 pub(super) fn import(context: &Context, args: &ImportArgs) -> Result<(), Failure> {
     let open = context.lock()?;
-    let target = Target { experts: args.precision, trunk: args.trunk_precision.or(args.precision) };
+    let target = target(args.precision, args.trunk_precision);
     let unread = if args.without_tokenizer { UnreadTokenizer::LeftOut } else { UnreadTokenizer::Refused };
     let model = import_into(&open, &args.path, args.name.as_deref(), target, unread)?;
     report(context, &open, &model)
@@ -81,16 +87,47 @@ pub(super) fn requantize(context: &Context, args: &RequantizeArgs) -> Result<(),
     let manifest = Arc::clone(&found.manifest);
     let parts = [trunk_parts(&manifest), other_parts(&manifest)].concat();
     federation.bring(&open.store, &parts, "model")?;
-    let target = Target { experts: Some(args.precision), trunk: args.trunk_precision.or(Some(args.precision)) };
+    let target = target(Some(args.precision), args.trunk_precision);
     let store = Arc::clone(&open.store);
     let read = |blob: BlobRef| -> Result<Vec<u8>, Failure> {
         let gone = || Failure::new(Kind::Other, format!("{} has gone from the store", blob.hash));
         store.read(&blob.hash, now_ms())?.ok_or_else(gone)
     };
     let suggested = Some(format!("{}-{}", found.name, args.precision));
-    let made = |sink: &dyn BlobSink| requantize::requantize(&manifest, target, &read, sink).map_err(Failure::from);
+    let mut loaded = None;
+    let calibration = if args.calibrate.is_empty() {
+        None
+    } else {
+        // Nothing here may depend on the machine: the same text makes the same model everywhere.
+        let own = EngineOptions::for_model(&manifest);
+        let options = EngineOptions { context: own.context.min(WINDOW), kv: KvPrecision::F32, ..own };
+        let loaded = loaded.insert(federation.load(&open, &found, context.memory_max, options)?);
+        Some(Calibration::new(&mut loaded.engine, &read_documents(&args.calibrate, loaded.text.tokenizer.as_deref())?)?)
+    };
+    let made = |sink: &dyn BlobSink| requantize::requantize(&manifest, target, calibration, &read, sink).map_err(Failure::from);
     let model = make_model(&open, (args.name.as_deref(), suggested), manifest.total_bytes(), "requantize", made)?;
     report(context, &open, &model)
+}
+
+/// The number formats that a user asked for.
+fn target(precision: Option<Precision>, trunk: Option<Precision>) -> Target {
+    let usual = precision.map(Target::usual).unwrap_or_default();
+    Target { trunk: trunk.or(usual.trunk), ..usual }
+}
+
+/// The documents of some text files, each as tokens.
+fn read_documents(files: &[PathBuf], tokenizer: Option<&Tokenizer>) -> Result<Vec<Vec<u32>>, Failure> {
+    let tokenizer =
+        tokenizer.ok_or_else(|| Failure::new(Kind::Usage, "the model has no tokenizer, so it cannot read text to calibrate with"))?;
+    let mut documents = Vec::new();
+    for file in files {
+        let text = std::fs::read_to_string(file).map_err(|error| io_failure("read", file, &error))?;
+        for document in text.split('\u{1e}') {
+            documents
+                .push(tokenizer.encode(document, SpecialTokens::AsWritten).map_err(|error| Failure::new(Kind::Usage, error.to_string()))?);
+        }
+    }
+    Ok(documents)
 }
 
 fn report(context: &Context, open: &OpenDataDir, model: &LocalModel) -> Result<(), Failure> {

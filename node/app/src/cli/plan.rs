@@ -8,6 +8,7 @@ use base::output::{human_bytes, note, print_json, print_line};
 use clap::Args;
 use inference::aligned::AlignedBytes;
 use inference::cache_policy::{PolicyKind, Trace, simulate};
+use inference::convert::Target;
 use inference::engine::EngineOptions;
 use inference::memory::{MemoryPlan, plan_memory};
 use inference::probe::{MemoryProbe, TokenCost};
@@ -69,12 +70,17 @@ pub(super) fn plan(context: &Context, args: &PlanArgs) -> Result<(), Failure> {
     let disk_speed = disk_speed(&open, manifest)?;
     let own = manifest.usual_precision();
     let narrower = |p: &Precision| !own.is_packed() && p.is_packed();
-    let choices: Vec<_> = [own].into_iter().chain([Precision::Q8, Precision::Q4].into_iter().filter(narrower)).collect();
-    let mut ways = Vec::new();
-    for &experts in &choices {
-        for &trunk in choices.iter().filter(|&&trunk| trunk == experts || (trunk == Precision::Q8 && experts == Precision::Q4)) {
-            ways.push(way(manifest, (trunk, experts), (process, memory), &options, trace.as_ref(), memory_speed, disk_speed));
+    let mut choices = vec![(own, own)];
+    for experts in [Precision::Q8, Precision::Q4, Precision::Q3, Precision::Q2].into_iter().filter(narrower) {
+        choices.push((Target::usual(experts).trunk.unwrap_or(experts), experts));
+        // A trunk that every token reads whole may be worth having faster.
+        if experts == Precision::Q4 {
+            choices.push((experts, experts));
         }
+    }
+    let mut ways = Vec::new();
+    for (trunk, experts) in choices {
+        ways.push(way(manifest, (trunk, experts), (process, memory), &options, trace.as_ref(), memory_speed, disk_speed));
     }
     if context.json {
         return print_json(&json!({
@@ -192,7 +198,8 @@ fn advice(ways: &[Way], manifest: &ModelManifest, name: &str, memory: u64) -> St
             )
         };
     }
-    match ways.iter().rev().find(|way| way.plan.is_ok()) {
+    let loses_little = |way: &&Way| !matches!(way.experts, Precision::Q3 | Precision::Q2);
+    match ways.iter().rev().filter(loses_little).find(|way| way.plan.is_ok()) {
         Some(way) if way.experts == own => format!("{name} runs as it is; experts that are not in memory come from the disk or from peers"),
         Some(way) => format!("{name} runs best at {}: confrere requantize {name} {}{}", way.experts, way.experts, trunk_flag(way)),
         None => {
@@ -203,7 +210,7 @@ fn advice(ways: &[Way], manifest: &ModelManifest, name: &str, memory: u64) -> St
 }
 
 fn trunk_flag(way: &Way) -> String {
-    if way.trunk == way.experts { String::new() } else { format!(" --trunk-precision {}", way.trunk) }
+    if Target::usual(way.experts).trunk == Some(way.trunk) { String::new() } else { format!(" --trunk-precision {}", way.trunk) }
 }
 
 fn memory_speed(threads: usize) -> f64 {

@@ -51,7 +51,7 @@ impl Narrowed {
         };
         let precisions =
             Precisions { tensor: &|_, _, precision| precision, expert: &|slot, own| if chosen(slot) { precision } else { own } };
-        let made = requantize_each(&found.manifest, &precisions, &read, &sink);
+        let made = requantize_each(&found.manifest, &precisions, None, &read, &sink);
         let new = sink.new.into_inner().unwrap_or_else(PoisonError::into_inner);
         // What was put so far goes, whatever came of it.
         let mut narrowed = Self { model: found.clone(), store: Arc::clone(store), new };
