@@ -1,7 +1,8 @@
 //! Making packed weights: a scale for each group, and the nearest integers on it.
 //!
 //! `docs/expert-function.md` is the definition. Where a [`Compensation`] is at hand, what rounding does to a weight is made good by those
-//! behind it: the algorithm is GPTQ (Frantar and others, 2022, arXiv 2210.17323), with the scales chosen as it goes.
+//! behind it: the algorithm is GPTQ (Frantar and others, 2022, arXiv 2210.17323), with the scales chosen as it goes; where bits are few,
+//! coordinate descent follows.
 
 use half::f16;
 use protocol::Precision;
@@ -29,6 +30,8 @@ trait Rounding: Packing {
     const ENDS: &'static [f32];
     /// Of the search.
     const STEP: f32;
+    /// How often all of a row is looked at again where errors are made good: at 4 bits and more that was not worth its time.
+    const PASSES: usize;
     /// The nearest integer.
     fn nearest(quotient: f32) -> f32;
     /// What is stored for an integer that [`nearest`](Self::nearest) gave.
@@ -64,10 +67,11 @@ fn place_of<const N: usize>(weight: f32, weights: &[i8; N]) -> u8 {
 }
 
 macro_rules! rounding {
-    ($packing:ty, $ends:expr, $step:expr, $nearest:expr, $code:expr, $stored:expr) => {
+    ($packing:ty, $ends:expr, $step:expr, $passes:expr, $nearest:expr, $code:expr, $stored:expr) => {
         impl Rounding for $packing {
             const ENDS: &'static [f32] = &$ends;
             const STEP: f32 = $step;
+            const PASSES: usize = $passes;
 
             #[inline(always)]
             fn nearest(quotient: f32) -> f32 {
@@ -95,13 +99,14 @@ fn as_short(scale: f32, unit: u32) -> f32 {
     short_scale(to_short_scale(scale, unit), unit)
 }
 
-rounding!(Q8, [Q8_MAX], 0.0, |q| whole(q, -Q8_MAX, Q8_MAX), |w: f32| (w as i32 + 128) as u8, as_f16);
-rounding!(Q6, [-32.0], STEP, |q| whole(q, -32.0, 31.0), |w: f32| (w as i32 + Q6_BIAS) as u8, as_f16);
-rounding!(Q4, [-8.0], STEP, |q| whole(q, -8.0, 7.0), |w: f32| (w as i32 + Q4_BIAS) as u8, as_f16);
+rounding!(Q8, [Q8_MAX], 0.0, 0, |q| whole(q, -Q8_MAX, Q8_MAX), |w: f32| (w as i32 + 128) as u8, as_f16);
+rounding!(Q6, [-32.0], STEP, 0, |q| whole(q, -32.0, 31.0), |w: f32| (w as i32 + Q6_BIAS) as u8, as_f16);
+rounding!(Q4, [-8.0], STEP, 0, |q| whole(q, -8.0, 7.0), |w: f32| (w as i32 + Q4_BIAS) as u8, as_f16);
 rounding!(
     Q3,
     [Q3_WEIGHTS[0] as f32, Q3_WEIGHTS[7] as f32],
     WIDE_STEP,
+    2,
     |q| nearest_of(q, &Q3_WEIGHTS),
     |w| place_of(w, &Q3_WEIGHTS),
     as_short
@@ -110,6 +115,7 @@ rounding!(
     Q2,
     [Q2_WEIGHTS[0] as f32, Q2_WEIGHTS[3] as f32],
     WIDE_STEP,
+    2,
     |q| nearest_of(q, &Q2_WEIGHTS),
     |w| place_of(w, &Q2_WEIGHTS),
     as_short
@@ -183,21 +189,19 @@ pack_row!(pack_row_q2, pack_row_q2_body, Q2);
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
 fn pack_row<P: Rounding>(panel: &mut [u8], row: usize, values: &mut [f32], unit: u32, compensation: Option<&Compensation>) {
-    for (group, block) in panel.chunks_exact_mut(P::BLOCK_BYTES).enumerate() {
-        let first = group * GROUP_COLUMNS;
-        let x: &Group = values[first..].first_chunk().expect("groups are whole");
-        let (scale, weights) = match compensation {
-            None => {
-                let scale = fit::<P, false>(x, &[1.0; GROUP_COLUMNS], unit);
-                (scale, rounded::<P>(x, scale))
-            }
-            Some(compensation) => {
-                let scale = fit::<P, true>(x, compensation.importance(group), unit);
-                (scale, compensation.round::<P>(first, scale, values))
-            }
-        };
+    let blocks = panel.chunks_exact_mut(P::BLOCK_BYTES);
+    let write = |block: &mut [u8], scale: f32, weights: Group| {
         P::set_scale(block, row, scale, unit);
         P::set_row(block, row, &weights.map(P::code_of));
+    };
+    if let Some(compensation) = compensation {
+        let rounded = compensation.round_row::<P>(values, unit);
+        blocks.zip(rounded).for_each(|(block, (scale, weights))| write(block, scale, weights));
+        return;
+    }
+    for (block, x) in blocks.zip(values.as_chunks().0) {
+        let scale = fit::<P, false>(x, &[1.0; GROUP_COLUMNS], unit);
+        write(block, scale, rounded::<P>(x, scale));
     }
 }
 
@@ -292,6 +296,8 @@ pub(crate) struct Compensation {
     columns: usize,
     /// U ÷ its diagonal, row by row, each in whole groups, (columns, columns); the diagonal is 1.
     factors: Vec<f32>,
+    /// H ÷ the mean of its diagonal, damped, row by row, each in whole groups, (columns, columns).
+    moments: Vec<f32>,
     /// 1 ÷ U\[j\]\[j\]², by group, as a share of the largest: how much an error there costs in the end.
     importance: Vec<Group>,
 }
@@ -306,23 +312,88 @@ impl Compensation {
         if mean.is_nan() || mean <= 0.0 || mean.is_infinite() {
             return None;
         }
-        let inverse_root = DAMPING.iter().find_map(|damping| inverse_root(moments, columns, damping * mean))?;
+        let (damping, inverse_root) =
+            DAMPING.iter().find_map(|&damping| Some((damping, inverse_root(moments, columns, damping * mean)?)))?;
         let padded = columns.next_multiple_of(GROUP_COLUMNS);
         let mut factors = vec![0.0; columns * padded];
+        let mut damped = vec![0.0; columns * padded];
         let mut importance = vec![[0.0; GROUP_COLUMNS]; padded / GROUP_COLUMNS];
         let least = (0..columns).map(|i| inverse_root[place(i, i)]).fold(f64::INFINITY, f64::min);
         for i in 0..columns {
             let diagonal = inverse_root[place(i, i)];
             for k in i..columns {
                 factors[i * padded + k] = (inverse_root[place(i, k)] / diagonal) as f32;
+                let moment = moments[place(i, k)] / mean + if i == k { damping } else { 0.0 };
+                (damped[i * padded + k], damped[k * padded + i]) = (moment as f32, moment as f32);
             }
             importance[i / GROUP_COLUMNS][i % GROUP_COLUMNS] = ((least / diagonal) * (least / diagonal)) as f32;
         }
-        Some(Self { columns, factors, importance })
+        Some(Self { columns, factors, moments: damped, importance })
     }
 
-    fn importance(&self, group: usize) -> &Group {
-        &self.importance[group]
+    /// The scales and integers of a row's groups; `values` change.
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+    fn round_row<P: Rounding>(&self, values: &mut [f32], unit: u32) -> Vec<(f32, Group)> {
+        let exact = values.to_vec();
+        let mut groups = Vec::with_capacity(self.importance.len());
+        for (group, importance) in self.importance.iter().enumerate() {
+            let first = group * GROUP_COLUMNS;
+            let scale = fit::<P, true>(values[first..].first_chunk().expect("groups are whole"), importance, unit);
+            groups.push((scale, self.round::<P>(first, scale, values)));
+        }
+        if P::PASSES > 0 {
+            self.refine::<P>(&exact, &mut groups, unit);
+        }
+        groups
+    }
+
+    /// Changes scales and integers, one after the other, wherever that makes the error of the row's products less, given all others:
+    /// coordinate descent.
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+    fn refine<P: Rounding>(&self, exact: &[f32], groups: &mut [(f32, Group)], unit: u32) {
+        let padded = exact.len();
+        let moments = |column: usize| &self.moments[column * padded..][..padded];
+        let add = |sums: &mut [f32], factor: f32, column: usize| {
+            sums.iter_mut().zip(moments(column)).for_each(|(sum, moment)| *sum += factor * moment);
+        };
+        // Half the slope of the error: how far each column's sum with the moments is from what it should be.
+        let mut slope = vec![0.0; padded];
+        for column in 0..self.columns {
+            let (scale, weights) = groups[column / GROUP_COLUMNS];
+            add(&mut slope, exact[column] - scale * weights[column % GROUP_COLUMNS], column);
+        }
+        let mut spread = vec![0.0; padded];
+        for _ in 0..P::PASSES {
+            for (group, (scale, weights)) in groups.iter_mut().enumerate().filter(|(_, (scale, _))| *scale != 0.0) {
+                let first = group * GROUP_COLUMNS;
+                let columns = GROUP_COLUMNS.min(self.columns - first);
+                spread.fill(0.0);
+                (0..columns).for_each(|i| add(&mut spread, weights[i], first + i));
+                let (mut along, mut across) = ([0.0; GROUP_COLUMNS], [0.0; GROUP_COLUMNS]);
+                for i in 0..columns {
+                    along[i] = weights[i] * slope[first + i];
+                    across[i] = weights[i] * spread[first + i];
+                }
+                let (along, across) = (sum(along), sum(across));
+                let better = P::stored(*scale + along / across, unit);
+                let change = better - *scale;
+                if better != 0.0 && change * (2.0 * along - change * across) > 0.0 {
+                    *scale = better;
+                    slope.iter_mut().zip(&spread).for_each(|(slope, spread)| *slope -= change * spread);
+                }
+                for i in 0..columns {
+                    let column = first + i;
+                    let now = *scale * weights[i];
+                    let weight = P::nearest((now + slope[column] / moments(column)[column]) / *scale);
+                    if weight.to_bits() != weights[i].to_bits() {
+                        add(&mut slope, now - *scale * weight, column);
+                        weights[i] = weight;
+                    }
+                }
+            }
+        }
     }
 
     /// Rounds the columns of a group from `first` on, one by one, and corrects all behind each.

@@ -135,7 +135,7 @@ def inverse_root(h, added):
 
 
 def compensation(h):
-    """Factors (K, K) and importances (K), f32."""
+    """Factors (K, K), importances (K) and damped moments (K, K), f32."""
     size = len(h)
     total = 0.0
     for i in range(size):
@@ -147,13 +147,45 @@ def compensation(h):
             break
     diagonal = np.diag(u)
     share = diagonal.min() / diagonal
-    return np.triu(u / diagonal[:, None]).astype(F), (share * share).astype(F)
+    return np.triu(u / diagonal[:, None]).astype(F), (share * share).astype(F), (h / mean + damping * np.eye(size)).astype(F)
+
+
+def refine(precision, exact, d, w, unit, h):
+    """Two passes over the groups of all rows: a better scale, then better integers, where the error becomes less."""
+    rows, columns = exact.shape
+    h = np.concatenate([h, np.zeros((columns, -columns % GROUP), F)], 1)
+    slope = np.zeros((rows, h.shape[1]), F)
+    for k in range(columns):
+        slope += (exact[:, k] - d[:, k // GROUP] * w[:, k // GROUP, k % GROUP])[:, None] * h[k]
+    for _ in range(2):
+        for g in range(d.shape[1]):
+            first, some = g * GROUP, d[:, g] != 0
+            count = min(GROUP, columns - first)
+            spread = np.zeros_like(slope)
+            for i in range(count):
+                spread += w[:, g, i, None] * h[first + i]
+            along, across = np.zeros((rows, GROUP), F), np.zeros((rows, GROUP), F)
+            along[:, :count] = w[:, g, :count] * slope[:, first:first + count]
+            across[:, :count] = w[:, g, :count] * spread[:, first:first + count]
+            along, across = sum32(along), sum32(across)
+            with np.errstate(all="ignore"):
+                better = stored(precision, d[:, g] + along / across, unit)
+                change = better - d[:, g]
+                taken = some & (better != 0) & (change * (F(2) * along - change * across) > 0)
+            d[:, g] = np.where(taken, better, d[:, g])
+            slope -= np.where(taken, change, F(0))[:, None] * spread
+            for i in range(count):
+                now = d[:, g] * w[:, g, i]
+                with np.errstate(all="ignore"):
+                    one = np.where(some, nearest(precision, (now + slope[:, first + i] / h[first + i, first + i]) / d[:, g]), w[:, g, i])
+                slope += (now - d[:, g] * one)[:, None] * h[first + i]
+                w[:, g, i] = one
 
 
 def quantize_compensated(precision, x, unit, h):
-    factors, importance = compensation(h)
+    factors, importance, damped = compensation(h)
     rows, columns = x.shape
-    x = grouped(x).reshape(rows, -1).copy()
+    exact, x = x, grouped(x).reshape(rows, -1).copy()
     importance = np.concatenate([importance, np.zeros(x.shape[1] - columns, F)])
     groups = x.shape[1] // GROUP
     d, w = np.zeros((rows, groups), F), np.zeros((rows, groups, GROUP), F)
@@ -168,6 +200,8 @@ def quantize_compensated(precision, x, unit, h):
             error = np.where(scale == 0, value, value - scale * one)
             w[:, g, column - first] = one
             x[:, column:columns] -= error[:, None] * factors[column, None, column:]
+    if precision in TABLE:
+        refine(precision, exact, d, w, unit, damped)
     return d, w.astype(np.int32)
 
 
