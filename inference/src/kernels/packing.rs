@@ -383,13 +383,12 @@ impl Compensation {
                     *scale = better;
                     slope.iter_mut().zip(&spread).for_each(|(slope, spread)| *slope -= change * spread);
                 }
-                for i in 0..columns {
-                    let column = first + i;
-                    let now = *scale * weights[i];
-                    let weight = P::nearest((now + slope[column] / moments(column)[column]) / *scale);
-                    if weight.to_bits() != weights[i].to_bits() {
-                        add(&mut slope, now - *scale * weight, column);
-                        weights[i] = weight;
+                for (weight, column) in weights[..columns].iter_mut().zip(first..) {
+                    let now = *scale * *weight;
+                    let other = P::nearest((now + slope[column] / moments(column)[column]) / *scale);
+                    if other.to_bits() != weight.to_bits() {
+                        add(&mut slope, now - *scale * other, column);
+                        *weight = other;
                     }
                 }
             }

@@ -167,7 +167,7 @@ def domain_weights(text):
     return size / size.sum()
 
 
-def training_batch(tok, store, step, part, text_rows, media_tokens, window=512, seed=1):
+def training_batch(tok, store, step, part, text_rows, media_tokens, mix="all", window=512, seed=1):
     """Batch number (step, part): `text_rows` windows of text, and samples of the tasks that hold `media_tokens` tokens."""
     rng = np.random.default_rng([seed, step, part])
     samples, domains, share = [], list(store.text), domain_weights(store.text)
@@ -178,8 +178,8 @@ def training_batch(tok, store, step, part, text_rows, media_tokens, window=512, 
         samples.append(plain(stream[a:a + length + 1]))
     for _ in range(text_rows):
         add_text(window)
-    names = list(tasks.TASKS)
-    often = np.array([tasks.TASKS[t][0] for t in names])
+    shares = tasks.PICTURES if mix == "pictures" else {t: share for t, (share, _) in tasks.TASKS.items()}
+    names, often = list(shares), np.array(list(shares.values()))
     room = media_tokens
     while True:
         task = names[int(rng.choice(len(names), p=often / often.sum()))]
@@ -195,7 +195,7 @@ def training_batch(tok, store, step, part, text_rows, media_tokens, window=512, 
     return pack(samples, fill=128)
 
 
-def feed(queue, cache, fonts, first, parts, text_rows, media_tokens):
+def feed(queue, cache, fonts, first, parts, text_rows, media_tokens, mix):
     """The body of the process that draws batches ahead of training."""
     import torch
     torch.set_num_threads(1)
@@ -203,5 +203,5 @@ def feed(queue, cache, fonts, first, parts, text_rows, media_tokens):
     tok, store, step = tokenizer.load(cache / "tokenizer"), tasks.Store(cache, fonts), first
     while True:
         for part in parts:
-            queue.put((step, part, training_batch(tok, store, step, part, text_rows, media_tokens)))
+            queue.put((step, part, training_batch(tok, store, step, part, text_rows, media_tokens, mix)))
         step += 1

@@ -33,6 +33,13 @@ TASKS = {
     "both_spoken_question": (0.04, ["new", "pair"]), "both_name_fits": (0.03, ["new", "drawing"]), "both_count_fits": (0.03, ["new"]), "both_video_fits": (0.03, ["new"]),
     "chat": (0.05, ["new"]), "continue": (0.03, ["new"]),
 }
+
+# Shares of a second phase for what sees: after the first, sounds were learned and pictures were not.
+PICTURES = {
+    "emoji_name": 0.17, "emoji_kind": 0.05, "emoji_choice": 0.04, "scene_caption": 0.06, "scene_count": 0.09, "scene_colour": 0.09, "scene_shape": 0.05,
+    "scene_place": 0.06, "scene_is": 0.04, "read": 0.16, "transcribe": 0.05, "video_caption": 0.03, "both_spoken_question": 0.04, "both_name_fits": 0.02,
+    "both_count_fits": 0.02, "both_video_fits": 0.01, "chat": 0.02,
+}
 MODALITY = {t: "image" if t.startswith(("emoji", "scene", "read")) else "audio" if t.startswith(("trans", "sound", "tone")) else "video" if t.startswith("video")
             else "both" if t.startswith("both") else "text" for t in TASKS}
 

@@ -166,6 +166,7 @@ def main():
     parser.add_argument("--decay", type=float, default=0.35, help="last share of the tokens, over which the learning rate falls to 0")
     parser.add_argument("--parts", type=int, default=4, help="packed batches a step, over all workers")
     parser.add_argument("--rows", type=int, default=4, help="windows of 512 tokens of text in a packed batch")
+    parser.add_argument("--mix", choices=["all", "pictures"], default="all", help="shares of the tasks: see tasks.py")
     parser.add_argument("--media", type=int, default=2048, help="tokens of the other tasks in a packed batch")
     parser.add_argument("--muon-lr", type=float, default=0.012)
     parser.add_argument("--adam-lr", type=float, default=0.003)
@@ -201,7 +202,7 @@ def train(rank, args):
     mine = range(rank * args.parts // args.workers, (rank + 1) * args.parts // args.workers)
     context = multiprocessing.get_context("fork")
     queue = context.Queue(maxsize=4)
-    feeder = context.Process(target=feed, args=(queue, os.getpid(), args.cache, args.fonts, step, mine, args.rows, args.media), daemon=True)
+    feeder = context.Process(target=feed, args=(queue, os.getpid(), args.cache, args.fonts, step, mine, args.rows, args.media, args.mix), daemon=True)
     feeder.start()
 
     torch.set_num_threads(args.threads)
