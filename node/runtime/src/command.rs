@@ -54,7 +54,7 @@ pub struct EngineArgs {
     /// Kernels to compute with [default: the fastest that this processor has]
     #[arg(long, value_name = "NAME", value_parser = parse_kernels, env = "CONFRERE_KERNELS")]
     pub kernels: Option<&'static Kernels>,
-    /// Number format of keys and values: f32, f16 or q8 [default: f16 for q8 and q4 models, else f32]
+    /// Number format of keys and values: f32, f16 or q8 [default: f16 where weights are packed, else f32]
     #[arg(long, value_name = "FORMAT", env = "CONFRERE_KV")]
     pub kv: Option<KvPrecision>,
     /// Most tokens of prompt and answer together [default: what this prompt needs; 8192 for a conversation]
