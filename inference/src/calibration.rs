@@ -29,6 +29,9 @@ pub enum CalibrationError {
     /// There is no text.
     #[error("there is nothing to calibrate with: the text has no tokens")]
     Empty,
+    /// The caller broke off.
+    #[error("interrupted")]
+    Interrupted,
 }
 
 impl<'a> Calibration<'a> {
@@ -43,14 +46,14 @@ impl<'a> Calibration<'a> {
         Ok(Self { engine, windows, states, next: 0 })
     }
 
-    /// Leads the text through the next layer.
-    pub(crate) fn next_layer(&mut self) -> Result<LayerCompensation, CalibrationError> {
+    /// Leads the text through the next layer; `goes_on` is asked behind each window.
+    pub(crate) fn next_layer(&mut self, goes_on: impl Fn() -> bool) -> Result<LayerCompensation, CalibrationError> {
         let Self { engine, windows, states, next } = self;
         let decoder = engine.model().decoder();
         let (hidden, heads) = (decoder.hidden_size as usize, decoder.attention());
         let (mixed, width) = ((heads.heads * heads.head_dim) as usize, engine.model().expert_width());
         let experts = decoder.experts() as usize;
-        engine.moments = Some(LayerMoments::new(*next as usize, experts, [hidden, mixed, width]));
+        engine.moments = Some(LayerMoments::new(experts, [hidden, mixed, width]));
         let rows_max = engine.rows_max();
         for (tokens, state) in windows.iter().zip(states) {
             let mut session = engine.session();
@@ -68,6 +71,9 @@ impl<'a> Calibration<'a> {
                 }
             }
             *state = out;
+            if !goes_on() {
+                return Err(CalibrationError::Interrupted);
+            }
         }
         *next += 1;
         Ok(engine.moments.take().expect("nobody else takes it").into())

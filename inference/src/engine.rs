@@ -89,7 +89,7 @@ pub struct Engine {
     pub left_out: Vec<LeftOut>,
     /// By [`Modality`]: results of experts that a token of it gives less weight than that are left out, too.
     pub weight_min: [f32; 3],
-    /// What goes through a layer's matrices, while somebody wants to know.
+    /// What goes through the matrices of the layer that passes run, while somebody wants to know.
     pub(crate) moments: Option<LayerMoments>,
 }
 
@@ -477,8 +477,7 @@ impl Engine {
                 MixerInput { pool, kernels: options.kernels, layer: number, x: &work.normed, tiles: &work.tiles, shares: &mut shares };
             let MixerWeights::Gqa(mixer) = &weights.mixer;
             work.gqa.run(attention, mixer, input, &mut work.out);
-            let mut moments = moments.as_mut().filter(|moments| moments.is_of(number));
-            if let Some(moments) = &mut moments {
+            if let Some(moments) = moments {
                 moments.add_mixer_input(&work.normed);
                 moments.add_mixer_output(work.gqa.mixed(attention, rows));
             }
@@ -509,7 +508,7 @@ impl Engine {
                     left_out,
                     weight_min: *weight_min,
                     modalities: &modalities,
-                    moments,
+                    moments: moments.as_mut(),
                 },
             );
             if let Err(error) = result {

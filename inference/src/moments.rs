@@ -58,7 +58,6 @@ fn add_products_body(line: &mut [f64], rows: &[f64], columns: usize, i: usize) {
 /// What goes through the matrices of a layer.
 #[derive(Debug)]
 pub(crate) struct LayerMoments {
-    layer: usize,
     mixer_input: Moments,
     mixer_output: Moments,
     expert_inputs: Vec<Moments>,
@@ -66,19 +65,14 @@ pub(crate) struct LayerMoments {
 }
 
 impl LayerMoments {
-    /// For a layer of so many experts, between vectors of `hidden`, `mixed` and `middle` numbers.
-    pub(crate) fn new(layer: usize, experts: usize, [hidden, mixed, middle]: [usize; 3]) -> Self {
+    /// `experts` is how many the layer has. Its input has `hidden` numbers, what attention mixes `mixed`, and the middle of an expert `middle`.
+    pub(crate) fn new(experts: usize, [hidden, mixed, middle]: [usize; 3]) -> Self {
         Self {
-            layer,
             mixer_input: Moments::new(hidden),
             mixer_output: Moments::new(mixed),
             expert_inputs: vec![Moments::new(hidden); experts],
             expert_middles: vec![Moments::new(middle); experts],
         }
-    }
-
-    pub(crate) fn is_of(&self, layer: usize) -> bool {
-        self.layer == layer
     }
 
     /// Takes in what queries, keys and values are made of.

@@ -125,7 +125,7 @@ impl<E: Send> Conversion<'_, E> {
     fn calibrated(&self, part: &Part, calibration: &mut Calibration<'_>) -> Result<Part, RequantizeError<E>> {
         let mut made = part.clone();
         for number in 0..part.config.decoder().map_or(0, protocol::Decoder::layers) {
-            let layer = Compensations::Layer(calibration.next_layer()?);
+            let layer = Compensations::Layer(calibration.next_layer(|| self.sink.progress(self.done.load(Ordering::Relaxed)))?);
             let of_layer = |role| matches!(role, TensorRole::Layer(layer, _) if layer == number);
             self.convert(part, &mut made, &layer, of_layer, |slot| slot.layer == number)?;
         }

@@ -24,10 +24,10 @@ pub(super) static KERNELS: Kernels = Kernels {
     name: "amx-int8",
     available: || *AVAILABLE,
     q8,
-    q6: other::<Q6_BLOCK>,
+    q6: by_blocks::<Q6_BLOCK>,
     q4,
-    q3: other::<Q3_BLOCK>,
-    q2: other::<Q2_BLOCK>,
+    q3: by_blocks::<Q3_BLOCK>,
+    q2: by_blocks::<Q2_BLOCK>,
     near: 24 << 10,
 };
 
@@ -90,9 +90,9 @@ unsafe fn q8(w: Panels, x: Activations, y: Results) {
 
 /// # Safety
 /// See [`Kernel`](super::Kernel).
-unsafe fn other<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
+unsafe fn by_blocks<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
     // SAFETY: the caller's promise.
-    unsafe { if x.tokens < TOKENS_MIN { avx512::other::<BLOCK>(w, x, y) } else { by_tiles::<BLOCK>(w, x, y) } }
+    unsafe { if x.tokens < TOKENS_MIN { avx512::by_blocks::<BLOCK>(w, x, y) } else { by_tiles::<BLOCK>(w, x, y) } }
 }
 
 /// Unpacked weights of some groups.

@@ -15,10 +15,10 @@ pub(super) static KERNELS: Kernels = Kernels {
     name: "avx2",
     available: || is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"),
     q8,
-    q6: other::<Q6_BLOCK>,
+    q6: by_blocks::<Q6_BLOCK>,
     q4,
-    q3: other::<Q3_BLOCK>,
-    q2: other::<Q2_BLOCK>,
+    q3: by_blocks::<Q3_BLOCK>,
+    q2: by_blocks::<Q2_BLOCK>,
     near: 20 << 10,
 };
 
@@ -144,8 +144,8 @@ unsafe fn q8_of<const T: usize>(panel: *const u8, groups: usize, x: Activations,
 ///
 /// # Safety
 /// See [`Kernel`](super::Kernel).
-unsafe fn other<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
-    let of_tokens = [other_of::<1, BLOCK>, other_of::<2, BLOCK>, other_of::<3, BLOCK>, other_of::<4, BLOCK>];
+unsafe fn by_blocks<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
+    let of_tokens = [by_blocks_of::<1, BLOCK>, by_blocks_of::<2, BLOCK>, by_blocks_of::<3, BLOCK>, by_blocks_of::<4, BLOCK>];
     for (number, panel) in w.each() {
         for (first, count) in shares(x.tokens, TOKENS_MAX) {
             // SAFETY: the caller's promise.
@@ -243,7 +243,7 @@ unsafe fn weights<const BLOCK: usize>(block: *const u8, half: usize) -> [__m256i
 /// # Safety
 /// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn other_of<const T: usize, const BLOCK: usize>(
+unsafe fn by_blocks_of<const T: usize, const BLOCK: usize>(
     panel: *const u8,
     groups: usize,
     unit: u32,

@@ -11,8 +11,16 @@ use protocol::precision::{BLOCK_SCALE_BYTES, PANEL_ROWS};
 use super::packed::{Q2_WEIGHTS, Q3_HIGH, Q3_WEIGHTS, Q6_HIGH};
 use super::{Activations, Kernels, NUMBER_WORDS, Panels, Results, shares};
 
-pub(super) static KERNELS: Kernels =
-    Kernels { name: "avx512-vnni", available, q8, q6: other::<Q6_BLOCK>, q4, q3: other::<Q3_BLOCK>, q2: other::<Q2_BLOCK>, near: NEAR };
+pub(super) static KERNELS: Kernels = Kernels {
+    name: "avx512-vnni",
+    available,
+    q8,
+    q6: by_blocks::<Q6_BLOCK>,
+    q4,
+    q3: by_blocks::<Q3_BLOCK>,
+    q2: by_blocks::<Q2_BLOCK>,
+    near: NEAR,
+};
 
 pub(super) fn available() -> bool {
     let wide = is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") && is_x86_feature_detected!("avx512vl");
@@ -190,20 +198,20 @@ unsafe fn q8_of<const T: usize>(panel: *const u8, groups: usize, x: Activations,
 
 type OfTokens = unsafe fn(*const u8, usize, u32, Activations, *mut [f32; PANEL_ROWS]);
 
-const fn other_of_each<const BLOCK: usize>() -> [OfTokens; TOKENS_MAX] {
+const fn by_blocks_of_each<const BLOCK: usize>() -> [OfTokens; TOKENS_MAX] {
     [
-        other_of::<1, BLOCK>,
-        other_of::<2, BLOCK>,
-        other_of::<3, BLOCK>,
-        other_of::<4, BLOCK>,
-        other_of::<5, BLOCK>,
-        other_of::<6, BLOCK>,
-        other_of::<7, BLOCK>,
-        other_of::<8, BLOCK>,
-        other_of::<9, BLOCK>,
-        other_of::<10, BLOCK>,
-        other_of::<11, BLOCK>,
-        other_of::<12, BLOCK>,
+        by_blocks_of::<1, BLOCK>,
+        by_blocks_of::<2, BLOCK>,
+        by_blocks_of::<3, BLOCK>,
+        by_blocks_of::<4, BLOCK>,
+        by_blocks_of::<5, BLOCK>,
+        by_blocks_of::<6, BLOCK>,
+        by_blocks_of::<7, BLOCK>,
+        by_blocks_of::<8, BLOCK>,
+        by_blocks_of::<9, BLOCK>,
+        by_blocks_of::<10, BLOCK>,
+        by_blocks_of::<11, BLOCK>,
+        by_blocks_of::<12, BLOCK>,
     ]
 }
 
@@ -211,10 +219,10 @@ const fn other_of_each<const BLOCK: usize>() -> [OfTokens; TOKENS_MAX] {
 ///
 /// # Safety
 /// See [`Kernel`](super::Kernel).
-pub(super) unsafe fn other<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
+pub(super) unsafe fn by_blocks<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
     for (number, panel) in w.each() {
         for (first, count) in shares(x.tokens, TOKENS_MAX) {
-            let of_tokens = (const { other_of_each::<BLOCK>() })[count - 1];
+            let of_tokens = (const { by_blocks_of_each::<BLOCK>() })[count - 1];
             // SAFETY: the caller's promise.
             unsafe { of_tokens(panel, w.groups, w.unit, x.from(first), y.at(number, first)) };
         }
@@ -327,7 +335,7 @@ pub(super) fn tables<const BLOCK: usize>(signed: bool) -> [__m512i; 4] {
 /// # Safety
 /// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,f16c")]
-unsafe fn other_of<const T: usize, const BLOCK: usize>(
+unsafe fn by_blocks_of<const T: usize, const BLOCK: usize>(
     panel: *const u8,
     groups: usize,
     unit: u32,

@@ -16,10 +16,10 @@ pub(super) static KERNELS: Kernels = Kernels {
     name: "neon-dotprod",
     available: || is_aarch64_feature_detected!("dotprod"),
     q8,
-    q6: other::<Q6_BLOCK>,
+    q6: by_blocks::<Q6_BLOCK>,
     q4,
-    q3: other::<Q3_BLOCK>,
-    q2: other::<Q2_BLOCK>,
+    q3: by_blocks::<Q3_BLOCK>,
+    q2: by_blocks::<Q2_BLOCK>,
     near: 20 << 10,
 };
 
@@ -143,16 +143,16 @@ unsafe fn q8_of<const T: usize, const R: usize>(panel: *const u8, groups: usize,
 
 type OtherOfTokens = unsafe fn(*const u8, usize, u32, Activations, *mut [f32; PANEL_ROWS]);
 
-const fn other_of_each<const BLOCK: usize>() -> [OtherOfTokens; TOKENS_MAX] {
+const fn by_blocks_of_each<const BLOCK: usize>() -> [OtherOfTokens; TOKENS_MAX] {
     [
-        other_of::<1, 4, BLOCK>,
-        other_of::<2, 4, BLOCK>,
-        other_of::<3, 4, BLOCK>,
-        other_of::<4, 4, BLOCK>,
-        other_of::<5, 2, BLOCK>,
-        other_of::<6, 2, BLOCK>,
-        other_of::<7, 2, BLOCK>,
-        other_of::<8, 2, BLOCK>,
+        by_blocks_of::<1, 4, BLOCK>,
+        by_blocks_of::<2, 4, BLOCK>,
+        by_blocks_of::<3, 4, BLOCK>,
+        by_blocks_of::<4, 4, BLOCK>,
+        by_blocks_of::<5, 2, BLOCK>,
+        by_blocks_of::<6, 2, BLOCK>,
+        by_blocks_of::<7, 2, BLOCK>,
+        by_blocks_of::<8, 2, BLOCK>,
     ]
 }
 
@@ -160,10 +160,10 @@ const fn other_of_each<const BLOCK: usize>() -> [OtherOfTokens; TOKENS_MAX] {
 ///
 /// # Safety
 /// See [`Kernel`](super::Kernel).
-unsafe fn other<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
+unsafe fn by_blocks<const BLOCK: usize>(w: Panels, x: Activations, y: Results) {
     for (number, panel) in w.each() {
         for (first, count) in shares(x.tokens, TOKENS_MAX) {
-            let of_tokens = (const { other_of_each::<BLOCK>() })[count - 1];
+            let of_tokens = (const { by_blocks_of_each::<BLOCK>() })[count - 1];
             // SAFETY: the caller's promise.
             unsafe { of_tokens(panel, w.groups, w.unit, x.from(first), y.at(number, first)) };
         }
@@ -214,7 +214,7 @@ unsafe fn weights<const BLOCK: usize, const J: usize>(block: *const u8, first: u
 /// # Safety
 /// See [`Kernel`](super::Kernel).
 #[target_feature(enable = "neon,dotprod")]
-unsafe fn other_of<const T: usize, const R: usize, const BLOCK: usize>(
+unsafe fn by_blocks_of<const T: usize, const R: usize, const BLOCK: usize>(
     panel: *const u8,
     groups: usize,
     unit: u32,

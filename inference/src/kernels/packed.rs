@@ -40,6 +40,8 @@ pub(super) static KERNELS: Kernels = Kernels {
 /// How a weight lies in a block, and what it stands for.
 pub(super) trait Packing {
     const PRECISION: Precision;
+    /// Whether scales have 8 bits.
+    const HAS_SHORT_SCALES: bool = Self::PRECISION.head_bytes() > 0;
     const BLOCK_BYTES: usize = Self::PRECISION.block_bytes().expect("a packed precision");
     /// What is stored for `row` and `column` of a block.
     fn code(block: &[u8], row: usize, column: usize) -> u8;
@@ -47,10 +49,30 @@ pub(super) trait Packing {
     fn set_row(block: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]);
     /// The integer that a code stands for.
     fn weight(code: u8) -> i32;
+
     /// The scale of a row; those of 8 bits count from `unit`.
-    fn scale(block: &[u8], row: usize, unit: u32) -> f32;
+    fn scale(block: &[u8], row: usize, unit: u32) -> f32 {
+        if Self::HAS_SHORT_SCALES {
+            return short_scale(block[row], unit);
+        }
+        f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32()
+    }
+
     /// Writes it.
-    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32);
+    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32) {
+        if Self::HAS_SHORT_SCALES {
+            block[row] = to_short_scale(scale, unit);
+        } else {
+            block[2 * row..][..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
+        }
+    }
+
+    /// What is read back where this scale is written.
+    #[inline(always)]
+    #[expect(clippy::inline_always, reason = "must take on the instruction set of its caller")]
+    fn stored(scale: f32, unit: u32) -> f32 {
+        if Self::HAS_SHORT_SCALES { short_scale(to_short_scale(scale, unit), unit) } else { f16::from_f32(scale).to_f32() }
+    }
 }
 
 pub(super) struct Q8;
@@ -101,23 +123,15 @@ fn set_pairs(plane: &mut [u8], row: usize, codes: &[u8; GROUP_COLUMNS]) {
     }
 }
 
-fn f16_scale(block: &[u8], row: usize) -> f32 {
-    f16::from_le_bytes([block[2 * row], block[2 * row + 1]]).to_f32()
-}
-
-fn set_f16_scale(block: &mut [u8], row: usize, scale: f32) {
-    block[2 * row..][..2].copy_from_slice(&f16::from_f32(scale).to_le_bytes());
-}
-
 /// What a scale of 8 bits is: sign, exponent of 4 bits from `unit` on, 3 bits behind the point; 0 where all but the sign are 0.
-pub(super) fn short_scale(stored: u8, unit: u32) -> f32 {
+fn short_scale(stored: u8, unit: u32) -> f32 {
     let magnitude = u32::from(stored & 127) << 20;
     if magnitude == 0 { 0.0 } else { f32::from_bits((magnitude + unit) | u32::from(stored >> 7) << 31) }
 }
 
 /// The nearest scale of 8 bits, ties to even.
 #[inline]
-pub(super) fn to_short_scale(scale: f32, unit: u32) -> u8 {
+fn to_short_scale(scale: f32, unit: u32) -> u8 {
     let bits = scale.to_bits();
     let above = i64::from(bits & 0x7fff_ffff) - i64::from(unit);
     let rounded = (above + 0x7_ffff + (above >> 20 & 1)) >> 20;
@@ -139,14 +153,6 @@ impl Packing for Q8 {
     fn weight(code: u8) -> i32 {
         i32::from(code) - 128
     }
-
-    fn scale(block: &[u8], row: usize, _: u32) -> f32 {
-        f16_scale(block, row)
-    }
-
-    fn set_scale(block: &mut [u8], row: usize, scale: f32, _: u32) {
-        set_f16_scale(block, row, scale);
-    }
 }
 
 impl Packing for Q6 {
@@ -167,14 +173,6 @@ impl Packing for Q6 {
     fn weight(code: u8) -> i32 {
         i32::from(code) - Q6_BIAS
     }
-
-    fn scale(block: &[u8], row: usize, _: u32) -> f32 {
-        f16_scale(block, row)
-    }
-
-    fn set_scale(block: &mut [u8], row: usize, scale: f32, _: u32) {
-        set_f16_scale(block, row, scale);
-    }
 }
 
 impl Packing for Q4 {
@@ -191,14 +189,6 @@ impl Packing for Q4 {
 
     fn weight(code: u8) -> i32 {
         i32::from(code) - Q4_BIAS
-    }
-
-    fn scale(block: &[u8], row: usize, _: u32) -> f32 {
-        f16_scale(block, row)
-    }
-
-    fn set_scale(block: &mut [u8], row: usize, scale: f32, _: u32) {
-        set_f16_scale(block, row, scale);
     }
 }
 
@@ -222,14 +212,6 @@ impl Packing for Q3 {
     fn weight(code: u8) -> i32 {
         i32::from(Q3_WEIGHTS[usize::from(code)])
     }
-
-    fn scale(block: &[u8], row: usize, unit: u32) -> f32 {
-        short_scale(block[row], unit)
-    }
-
-    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32) {
-        block[row] = to_short_scale(scale, unit);
-    }
 }
 
 impl Packing for Q2 {
@@ -246,14 +228,6 @@ impl Packing for Q2 {
 
     fn weight(code: u8) -> i32 {
         i32::from(Q2_WEIGHTS[usize::from(code)])
-    }
-
-    fn scale(block: &[u8], row: usize, unit: u32) -> f32 {
-        short_scale(block[row], unit)
-    }
-
-    fn set_scale(block: &mut [u8], row: usize, scale: f32, unit: u32) {
-        block[row] = to_short_scale(scale, unit);
     }
 }
 

@@ -4,12 +4,11 @@
 //! behind it: the algorithm is GPTQ (Frantar and others, 2022, arXiv 2210.17323), with the scales chosen as it goes; where bits are few,
 //! coordinate descent follows.
 
-use half::f16;
 use protocol::Precision;
 use protocol::precision::{GROUP_COLUMNS, PANEL_ROWS, SCALE_EXPONENT_MAX};
 
 use super::math::per_instruction_set;
-use super::packed::{Packing, Q2, Q2_WEIGHTS, Q3, Q3_WEIGHTS, Q4, Q4_BIAS, Q6, Q6_BIAS, Q8, short_scale, to_short_scale, unit_of};
+use super::packed::{Packing, Q2, Q2_WEIGHTS, Q3, Q3_WEIGHTS, Q4, Q4_BIAS, Q6, Q6_BIAS, Q8, unit_of};
 
 /// Largest 8-bit weight that we make.
 const Q8_MAX: f32 = 127.0;
@@ -36,8 +35,6 @@ trait Rounding: Packing {
     fn nearest(quotient: f32) -> f32;
     /// What is stored for an integer that [`nearest`](Self::nearest) gave.
     fn code_of(weight: f32) -> u8;
-    /// The scale that is read back where this one is stored.
-    fn stored(scale: f32, unit: u32) -> f32;
 }
 
 #[inline(always)]
@@ -67,7 +64,7 @@ fn place_of<const N: usize>(weight: f32, weights: &[i8; N]) -> u8 {
 }
 
 macro_rules! rounding {
-    ($packing:ty, $ends:expr, $step:expr, $passes:expr, $nearest:expr, $code:expr, $stored:expr) => {
+    ($packing:ty, $ends:expr, $step:expr, $passes:expr, $nearest:expr, $code:expr) => {
         impl Rounding for $packing {
             const ENDS: &'static [f32] = &$ends;
             const STEP: f32 = $step;
@@ -82,44 +79,15 @@ macro_rules! rounding {
             fn code_of(weight: f32) -> u8 {
                 $code(weight)
             }
-
-            #[inline(always)]
-            fn stored(scale: f32, unit: u32) -> f32 {
-                $stored(scale, unit)
-            }
         }
     };
 }
 
-fn as_f16(scale: f32, _: u32) -> f32 {
-    f16::from_f32(scale).to_f32()
-}
-
-fn as_short(scale: f32, unit: u32) -> f32 {
-    short_scale(to_short_scale(scale, unit), unit)
-}
-
-rounding!(Q8, [Q8_MAX], 0.0, 0, |q| whole(q, -Q8_MAX, Q8_MAX), |w: f32| (w as i32 + 128) as u8, as_f16);
-rounding!(Q6, [-32.0], STEP, 0, |q| whole(q, -32.0, 31.0), |w: f32| (w as i32 + Q6_BIAS) as u8, as_f16);
-rounding!(Q4, [-8.0], STEP, 0, |q| whole(q, -8.0, 7.0), |w: f32| (w as i32 + Q4_BIAS) as u8, as_f16);
-rounding!(
-    Q3,
-    [Q3_WEIGHTS[0] as f32, Q3_WEIGHTS[7] as f32],
-    WIDE_STEP,
-    2,
-    |q| nearest_of(q, &Q3_WEIGHTS),
-    |w| place_of(w, &Q3_WEIGHTS),
-    as_short
-);
-rounding!(
-    Q2,
-    [Q2_WEIGHTS[0] as f32, Q2_WEIGHTS[3] as f32],
-    WIDE_STEP,
-    2,
-    |q| nearest_of(q, &Q2_WEIGHTS),
-    |w| place_of(w, &Q2_WEIGHTS),
-    as_short
-);
+rounding!(Q8, [Q8_MAX], 0.0, 0, |q| whole(q, -Q8_MAX, Q8_MAX), |w: f32| (w as i32 + 128) as u8);
+rounding!(Q6, [-32.0], STEP, 0, |q| whole(q, -32.0, 31.0), |w: f32| (w as i32 + Q6_BIAS) as u8);
+rounding!(Q4, [-8.0], STEP, 0, |q| whole(q, -8.0, 7.0), |w: f32| (w as i32 + Q4_BIAS) as u8);
+rounding!(Q3, [Q3_WEIGHTS[0] as f32, Q3_WEIGHTS[7] as f32], WIDE_STEP, 2, |q| nearest_of(q, &Q3_WEIGHTS), |w| place_of(w, &Q3_WEIGHTS));
+rounding!(Q2, [Q2_WEIGHTS[0] as f32, Q2_WEIGHTS[3] as f32], WIDE_STEP, 2, |q| nearest_of(q, &Q2_WEIGHTS), |w| place_of(w, &Q2_WEIGHTS));
 
 /// Packs a matrix of finite weights, (rows, columns): `row` writes one of its rows.
 pub(crate) fn pack(

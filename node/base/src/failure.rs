@@ -142,6 +142,7 @@ impl From<CalibrationError> for Failure {
         match error {
             CalibrationError::Forward(error) => error.into(),
             CalibrationError::Empty => Self::of(Kind::Usage, &error),
+            CalibrationError::Interrupted => Self::interrupted(),
         }
     }
 }
